@@ -1,0 +1,112 @@
+"""Atomic writes and checked reads of the file formats this project stores.
+
+Every writer goes through `atomic_path`: a reader sees the old file or the new one, never half of one.
+Every reader turns "missing" and "damaged" into a `Qwt2Error` that names the file.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError
+
+from qwt2.errors import Qwt2Error
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and is removed if not.
+
+    The temporary name keeps the suffix, because some writers choose their format (or append one) by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON; refuses NaN and infinities, which are not JSON (ValueError)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file; `Qwt2Error` if it is missing or not JSON."""
+    with _reading(path, (json.JSONDecodeError, UnicodeDecodeError)):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write one array as `.npy`."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def read_array(path: str | os.PathLike) -> np.ndarray:
+    """Read one `.npy` array; `Qwt2Error` if it is missing or damaged."""
+    with _reading(path, (ValueError, EOFError)):
+        return np.load(path, allow_pickle=False)
+
+
+def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named NumPy arrays as safetensors, without importing torch."""
+    from safetensors.numpy import save
+
+    # Bytes first: an error of the file system then surfaces as an OSError with its errno.
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+
+
+def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read a safetensors file into NumPy arrays; `Qwt2Error` if it is missing or damaged."""
+    from safetensors.numpy import load_file
+
+    with _reading(path, (SafetensorError,)):
+        return load_file(path)
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, "torch.Tensor"]) -> None:
+    """Write named torch tensors as safetensors. Tensors that share memory are stored once each."""
+    from safetensors.torch import save
+
+    # clone: safetensors refuses views into a shared storage, which tied or sliced parameters are.
+    owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(owned))
+
+
+def load_tensors(path: str | os.PathLike) -> dict[str, "torch.Tensor"]:
+    """Read a safetensors file into torch tensors on the CPU; `Qwt2Error` if it is missing or damaged."""
+    from safetensors.torch import load_file
+
+    with _reading(path, (SafetensorError,)):
+        return load_file(path)
+
+
+@contextmanager
+def _reading(path: str | os.PathLike, damaged: tuple[type[Exception], ...]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Qwt2Error(f"{path} does not exist; run the stage that writes it, or correct the path.") from error
+    except IsADirectoryError as error:
+        raise Qwt2Error(f"{path} is a folder, but a file is needed here.") from error
+    except damaged as error:
+        raise Qwt2Error(f"{path} is damaged or of another format ({error}); delete it and make it again.") from error

@@ -1,0 +1,137 @@
+"""Classification models: timm architectures by name, with weights from training, from timm or from a file."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwt2.errors import Qwt2Error
+from qwt2.io import load_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def build_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
+    """Build the timm model that `cfg` describes, in evaluation mode, its random weights drawn with `seed`.
+
+    Keys of `cfg`: `timm` (a registered timm name), `kwargs` (what its constructor takes besides the
+    number of classes), `num_classes`, `pretrained` (load timm's weights of that name; needs them in timm's
+    cache or a network) and `checkpoint` (a file, see `load_weights`; at most one of the two).
+
+    Raises `Qwt2Error` for an unknown name, a refused argument, or weights that do not fit.
+    """
+    import timm
+    import torch
+
+    name = cfg["timm"]
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
+        raise Qwt2Error(f"timm has no model {name!r}; similar names: {close}.")
+    if cfg["pretrained"] and cfg["checkpoint"]:
+        raise Qwt2Error(f"Model {cfg['name']}: set either pretrained or checkpoint, not both.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = timm.create_model(
+                name, pretrained=cfg["pretrained"], num_classes=cfg["num_classes"], **cfg["kwargs"]
+            )
+        except TypeError as error:
+            raise Qwt2Error(f"timm's {name} refuses an argument of model.kwargs: {error}.") from error
+        except (OSError, RuntimeError) as error:
+            if not cfg["pretrained"]:
+                raise
+            raise Qwt2Error(
+                f"timm's pretrained weights of {name} could not be loaded ({_first_line(error)}); "
+                "put a weight file on disk and set model.checkpoint to it."
+            ) from error
+    if cfg["checkpoint"]:
+        load_weights(model, cfg["checkpoint"])
+    return model.eval()
+
+
+def load_weights(model: "nn.Module", path: str | os.PathLike) -> None:
+    """Load a file's weights into `model`, in place; every name and shape must fit.
+
+    `path` is a safetensors file, or a torch file holding a state dict, bare or under `state_dict` or
+    `model`; it is read with `weights_only=True`, so nothing in it is executed. timm's own filters then
+    convert published checkpoints (e.g. Microsoft's Swin, Facebook's DeiT) to timm's names.
+
+    Raises `Qwt2Error` naming the file and what does not fit.
+    """
+    import torch
+
+    state = _read_state(Path(path))
+    if convert := _published_names_filter(model):
+        state = convert(state, model)
+    own = model.state_dict()
+    _check_classes(model, state, own, path)
+    problems = [f"lacks {name}" for name in own if name not in state]
+    problems += [f"has {name}, which the model has not" for name in state if name not in own]
+    problems += [
+        f"has {name} of shape {tuple(state[name].shape)} where the model needs {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise Qwt2Error(f"{path} does not fit the model: it {problems[0]}{more}; use the architecture it was made with.")
+    with torch.no_grad():
+        model.load_state_dict(state)
+
+
+def transform_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's input settings (`resolve_data_config`) of the model that `cfg` describes, without building it."""
+    import timm
+    from timm.data import resolve_data_config
+
+    pretrained = timm.get_pretrained_cfg(cfg["timm"])
+    size = cfg["kwargs"].get("img_size")
+    arguments = {"img_size": size} if size else {}
+    return resolve_data_config(arguments, pretrained_cfg=pretrained.to_dict() if pretrained else {})
+
+
+def _read_state(path: Path) -> dict[str, "torch.Tensor"]:
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise Qwt2Error(f"{path} does not exist; correct model.checkpoint.") from error
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
+        raise Qwt2Error(
+            f"{path} is not a safetensors file nor a torch file that holds weights alone ({_first_line(error)})."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise Qwt2Error(f"{path} holds no state dict (bare, or under 'state_dict' or 'model').")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def _published_names_filter(model: "nn.Module") -> Any:
+    """timm's `checkpoint_filter_fn` of the model's own file, where it has one."""
+    import sys
+
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+
+
+def _check_classes(model: "nn.Module", state: Mapping, own: Mapping, path: str | os.PathLike) -> None:
+    classifiers = model.pretrained_cfg.get("classifier") or ()
+    for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        key = f"{name}.bias"
+        if key in state and key in own and state[key].shape != own[key].shape:
+            raise Qwt2Error(
+                f"{path} was trained for {len(state[key])} classes, but the data has {len(own[key])}; "
+                "set data.num_classes or use other weights."
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
