@@ -1,0 +1,152 @@
+"""Observers: choose scale and zero point of a quantizer from the values it will see.
+
+Every observer has the signature ``observer(x, grid) -> (scale, zero_point)``. ``x`` has shape
+(channels, values); a per-tensor quantizer passes one row. The result has one entry a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from qwt2.errors import Qwt2Error
+
+PERCENTILES = (0.999, 0.9999, 0.99999)
+MSE_SHRINKS = tuple(1 - 0.01 * step for step in range(0, 80, 2))
+# torch.quantile refuses more values than this; the references fall back on a coarser route there.
+QUANTILE_LIMIT = 2**24
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integer grid of a uniform quantizer.
+
+    Args:
+        bits: bit width.
+        symmetric: zero point fixed at 0 and signed codes, else unsigned codes 0 .. 2^bits - 1.
+        zero_in_range: widen the range so that it holds 0. Integer engines need it (their zero point
+            is one of the codes); the reference implementations do not do it.
+    """
+
+    bits: int
+    symmetric: bool = False
+    zero_in_range: bool = True
+
+    @property
+    def qmin(self) -> int:
+        if not self.symmetric:
+            return 0
+        # 8-bit codes stay within +-127 so that a negative channel can be flipped exactly, and
+        # because TensorRT knows nothing else; low-bit codes use their full range.
+        return -127 if self.bits == 8 else -(2 ** (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    def parameters(self, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Scale and zero point for a range, in one or several equally natural roundings.
+
+        Args:
+            low, high: ends of the range, shape (channels,).
+        """
+        if self.symmetric:
+            bound = torch.maximum(low.abs(), high.abs())
+            # Few codes: whether the range ends on the last code, half a step or a step beyond it
+            # matters, so all three are offered; at 8 bits they are the same to 0.4 %.
+            steps = (0.0, 0.5, 1.0) if self.bits < 8 else (0.0,)
+            return [(bound / (self.qmax + s), torch.zeros_like(bound)) for s in steps]
+        if self.zero_in_range:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / self.qmax
+        return [(scale, torch.round(-low / scale))]
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Round ``x`` to the grid and back; shapes broadcast."""
+        codes = torch.clamp(torch.round(x / scale) + zero_point, self.qmin, self.qmax)
+        return (codes - zero_point) * scale
+
+
+Observer = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]
+
+
+def minmax(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The whole range of the values."""
+    low, high = x.amin(1), x.amax(1)
+    return _best(x, grid, grid.parameters(low, high))
+
+
+def percentile(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The best of three percentile ranges in mean squared error (RepQ-ViT, arXiv 2212.08254).
+
+    Quantiles are float32 with linear interpolation, as in the public reference implementation.
+    """
+    if x.shape[1] > QUANTILE_LIMIT:
+        x = x[:, :: -(-x.shape[1] // QUANTILE_LIMIT)]
+    points = [1 - p for p in PERCENTILES] + list(PERCENTILES)
+    ends = torch.quantile(x, torch.tensor(points, dtype=x.dtype, device=x.device), dim=1)
+    count = len(PERCENTILES)
+    candidates = []
+    for low, high in zip(ends[:count], ends[count:]):
+        candidates += grid.parameters(low, high)
+    return _best(x, grid, candidates)
+
+
+def mse(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The shrunken min-max range with the least mean squared error."""
+    low, high = x.amin(1), x.amax(1)
+    candidates = []
+    for shrink in MSE_SHRINKS:
+        candidates += grid.parameters(low * shrink, high * shrink)
+    return _best(x, grid, candidates)
+
+
+OBSERVERS: dict[str, Observer] = {"minmax": minmax, "percentile": percentile, "mse": mse}
+
+
+def _best(x: Tensor, grid: Grid, candidates: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Per row, the first candidate with the least mean squared error; degenerate ones never win."""
+    best_error = x.new_full((x.shape[0],), float("inf"))
+    best_scale, best_zero = _constant_parameters(x, grid)
+    for scale, zero_point in candidates:
+        valid = (scale > 0) & torch.isfinite(scale) & torch.isfinite(zero_point)
+        safe = torch.where(valid, scale, torch.ones_like(scale))
+        zero = torch.where(valid, zero_point, torch.zeros_like(zero_point))
+        error = (x - grid.fake_quantize(x, safe[:, None], zero[:, None])).square().mean(1)
+        better = valid & (error < best_error)
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero_point, best_zero)
+    return best_scale, best_zero
+
+
+def _constant_parameters(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Parameters that represent a constant row exactly, where no range has a width.
+
+    The reference implementations crash there. A constant c > 0 becomes code 1 at scale c; c < 0
+    becomes code 0 with zero point 1, or code -1; an all-zero row gets scale 1.
+    """
+    middle = x[:, x.shape[1] // 2] if x.shape[1] else x.new_zeros(x.shape[0])
+    scale = torch.where(middle == 0, torch.ones_like(middle), middle.abs())
+    zero_point = torch.zeros_like(middle)
+    if not grid.symmetric:
+        zero_point = torch.where(middle < 0, torch.ones_like(middle), zero_point)
+    return scale, zero_point
+
+
+def observe(name: str, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Run the observer called ``name``.
+
+    Raises:
+        Qwt2Error: unknown observer, no values, or values that are not finite.
+    """
+    if name not in OBSERVERS:
+        raise Qwt2Error(f"unknown observer {name!r}; use one of: {', '.join(OBSERVERS)}")
+    if x.numel() == 0:
+        raise Qwt2Error("saw an empty tensor in calibration; give it batches with at least one image")
+    if not torch.isfinite(x).all():
+        raise Qwt2Error("saw NaN or infinity in calibration; check the model's weights and the images")
+    return OBSERVERS[name](x.float(), grid)

@@ -1,0 +1,6 @@
+"""Plain reference: every range by the minmax observer."""
+
+from qwt2.ptq import PTQ_METHODS
+from qwt2.ptq.recipe import PTQMethod, Recipe
+
+PTQ_METHODS.register("minmax")(PTQMethod(variants={"default": Recipe(observer="minmax")}))

@@ -1,0 +1,6 @@
+"""Plain reference: every range by the mse observer."""
+
+from qwt2.ptq import PTQ_METHODS
+from qwt2.ptq.recipe import PTQMethod, Recipe
+
+PTQ_METHODS.register("mse")(PTQMethod(variants={"default": Recipe(observer="mse")}))

@@ -1,0 +1,22 @@
+"""Percentile ranges for convolutional networks, as the QwT reference code quantizes ResNets."""
+
+from qwt2.ptq import PTQ_METHODS
+from qwt2.ptq.recipe import PTQMethod, Recipe
+
+PTQ_METHODS.register("percentile")(
+    PTQMethod(
+        variants={
+            "default": Recipe(observer="percentile"),
+            # The public code's "W4A4" ResNet is W4/A8 with BatchNorm left in float.
+            "published": Recipe(
+                observer="percentile",
+                symmetric_weights=False,
+                symmetric_matmuls=False,
+                zero_in_range=False,
+                fold_batchnorm=False,
+                conv_input_bits=8,
+                output_bits=None,
+            ),
+        }
+    )
+)

@@ -1,0 +1,69 @@
+"""What a PTQ method decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from qwt2.errors import Qwt2Error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The quantizer layout of one variant of a PTQ method.
+
+    Args:
+        observer: chooses every range (see :mod:`qwt2.observers`).
+        symmetric_weights: signed symmetric weight codes, as integer kernels want them.
+        symmetric_matmuls: signed symmetric codes for q, k and v, likewise.
+        zero_in_range: zero is representable by every activation quantizer.
+        integer_zero_points: what remains fractional after re-parameterisation is rounded.
+        log_softmax: attention probabilities on the log-sqrt2 grid, else on a uniform one.
+        log_floor: smallest ratio that the log-sqrt2 quantizer distinguishes from zero.
+        fold_batchnorm: BatchNorm goes into the layer before it, before quantization.
+        conv_input_bits: bits of every convolution's input, whatever the precision says.
+        output_bits: bits of the output of convolutions that something else than a quantized layer
+            reads; engines with integer-only convolution kernels need them. ``None`` leaves it float.
+    """
+
+    observer: str
+    symmetric_weights: bool = True
+    symmetric_matmuls: bool = True
+    zero_in_range: bool = True
+    integer_zero_points: bool = True
+    log_softmax: bool = False
+    log_floor: float = 0.0
+    fold_batchnorm: bool = True
+    conv_input_bits: int | None = None
+    output_bits: int | None = 8
+
+    @property
+    def exportable(self) -> bool:
+        """Whether integer engines can run what this recipe makes."""
+        return self.symmetric_weights and self.zero_in_range and self.integer_zero_points and not self.log_softmax
+
+
+@dataclass
+class PTQMethod:
+    """A PTQ method: one recipe per variant, and a step after calibration.
+
+    Subclasses override :meth:`input_axis` and :meth:`after_calibration` where the method does more
+    than choosing ranges.
+    """
+
+    variants: dict[str, Recipe] = field(default_factory=dict)
+
+    def recipe(self, variant: str) -> Recipe:
+        if variant not in self.variants:
+            raise Qwt2Error(
+                f"{type(self).__name__} has no variant {variant!r}; use one of: {', '.join(self.variants)}"
+            )
+        return self.variants[variant]
+
+    def input_axis(self, layer: str, norm_consumers: dict[str, list[str]]) -> int | None:
+        """Channel axis of a layer's input quantizer during calibration (``None``: per tensor)."""
+        return None
+
+    def after_calibration(self, model: nn.Module, norm_consumers: dict[str, list[str]], recipe: Recipe) -> None:
+        """Transform the calibrated model in place."""

@@ -1,0 +1,251 @@
+"""Post-training quantization of a float model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field
+from typing import Any, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from qwt2.blocks import execution_units, find_blocks
+from qwt2.errors import Qwt2Error
+from qwt2.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatmul
+from qwt2.observers import Grid
+from qwt2.precision import Precision
+from qwt2.ptq import PTQ_METHODS
+from qwt2.ptq.recipe import PTQMethod, Recipe
+from qwt2.quantizers import LogSqrt2Quantizer, Quantizer, UniformQuantizer
+from qwt2.surgery import expose_matmuls, fold_batchnorms, replace_module
+from qwt2.tracing import Trace, trace
+
+
+@dataclass
+class QuantizationInfo:
+    """What was quantized how; an attribute ``quantization`` of every quantized model.
+
+    Attributes:
+        layers: quantized Linear and Conv2d modules in execution order.
+        matmuls: quantized products of activations.
+        blocks: the blocks that compensation works on.
+        float_modules: module name -> why it stays in float.
+        exportable: whether integer engines can run the quantizers.
+        input_shape: shape of one calibration image.
+        norm_consumers: LayerNorm -> the Linears that alone read its output.
+    """
+
+    method: str
+    variant: str
+    precision: Precision
+    layers: list[str] = field(default_factory=list)
+    matmuls: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
+    float_modules: dict[str, str] = field(default_factory=dict)
+    exportable: bool = True
+    input_shape: tuple[int, ...] = ()
+    norm_consumers: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def units(self) -> list[str]:
+        """Blocks and the layers outside them, in execution order."""
+        return execution_units(self.layers, self.blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "QuantizationInfo":
+        values = dict(values, precision=Precision(**values["precision"]), input_shape=tuple(values["input_shape"]))
+        return cls(**values)
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    method: str = "repq",
+    precision: Precision = Precision(),
+    variant: str = "default",
+    observer_images: int = 32,
+    blocks: Iterable[str] | None = None,
+) -> nn.Module:
+    """Quantize every Linear, Conv2d and attention product of a model after training.
+
+    The model is copied; the copy's layers are replaced by fake-quantized ones whose parameters are
+    chosen in one forward pass over the first calibration images, in execution order and with
+    everything upstream already quantized (as RepQ-ViT and QwT do).
+
+    Args:
+        model: float32 model; called with one image batch.
+        calibration: batches, each a tensor (N, ...) or a tuple that starts with one.
+        method: a registered PTQ method ("repq", "percentile", "mse", "minmax").
+        precision: bit widths.
+        variant: "default" runs on integer engines; "published" follows the papers' code, where a
+            method has that variant.
+        observer_images: how many calibration images choose the ranges (32 in the papers).
+        blocks: names of the blocks that compensation will work on; found by their names if not given.
+
+    Returns:
+        A new model in evaluation mode, with an attribute ``quantization`` (:class:`QuantizationInfo`).
+
+    Raises:
+        Qwt2Error: unknown method or variant, an empty calibration set, values that are not finite
+            (the module is named), or a model without quantizable layers.
+    """
+    images = first_images(calibration, observer_images)
+    ptq: PTQMethod = PTQ_METHODS.get(method)
+    qmodel = prepare(model, images[:1], method, precision, variant, blocks)
+    with torch.no_grad():
+        qmodel(images)
+    for name, module in qmodel.named_modules():
+        if isinstance(module, Quantizer) and not module.calibrated:
+            raise Qwt2Error(f"{name} saw no data in calibration; every quantized layer must run on each image")
+    ptq.after_calibration(qmodel, qmodel.quantization.norm_consumers, ptq.recipe(variant))
+    return qmodel
+
+
+def prepare(
+    model: nn.Module, example: Tensor, method: str, precision: Precision, variant: str,
+    blocks: Iterable[str] | None = None,
+) -> nn.Module:  # fmt: skip
+    """The first half of :func:`quantize`: the model with uncalibrated quantizers in place.
+
+    Deterministic in its arguments, so that a stored quantized model can be rebuilt from the float
+    model's architecture and loaded (:func:`qwt2.load_quantized`).
+    """
+    check_weights(model)
+    ptq: PTQMethod = PTQ_METHODS.get(method)
+    recipe = ptq.recipe(variant)
+    qmodel = copy.deepcopy(model).eval().requires_grad_(False)
+    wiring = trace(qmodel, example)
+    if recipe.fold_batchnorm:
+        fold_batchnorms(qmodel, wiring)
+        wiring = trace(qmodel, example)
+    matmuls, skipped = expose_matmuls(qmodel, wiring)
+    found = find_blocks(qmodel, wiring.layers) if blocks is None else list(blocks)
+    info = QuantizationInfo(
+        method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=matmuls,
+        blocks=found, exportable=recipe.exportable, input_shape=tuple(example.shape[1:]),
+        norm_consumers=wiring.norm_consumers,
+        float_modules=skipped | {n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()},
+    )  # fmt: skip
+    info.units  # refuses blocks that overlap or hold nothing
+    _insert_layers(qmodel, wiring, ptq, recipe, info)
+    _insert_matmul_quantizers(qmodel, recipe, info)
+    _name_quantizers(qmodel)
+    qmodel.quantization = info
+    return qmodel
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that cannot be quantized as they are.
+
+    Raises:
+        Qwt2Error: half-precision or non-finite weights; the parameter is named.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise Qwt2Error(f"{name} is {parameter.dtype}; convert the model with model.float() before quantizing")
+        if not torch.isfinite(parameter).all():
+            raise Qwt2Error(f"{name} holds NaN or infinity; load a sound checkpoint")
+
+
+def batch_images(batch: Any) -> Tensor:
+    """The image tensor of a batch: the batch itself, or the first element of a tuple or list."""
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor) or images.dim() == 0:
+        raise Qwt2Error(f"a calibration batch is a {type(batch).__name__}; give tensors (N, ...) or tuples starting with one")
+    if images.shape[0] == 0:
+        raise Qwt2Error("a calibration batch is empty; give batches with at least one image")
+    return images
+
+
+def first_images(calibration: Iterable[Any], count: int) -> Tensor:
+    """The first ``count`` images of the calibration set in one tensor (fewer if it is smaller)."""
+    collected: list[Tensor] = []
+    for batch in calibration:
+        collected.append(batch_images(batch))
+        if sum(len(images) for images in collected) >= count:
+            break
+    if not collected:
+        raise Qwt2Error("the calibration set is empty; give at least one batch of images")
+    try:
+        return torch.cat(collected)[:count]
+    except RuntimeError:
+        shapes = sorted({tuple(images.shape[1:]) for images in collected})
+        raise Qwt2Error(f"calibration batches differ in image shape {shapes}; resize them to one") from None
+
+
+def _insert_layers(qmodel: nn.Module, wiring: Trace, ptq: PTQMethod, recipe: Recipe, info: QuantizationInfo) -> None:
+    edges = first_and_last(qmodel, info)
+    for name in info.layers:
+        layer = qmodel.get_submodule(name)
+        is_conv = isinstance(layer, nn.Conv2d)
+        weight_bits, input_bits = info.precision.weight_bits, info.precision.activation_bits
+        if is_conv and recipe.conv_input_bits:
+            input_bits = recipe.conv_input_bits
+        if name in edges and info.precision.first_last_bits:
+            weight_bits = input_bits = info.precision.first_last_bits
+        axis = ptq.input_axis(name, wiring.norm_consumers)
+        input_quantizer = _activation_quantizer(recipe, input_bits, axis)
+        weight_quantizer = UniformQuantizer(
+            Grid(weight_bits, recipe.symmetric_weights, recipe.zero_in_range), recipe.observer, channel_axis=0
+        )
+        output_quantizer = None
+        if name in wiring.escaping and recipe.output_bits:
+            output_quantizer = _activation_quantizer(recipe, recipe.output_bits, None)
+        kind = QuantizedConv2d if is_conv else QuantizedLinear
+        replace_module(qmodel, name, kind(layer, input_quantizer, weight_quantizer, output_quantizer))
+
+
+def _activation_quantizer(recipe: Recipe, bits: int, axis: int | None) -> UniformQuantizer:
+    return UniformQuantizer(Grid(bits, False, recipe.zero_in_range), recipe.observer, axis)
+
+
+def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
+    operand = Grid(info.precision.activation_bits, recipe.symmetric_matmuls, recipe.zero_in_range)
+    for name in info.matmuls:
+        matmul: QuantizedMatmul = qmodel.get_submodule(name)
+        is_softmax = matmul.a_quantizer.is_softmax
+        matmul.b_quantizer = UniformQuantizer(operand, recipe.observer)
+        if not is_softmax:
+            matmul.a_quantizer = UniformQuantizer(operand, recipe.observer)
+        elif recipe.log_softmax:
+            matmul.a_quantizer = LogSqrt2Quantizer(info.precision.activation_bits, recipe.log_floor)
+        else:
+            matmul.a_quantizer = UniformQuantizer(Grid(info.precision.softmax_bits), recipe.observer)
+
+
+def first_and_last(qmodel: nn.Module, info: QuantizationInfo) -> set[str]:
+    """The first layer and the last, with its siblings: other heads as wide after the last block."""
+    layers = info.layers
+    outside = [u for u in info.units if u not in info.blocks]
+    last = qmodel.get_submodule(layers[-1])
+    after = info.units[info.units.index(info.blocks[-1]) + 1 :] if info.blocks else []
+    siblings = {
+        n for n in outside
+        if n in after and qmodel.get_submodule(n).weight.shape[0] == last.weight.shape[0]
+    }  # fmt: skip
+    return {layers[0], layers[-1]} | siblings
+
+
+def _name_quantizers(qmodel: nn.Module) -> None:
+    for name, module in qmodel.named_modules():
+        if isinstance(module, Quantizer):
+            module.where = name
+
+
+def quantized_layers(qmodel: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by name, in execution order.
+
+    Raises:
+        Qwt2Error: the model was not made by :func:`quantize`.
+    """
+    return {name: qmodel.get_submodule(name) for name in quantization_info(qmodel).layers}
+
+
+def quantization_info(qmodel: nn.Module) -> QuantizationInfo:
+    info = getattr(qmodel, "quantization", None)
+    if info is None:
+        raise Qwt2Error(f"{type(qmodel).__name__} is not a quantized model; call qwt2.quantize on it first")
+    return info

@@ -1,0 +1,187 @@
+"""Changes to a float model that keep its function: BatchNorm folding, and attention taken apart."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from qwt2.errors import Qwt2Error
+from qwt2.modules import QuantizedMatmul
+from qwt2.quantizers import Quantizer
+from qwt2.tracing import MatmulSite, Trace
+
+_MATMUL_FUNCTIONS = {torch.matmul, torch.bmm, operator.matmul}
+_MATMUL_METHODS = {"matmul", "bmm", "__matmul__"}
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where ``model`` has the submodule ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def fold_batchnorms(model: nn.Module, trace: Trace) -> None:
+    """Fold every BatchNorm that alone reads a layer's output into that layer, in place.
+
+    What the BatchNorm module did beside normalising (timm's BatchNormAct2d: drop and activation)
+    stays in its place.
+    """
+    for layer_name, norm_name in trace.batchnorm_of.items():
+        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        if norm.running_mean is None:
+            raise Qwt2Error(f"{norm_name}: BatchNorm without running statistics cannot be folded; train with them")
+        fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+        layer.weight, layer.bias = fuse(
+            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        rest = [child for child in norm.children() if not isinstance(child, nn.Identity)]
+        replace_module(model, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
+
+
+class PendingMatmul(Quantizer):
+    """Stands for the quantizer of a matmul operand until a PTQ method chooses one."""
+
+    def __init__(self, is_softmax: bool = False):
+        super().__init__()
+        self.is_softmax = is_softmax
+
+
+def expose_matmuls(model: nn.Module, trace: Trace) -> tuple[list[str], dict[str, str]]:
+    """Make every product of activations a :class:`QuantizedMatmul` module of its own, in place.
+
+    The forward method of each module that multiplies activations is rewritten with ``torch.fx``
+    (its children stay as they are): ``a @ b`` becomes a call of ``matmul1``, ``matmul2``, ...;
+    ``scaled_dot_product_attention`` is taken apart into scaling, product, mask, softmax and product.
+
+    Returns:
+        Names of the new modules in execution order, and module name -> reason for those whose
+        forward cannot be rewritten; these stay in float.
+    """
+    names, skipped = [], {}
+    for name, site in trace.matmul_sites.items():
+        module = model.get_submodule(name)
+        try:
+            rewritten = _rewrite(module, site)
+        except Exception as error:  # fx raises whatever the traced code raises on a proxy
+            skipped[name] = f"its forward method cannot be traced ({str(error).splitlines()[0][:120]})"
+            continue
+        if not name:
+            raise Qwt2Error("the model multiplies activations in its own forward method; move that into a submodule")
+        replace_module(model, name, rewritten)
+        names += [f"{name}.{child}" for child, m in rewritten.named_children() if isinstance(m, QuantizedMatmul)]
+    return names, skipped
+
+
+class _ChildrenAreLeaves(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return True
+
+
+def _rewrite(module: nn.Module, site: MatmulSite) -> fx.GraphModule:
+    graph = _ChildrenAreLeaves().trace(module, concrete_args=site.constants)
+    _restore_signature(graph, module)
+    rewritten = fx.GraphModule(module, graph, class_name=type(module).__name__)
+    rewritten.train(module.training)
+    masks = iter(site.masks)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+            _decompose_attention(graph, node, next(masks))
+    softmaxes = 0
+    for node in list(graph.nodes):
+        if _is_matmul(node):
+            softmaxes += 1
+            child = f"matmul{softmaxes}"
+            is_softmax = _comes_from_softmax(rewritten, node.args[0])
+            rewritten.add_submodule(child, QuantizedMatmul(PendingMatmul(is_softmax), PendingMatmul()))
+            with graph.inserting_before(node):
+                call = graph.call_module(child, node.args[:2])
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    rewritten.recompile()
+    return rewritten
+
+
+def _restore_signature(graph: fx.Graph, module: nn.Module) -> None:
+    """Give the graph the parameters of the forward method, in its order.
+
+    fx renames the parameters it specialized to a constant and adds assertions on them, which an
+    exported graph must not hold.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target not in parameters]:
+        _erase_with_users(graph, node)
+    placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
+    previous = None
+    for name, parameter in parameters.items():
+        node = placeholders.get(name)
+        if node is None:
+            default = None if parameter.default is inspect.Parameter.empty else parameter.default
+            after = graph.inserting_after(previous) if previous else graph.inserting_before()
+            with after:
+                node = graph.placeholder(name, default_value=default)
+        previous = node
+
+
+def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_with_users(graph, user)
+    graph.erase_node(node)
+
+
+def _is_matmul(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in _MATMUL_FUNCTIONS
+    return node.op == "call_method" and node.target in _MATMUL_METHODS
+
+
+def _comes_from_softmax(module: nn.Module, node: Any) -> bool:
+    """Whether a value is a softmax's output, through dropout, casts and reshapes."""
+    while isinstance(node, fx.Node):
+        target = node.target
+        if node.op == "call_module":
+            child = module.get_submodule(target)
+            if isinstance(child, nn.Softmax):
+                return True
+            if not isinstance(child, (nn.Dropout, nn.Identity)):
+                return False
+        elif target in ("softmax", F.softmax, torch.softmax):
+            return True
+        elif target not in ("to", "type_as", "view", "reshape", "contiguous", F.dropout):
+            return False
+        node = node.args[0]
+    return False
+
+
+def _decompose_attention(graph: fx.Graph, node: fx.Node, mask_dtype: torch.dtype | None) -> None:
+    """Replace one ``scaled_dot_product_attention`` call by the operations of its documentation."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args)) | dict(node.kwargs)
+    if given.get("is_causal") or given.get("enable_gqa"):
+        raise NotImplementedError("causal or grouped-query attention")
+    query, key, value, mask = (given.get(n) for n in names[:4])
+    with graph.inserting_before(node):
+        scale = given.get("scale")
+        if scale is None:
+            width = graph.call_method("size", (query, -1))
+            scale = graph.call_function(operator.pow, (width, -0.5))
+        # Scaling the query costs less than scaling the scores, and folds into its projection.
+        query = graph.call_function(operator.mul, (query, scale))
+        scores = graph.call_function(operator.matmul, (query, graph.call_method("transpose", (key, -2, -1))))
+        if mask_dtype is torch.bool:
+            blocked = graph.call_function(torch.logical_not, (mask,))
+            scores = graph.call_method("masked_fill", (scores, blocked, float("-inf")))
+        elif mask_dtype is not None:
+            scores = graph.call_function(operator.add, (scores, mask))
+        weights = graph.call_function(F.softmax, (scores,), {"dim": -1})
+        result = graph.call_function(operator.matmul, (weights, value))
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
