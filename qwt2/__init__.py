@@ -7,6 +7,7 @@ from qwt2.errors import Qwt2Error
 _LAZY = {
     "Precision": "qwt2.precision",
     "quantize": "qwt2.quantization",
+    "compensate": "qwt2.compensation",
 }
 
 __all__ = ["Qwt2Error", *_LAZY]

@@ -168,6 +168,30 @@ class CompensatedBlock(QuantizedModule):
         return y + self.compensation(x)
 
 
+class AffineBlock(QuantizedModule):
+    """A block with an affine map per channel of its output: y = alpha * block(x) + beta.
+
+    Args:
+        block: the quantized block.
+        alpha, beta: (C,).
+        channel_axis: the output's channel axis.
+    """
+
+    def __init__(self, block: nn.Module, alpha: Tensor, beta: Tensor, channel_axis: int):
+        super().__init__()
+        self.block, self.channel_axis = block, channel_axis
+        self.register_buffer("alpha", alpha)
+        self.register_buffer("beta", beta)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        y = self.block(*args, **kwargs)
+        if not self.quantized:
+            return y
+        shape = [1] * y.dim()
+        shape[self.channel_axis] = -1
+        return y * self.alpha.reshape(shape) + self.beta.reshape(shape)
+
+
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Make ``model`` compute without quantization and compensation inside the ``with`` block."""

@@ -249,3 +249,27 @@ def quantization_info(qmodel: nn.Module) -> QuantizationInfo:
     if info is None:
         raise Qwt2Error(f"{type(qmodel).__name__} is not a quantized model; call qwt2.quantize on it first")
     return info
+
+
+def block_channel_axis(qmodel: nn.Module, block: str) -> int:
+    """Channel axis of a block's input and output: 1 if it starts with a convolution, else the last."""
+    first = next(name for name in quantization_info(qmodel).layers if name == block or name.startswith(block + "."))
+    return 1 if isinstance(qmodel.get_submodule(first), QuantizedConv2d) else -1
+
+
+def wrap_block(qmodel: nn.Module, name: str, wrapper: nn.Module) -> None:
+    """Put ``wrapper``, which holds the block as its child ``block``, in the block's place.
+
+    The recorded module names move along.
+    """
+    replace_module(qmodel, name, wrapper)
+    info = quantization_info(qmodel)
+
+    def moved(old: str) -> str:
+        return f"{name}.block{old[len(name):]}" if old.startswith(name + ".") else old
+
+    info.layers = [moved(n) for n in info.layers]
+    info.matmuls = [moved(n) for n in info.matmuls]
+    info.float_modules = {moved(n): reason for n, reason in info.float_modules.items()}
+    info.norm_consumers = {moved(k): [moved(n) for n in v] for k, v in info.norm_consumers.items()}
+    _name_quantizers(qmodel)

@@ -1,0 +1,77 @@
+"""Compensation of quantization error in closed form: QwT and QwT-v2's CWAC, one file each."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Iterable
+
+import torch
+from torch import nn
+
+from qwt2.quantization import quantization_info
+from qwt2.registry import Registry
+
+COMPENSATIONS: Registry = Registry("compensation method", __name__)
+
+
+@dataclass
+class ModuleReport:
+    """What compensation did to one module or block.
+
+    Attributes:
+        module: its name.
+        sqnr_before_db, sqnr_after_db: of its output against the target it was fitted to, on the
+            calibration set.
+        r2: share of the error's variance (QwT) that the compensation explains.
+        kept: whether the gate kept it.
+        reason: why not.
+        alpha, beta: CWAC's parameters as fitted, float64 (C,); ``None`` for QwT.
+    """
+
+    module: str
+    sqnr_before_db: float
+    sqnr_after_db: float
+    r2: float
+    kept: bool
+    reason: str = ""
+    alpha: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+
+
+@dataclass
+class CompensationReport:
+    """One entry per compensated module, in execution order, and the seconds it all took."""
+
+    method: str
+    modules: list[ModuleReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def compensate(
+    qmodel: nn.Module, calibration: Iterable[Any], method: str = "cwac", offload_dir: str | None = None, **options: Any
+) -> CompensationReport:
+    """Compensate a quantized model's error, in place.
+
+    Blocks are processed in execution order. What is kept per calibration image is the input of the
+    current block alone, in memory or on disk, once for the quantized network and once more where
+    the target is the full-precision network's own activation.
+
+    Args:
+        qmodel: a model from :func:`qwt2.quantize`.
+        calibration: batches as in :func:`qwt2.quantize`; gone through once, in order.
+        method: "cwac" or "qwt".
+        offload_dir: existing folder for the block inputs; ``None`` keeps them in memory.
+        options: settings of the method (:class:`qwt2.compensation.cwac.CWAC`,
+            :class:`qwt2.compensation.qwt.QwT`).
+
+    Raises:
+        Qwt2Error: unknown method or option value, a model that is not quantized, an empty
+            calibration set, or NaN/infinity in an activation (the module is named).
+    """
+    started = time.perf_counter()
+    quantization_info(qmodel)
+    compensation = COMPENSATIONS.get(method)(**options)
+    with torch.no_grad():
+        modules = compensation.fit(qmodel, calibration, offload_dir)
+    return CompensationReport(method, modules, time.perf_counter() - started)

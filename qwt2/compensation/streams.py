@@ -1,0 +1,202 @@
+"""Running a network unit by unit over a calibration set.
+
+A unit is a block, or a layer outside all blocks. After unit k has run, the inputs of unit k + 1 are
+found by running the model with unit k replaced by its stored outputs, every earlier unit replaced
+by NaN, and a stop at unit k + 1: this runs only the cheap code between the two, whatever it is. If
+NaN shows up in the captured inputs, an earlier unit's output is used beyond its successor (feature
+pyramids, dense connections); the prefix is then run in full, once per batch.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from qwt2.errors import Qwt2Error
+from qwt2.modules import full_precision
+from qwt2.quantization import batch_images, quantization_info
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was wanted has been captured."""
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let ``module`` run ``forward`` instead of its own method inside the ``with`` block."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+class ActivationStore:
+    """One tree of tensors per batch, in memory or as one safetensors file a batch."""
+
+    def __init__(self, directory: str | None, prefix: str):
+        self.directory = None if directory is None else Path(directory)
+        self.prefix = prefix
+        self.trees: dict[int, Any] = {}
+
+    def __setitem__(self, index: int, tree: Any) -> None:
+        if self.directory is None:
+            self.trees[index] = tree
+            return
+        leaves, spec = tree_flatten(tree)
+        tensors = {str(i): leaf.contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        save_file(tensors, self._path(index))
+        self.trees[index] = ([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.directory is None:
+            return self.trees[index]
+        leaves, spec = self.trees[index]
+        tensors = load_file(self._path(index))
+        return tree_unflatten([tensors.get(str(i), leaf) for i, leaf in enumerate(leaves)], spec)
+
+    def clear(self) -> None:
+        if self.directory is not None:
+            for index in self.trees:
+                self._path(index).unlink(missing_ok=True)
+        self.trees.clear()
+
+    def _path(self, index: int) -> Path:
+        return self.directory / f"{self.prefix}-{index}.safetensors"
+
+
+class UnitStream:
+    """The inputs of the current unit for every batch, under one mode of the network.
+
+    Args:
+        model: the quantized model.
+        batches: image tensors.
+        reference: True follows the full-precision network, False the quantized one.
+        offload_dir: folder for the stored inputs, or ``None``.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Tensor], reference: bool, offload_dir: str | None):
+        self.model, self.batches, self.reference = model, batches, reference
+        self.units = quantization_info(model).units
+        self.position = 0
+        self.inputs = ActivationStore(offload_dir, "reference" if reference else "quantized")
+        self.output_shapes: dict[tuple[str, int], torch.Size] = {}
+        self.needs_prefix: set[int] = set()
+        for index in range(len(batches)):
+            self.inputs[index] = self._run_to(index, 0, {})
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        with full_precision(self.model) if self.reference else ExitStack():
+            yield
+
+    @property
+    def unit(self) -> nn.Module:
+        return self.model.get_submodule(self.units[self.position])
+
+    def run(self, index: int) -> Tensor:
+        """The current unit's output for one batch."""
+        args, kwargs = self.inputs[index]
+        with self.mode():
+            return self.unit(*args, **kwargs)
+
+    def layer_inputs(self, index: int, names: list[str]) -> dict[str, Tensor]:
+        """Inputs of layers inside the current unit for one batch; runs no further than it must."""
+        args, kwargs = self.inputs[index]
+        captured: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            stack.enter_context(self.mode())
+            for name in names:
+                stack.enter_context(self._capturing(name, captured, stop=name == names[-1]))
+            try:
+                self.unit(*args, **kwargs)
+            except _Stop:
+                pass
+        return captured
+
+    def _capturing(self, name: str, captured: dict[str, Tensor], stop: bool):
+        module = self.model.get_submodule(name)
+        own = module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            captured[name] = x.clone()  # later in-place operations must not reach it
+            if stop:
+                raise _Stop
+            return own(x)
+
+        return replaced_forward(module, forward)
+
+    def advance(self) -> None:
+        """Run the current unit on every batch and move on to the next one."""
+        for index in range(len(self.batches)):
+            output = self.run(index)
+            if not torch.isfinite(output).all():
+                raise Qwt2Error(f"{self.units[self.position]} gives NaN or infinity on the calibration images")
+            self.output_shapes[self.units[self.position], index] = output.shape
+            if self.position + 1 < len(self.units):
+                self.inputs[index] = self._next_inputs(index, output)
+        self.position += 1
+        if self.position == len(self.units):
+            self.inputs.clear()
+
+    def _next_inputs(self, index: int, output: Tensor) -> Any:
+        target = self.position + 1
+        if target not in self.needs_prefix:
+            stubs = {name: self._poison(name, index, output) for name in self.units[: self.position]}
+            stubs[self.units[self.position]] = lambda *args, **kwargs: output
+            captured = self._run_to(index, target, stubs)
+            if not _has_nan(captured):
+                return captured
+            self.needs_prefix.add(target)
+        return self._run_to(index, target, {})
+
+    def _poison(self, name: str, index: int, like: Tensor) -> Callable:
+        shape = self.output_shapes[name, index]
+        return lambda *args, **kwargs: like.new_full(shape, float("nan"))
+
+    def _run_to(self, index: int, position: int, stubs: dict[str, Callable]) -> Any:
+        """Arguments of the unit at ``position``, with other units replaced as ``stubs`` says."""
+        captured = []
+
+        def stop(*args, **kwargs):
+            captured.append(tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs)))
+            raise _Stop
+
+        with ExitStack() as stack:
+            stack.enter_context(self.mode())
+            for name, stub in stubs.items():
+                stack.enter_context(replaced_forward(self.model.get_submodule(name), stub))
+            stack.enter_context(replaced_forward(self.model.get_submodule(self.units[position]), stop))
+            try:
+                self.model(self.batches[index])
+            except _Stop:
+                pass
+        if not captured:
+            raise Qwt2Error(f"{self.units[position]} was not run on a calibration batch; give images of one kind")
+        return captured[0]
+
+
+def calibration_batches(calibration: Iterable[Any]) -> list[Tensor]:
+    """The image tensors of a calibration set.
+
+    Raises:
+        Qwt2Error: no batches, an empty batch, or NaN/infinity in the images.
+    """
+    batches = [batch_images(batch) for batch in calibration]
+    if not batches:
+        raise Qwt2Error("the calibration set is empty; give at least one batch of images")
+    for number, batch in enumerate(batches):
+        if not torch.isfinite(batch).all():
+            raise Qwt2Error(f"calibration batch {number} holds NaN or infinity; check the images and their transform")
+    return batches
+
+
+def _has_nan(tree: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(torch.isnan(leaf).any())
+               for leaf in tree_flatten(tree)[0])  # fmt: skip
