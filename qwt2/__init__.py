@@ -8,6 +8,11 @@ _LAZY = {
     "Precision": "qwt2.precision",
     "quantize": "qwt2.quantization",
     "compensate": "qwt2.compensation",
+    "fold": "qwt2.folding",
+    "export_onnx": "qwt2.export",
+    "load_engine": "qwt2.engines",
+    "save_quantized": "qwt2.checkpoint",
+    "load_quantized": "qwt2.checkpoint",
 }
 
 __all__ = ["Qwt2Error", *_LAZY]

@@ -29,19 +29,18 @@ class Grid:
         symmetric: zero point fixed at 0 and signed codes, else unsigned codes 0 .. 2^bits - 1.
         zero_in_range: widen the range so that it holds 0. Integer engines need it (their zero point
             is one of the codes); the reference implementations do not do it.
+        narrow: leave out the lowest signed code. 8-bit weights do, so that a negative channel can
+            be flipped exactly and because TensorRT knows nothing else.
     """
 
     bits: int
     symmetric: bool = False
     zero_in_range: bool = True
+    narrow: bool = False
 
     @property
     def qmin(self) -> int:
-        if not self.symmetric:
-            return 0
-        # 8-bit codes stay within +-127 so that a negative channel can be flipped exactly, and
-        # because TensorRT knows nothing else; low-bit codes use their full range.
-        return -127 if self.bits == 8 else -(2 ** (self.bits - 1))
+        return -(2 ** (self.bits - 1)) + self.narrow if self.symmetric else 0
 
     @property
     def qmax(self) -> int:

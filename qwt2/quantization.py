@@ -189,7 +189,9 @@ def _insert_layers(qmodel: nn.Module, wiring: Trace, ptq: PTQMethod, recipe: Rec
         axis = ptq.input_axis(name, wiring.norm_consumers)
         input_quantizer = _activation_quantizer(recipe, input_bits, axis)
         weight_quantizer = UniformQuantizer(
-            Grid(weight_bits, recipe.symmetric_weights, recipe.zero_in_range), recipe.observer, channel_axis=0
+            Grid(weight_bits, recipe.symmetric_weights, recipe.zero_in_range, narrow=weight_bits == 8),
+            recipe.observer,
+            channel_axis=0,
         )
         output_quantizer = None
         if name in wiring.escaping and recipe.output_bits:

@@ -1,0 +1,138 @@
+"""Export of folded models to ONNX, with integer weights in the file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from qwt2.errors import Qwt2Error
+from qwt2.integer import IntegerLayer, dequantize, quantize_dequantize
+from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx
+from qwt2.tracing import evaluation_mode
+
+OPSET = 20
+
+
+def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tensor) -> Path:
+    """Write a folded model as an ONNX file with a dynamic batch dimension.
+
+    Weights are int8 and biases int32 in the file; activations pass through QuantizeLinear and
+    DequantizeLinear pairs that engines turn into integer kernels. Codes of fewer than 8 bits are
+    8-bit codes after a Clip to the grid's range.
+
+    Args:
+        folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks).
+        path: the file; written atomically.
+        example_input: one input batch.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        Qwt2Error: a quantized model that was not folded, or a model that cannot be exported.
+    """
+    _refuse_unfolded(folded)
+    # A batch of one would be specialized to a constant.
+    example = example_input.expand(2, *example_input.shape[1:]) if len(example_input) == 1 else example_input
+    with evaluation_mode(folded), _quiet_exporter(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                folded, (example,), dynamo=True, opset_version=OPSET, input_names=["images"],
+                output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+                custom_translation_table=_translations(), verbose=False, optimize=False,
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
+            raise Qwt2Error(f"{type(folded).__name__} cannot be exported: {reason}") from error
+    model = program.model_proto
+    _strip(model)
+    _stamp(model, folded)
+    return save_onnx(model, path)
+
+
+def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.PathLike) -> Path:
+    """Write ``folded`` into a copy of an exported file of a model of the same structure.
+
+    Only stored numbers change, so the two files have the same operators in the same order; it also
+    takes a fraction of an export's time.
+
+    Raises:
+        Qwt2Error: the file was not exported by this library or from another structure.
+    """
+    model = load_onnx(template)
+    state = folded.state_dict()
+    for tensor in model.graph.initializer:
+        if tensor.name not in state:
+            continue
+        values = state[tensor.name]
+        if tuple(values.shape) != tuple(tensor.dims):
+            raise Qwt2Error(f"{template}: {tensor.name} has shape {tuple(tensor.dims)}, the model {tuple(values.shape)}; export it anew")
+        tensor.CopyFrom(numpy_helper.from_array(values.detach().cpu().numpy(), tensor.name))
+    _stamp(model, folded)
+    return save_onnx(model, path)
+
+
+def _translations() -> dict:
+    from onnxscript import opset20 as op
+
+    def quantize_dequantize_onnx(x, scale, zero_point, low, high):
+        clipped = x if low is None else op.Clip(x, low, high)
+        codes = op.QuantizeLinear(clipped, scale, zero_point)
+        return op.DequantizeLinear(codes, scale, zero_point)
+
+    def dequantize_onnx(codes, scale, zero_point, axis: int):
+        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    return {
+        torch.ops.qwt2.quantize_dequantize.default: quantize_dequantize_onnx,
+        torch.ops.qwt2.dequantize.default: dequantize_onnx,
+    }
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter reports its progress on the console and through warnings; a library must not."""
+    names = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop what the exporter notes about its run: paths and stack traces of the exporting machine."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+    del model.graph.metadata_props[:]
+
+
+def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:
+    del model.metadata_props[:]
+    info = getattr(folded, "quantization", None)
+    label = "float" if info is None else f"{info.method} W{info.precision.weight_bits}A{info.precision.activation_bits}"
+    onnx.helper.set_model_props(model, {PRODUCER_KEY: label})
+
+
+def _refuse_unfolded(model: nn.Module) -> None:
+    if getattr(model, "quantization", None) is not None and not any(
+        isinstance(m, IntegerLayer) for m in model.modules()
+    ):
+        raise Qwt2Error("the model is quantized but not folded; call qwt2.fold on it before exporting")

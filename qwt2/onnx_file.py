@@ -1,0 +1,190 @@
+"""Reading and slicing the ONNX files that this library writes; needs no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from qwt2.errors import Qwt2Error
+from qwt2.io import atomic_path
+
+PRODUCER_KEY = "qwt2"
+# Between a layer and the next quantizer, engines merge these into the layer's integer kernel.
+_MERGED = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
+
+
+def load_onnx(path: str | os.PathLike) -> onnx.ModelProto:
+    """Read an ONNX file that this library exported.
+
+    Raises:
+        Qwt2Error: no such file, not ONNX, or not ours.
+    """
+    if not Path(path).is_file():
+        raise Qwt2Error(f"{path} does not exist; export the model with qwt2.export_onnx first")
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf has no common base for what it raises
+        raise Qwt2Error(f"{path} is not an ONNX file; export the model with qwt2.export_onnx") from error
+    if PRODUCER_KEY not in {entry.key for entry in model.metadata_props}:
+        raise Qwt2Error(f"{path} was not exported by qwt2; export the model with qwt2.export_onnx")
+    return model
+
+
+def save_onnx(model: onnx.ModelProto, path: str | os.PathLike) -> Path:
+    """Write ``model`` atomically; equal models give equal bytes."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+    return Path(path)
+
+
+def with_batch_size(model: onnx.ModelProto, batch_size: int) -> onnx.ModelProto:
+    """A copy with a fixed batch dimension; OpenVINO's integer passes need it before they read a model."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    batch = fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*fixed.graph.input, *fixed.graph.output, *fixed.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if batch and dim.dim_param == batch:
+                dim.dim_value = batch_size
+    return fixed
+
+
+def slice_modules(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tuple[onnx.ModelProto, dict[str, "Slice"]]:
+    """One model that runs every integer module by itself.
+
+    Each module becomes a separate piece of the graph with its own inputs and output: from the float
+    tensor before its quantizer to its output, or, where the exported graph goes on to the next
+    quantizer through nothing but an activation, to there (engines then run one integer kernel).
+
+    Args:
+        model: an exported model.
+        inputs: arrays named "<module>.input", or "<module>.a" and "<module>.b" for products.
+
+    Returns:
+        The model, whose inputs bear those names, and module name -> :class:`Slice`.
+    """
+    graph = _Graph(model)
+    modules = sorted({name.rpartition(".")[0] for name in inputs})
+    nodes, slices, outputs = [], {}, []
+    for module in modules:
+        piece, output, epilogue = graph.piece(module)
+        nodes += [node for node in piece if node not in nodes]
+        slices[module] = Slice(output, [graph.describe(node) for node in epilogue])
+        outputs.append(helper.make_empty_tensor_value_info(output))
+    values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, a.shape) for n, a in inputs.items()]
+    used = {name for node in nodes for name in node.input}
+    for name in {o.name for o in outputs} - {n for node in nodes for n in node.output}:
+        raise Qwt2Error(f"the exported graph holds no node that makes {name}; export the model anew")
+    sliced = helper.make_graph(
+        nodes, "modules", values,
+        [helper.make_tensor_value_info(o.name, onnx.TensorProto.FLOAT, None) for o in outputs],
+        [tensor for tensor in model.graph.initializer if tensor.name in used],
+    )  # fmt: skip
+    return helper.make_model(sliced, opset_imports=model.opset_import, ir_version=model.ir_version), slices
+
+
+class Slice:
+    """Where a module's slice ends, and what follows the module inside the slice.
+
+    Attributes:
+        output: name of the slice's output tensor.
+    """
+
+    def __init__(self, output: str, epilogue: list[tuple[str, list[np.ndarray]]]):
+        self.output, self.epilogue = output, epilogue
+
+    def expected(self, y: np.ndarray) -> np.ndarray:
+        """The slice's output, from the module's own output."""
+        for kind, constants in self.epilogue:
+            if kind == "Relu":
+                y = np.maximum(y, 0)
+            elif kind == "Clip":
+                y = np.clip(y, *constants)
+            elif kind == "QuantizeLinear":
+                scale, zero = constants
+                limits = np.iinfo(zero.dtype)
+                y = np.clip(np.rint(y / scale) + zero, limits.min, limits.max)
+            else:
+                scale, zero = constants
+                y = ((y - zero) * scale).astype(np.float32)
+        return y
+
+    def step(self, expected: np.ndarray) -> float:
+        """One output step: the quantizer's scale at the slice's end, or an 8-bit step of its range."""
+        for kind, constants in reversed(self.epilogue):
+            if kind == "DequantizeLinear":
+                return float(constants[0])
+        return max(float(expected.max() - expected.min()) / 255, np.finfo(np.float32).tiny)
+
+
+class _Graph:
+    def __init__(self, model: onnx.ModelProto):
+        self.constants = {t.name: t for t in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.constants[node.output[0]] = node.attribute[0].t
+        self.maker = {name: node for node in model.graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def piece(self, module: str) -> tuple[list[onnx.NodeProto], str, list[onnx.NodeProto]]:
+        """Nodes of one module's slice, its output tensor, and the part after the module itself."""
+        if f"{module}.weight" in self.constants:
+            roles = ["input"]
+            [weight] = self.readers[f"{module}.weight"]
+            [operation] = self.readers[weight.output[0]]
+            [bias] = self.readers[f"{module}.bias"]
+            nodes = [weight, bias]
+        else:
+            roles = ["a", "b"]
+            [last] = self.readers[self._quantizer(f"{module}.a")[-1].output[0]]
+            operation, nodes = last, []
+        renamed = onnx.NodeProto()
+        renamed.CopyFrom(operation)
+        for role in roles:
+            quantizer = self._quantizer(f"{module}.{role}")
+            copies = _rename_input(quantizer, f"{module}.{role}")
+            nodes += copies
+            if operation.op_type == "Gemm":  # the exporter's reshape to two dimensions lies between
+                renamed.input[0] = copies[-1].output[0]
+        own = [renamed]
+        if f"{module}.output.scale" in self.constants:
+            own += self._quantizer(f"{module}.output")
+        epilogue = self._epilogue(own[-1].output[0])
+        nodes += own + epilogue
+        return nodes, nodes[-1].output[0], epilogue
+
+    def _quantizer(self, prefix: str) -> list[onnx.NodeProto]:
+        """The Clip (if any), QuantizeLinear and DequantizeLinear with these scales."""
+        users = self.readers[f"{prefix}.scale"]
+        quantize = next(n for n in users if n.op_type == "QuantizeLinear")
+        dequantize = next(n for n in users if n.op_type == "DequantizeLinear")
+        before = self.maker.get(quantize.input[0])
+        clipped = before is not None and before.op_type == "Clip" and before.input[1] == f"{prefix}.low"
+        return [before, quantize, dequantize] if clipped else [quantize, dequantize]
+
+    def _epilogue(self, tensor: str) -> list[onnx.NodeProto]:
+        """What lies between a tensor and the end of the next quantizer, if only mergeable nodes do."""
+        nodes: list[onnx.NodeProto] = []
+        while len(self.readers.get(tensor, [])) == 1 and self.readers[tensor][0].op_type in _MERGED:
+            nodes.append(self.readers[tensor][0])
+            tensor = nodes[-1].output[0]
+            if nodes[-1].op_type == "DequantizeLinear":
+                return nodes
+        return []
+
+    def describe(self, node: onnx.NodeProto) -> tuple[str, list[np.ndarray]]:
+        return node.op_type, [numpy_helper.to_array(self.constants[name]) for name in node.input[1:]]
+
+
+def _rename_input(nodes: list[onnx.NodeProto], name: str) -> list[onnx.NodeProto]:
+    first = onnx.NodeProto()
+    first.CopyFrom(nodes[0])
+    first.input[0] = name
+    return [first, *nodes[1:]]
