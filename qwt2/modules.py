@@ -53,7 +53,8 @@ class QuantizedLayer(QuantizedModule):
         output_quantizer: Quantizer | None = None,
     ):
         super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight = layer.weight
+        self.register_parameter("bias", layer.bias)  # registered also where it is None
         self.input_quantizer = input_quantizer
         self.weight_quantizer = weight_quantizer
         self.output_quantizer = output_quantizer
