@@ -69,19 +69,16 @@ def slice_modules(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tupl
     """
     graph = _Graph(model)
     modules = sorted({name.rpartition(".")[0] for name in inputs})
-    nodes, slices, outputs = [], {}, []
+    nodes, slices = [], {}
     for module in modules:
         piece, output, epilogue = graph.piece(module)
-        nodes += [node for node in piece if node not in nodes]
+        nodes += piece
         slices[module] = Slice(output, [graph.describe(node) for node in epilogue])
-        outputs.append(helper.make_empty_tensor_value_info(output))
     values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, a.shape) for n, a in inputs.items()]
     used = {name for node in nodes for name in node.input}
-    for name in {o.name for o in outputs} - {n for node in nodes for n in node.output}:
-        raise Qwt2Error(f"the exported graph holds no node that makes {name}; export the model anew")
     sliced = helper.make_graph(
         nodes, "modules", values,
-        [helper.make_tensor_value_info(o.name, onnx.TensorProto.FLOAT, None) for o in outputs],
+        [helper.make_tensor_value_info(s.output, onnx.TensorProto.FLOAT, None) for s in slices.values()],
         [tensor for tensor in model.graph.initializer if tensor.name in used],
     )  # fmt: skip
     return helper.make_model(sliced, opset_imports=model.opset_import, ir_version=model.ir_version), slices
@@ -145,20 +142,19 @@ class _Graph:
             roles = ["a", "b"]
             [last] = self.readers[self._quantizer(f"{module}.a")[-1].output[0]]
             operation, nodes = last, []
-        renamed = onnx.NodeProto()
-        renamed.CopyFrom(operation)
+        aliases = {}
         for role in roles:
             quantizer = self._quantizer(f"{module}.{role}")
-            copies = _rename_input(quantizer, f"{module}.{role}")
-            nodes += copies
+            aliases[quantizer[0].input[0]] = f"{module}.{role}"
+            nodes += quantizer
             if operation.op_type == "Gemm":  # the exporter's reshape to two dimensions lies between
-                renamed.input[0] = copies[-1].output[0]
-        own = [renamed]
+                aliases[operation.input[0]] = quantizer[-1].output[0]
+        nodes.append(operation)
         if f"{module}.output.scale" in self.constants:
-            own += self._quantizer(f"{module}.output")
-        epilogue = self._epilogue(own[-1].output[0])
-        nodes += own + epilogue
-        return nodes, nodes[-1].output[0], epilogue
+            nodes += self._quantizer(f"{module}.output")
+        epilogue = self._epilogue(nodes[-1].output[0])
+        copies = _isolated(nodes + epilogue, module, aliases)
+        return copies, copies[-1].output[0], epilogue
 
     def _quantizer(self, prefix: str) -> list[onnx.NodeProto]:
         """The Clip (if any), QuantizeLinear and DequantizeLinear with these scales."""
@@ -183,8 +179,16 @@ class _Graph:
         return node.op_type, [numpy_helper.to_array(self.constants[name]) for name in node.input[1:]]
 
 
-def _rename_input(nodes: list[onnx.NodeProto], name: str) -> list[onnx.NodeProto]:
-    first = onnx.NodeProto()
-    first.CopyFrom(nodes[0])
-    first.input[0] = name
-    return [first, *nodes[1:]]
+def _isolated(nodes: list[onnx.NodeProto], module: str, aliases: dict[str, str]) -> list[onnx.NodeProto]:
+    """Copies whose own tensors bear the module's name, so that slices may share nodes of the graph."""
+    made = {name for node in nodes for name in node.output}
+    copies = []
+    for number, node in enumerate(nodes):
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = f"{module}/{number}"
+        inputs = [aliases.get(name, name) for name in node.input]
+        copy.input[:] = [f"{module}/{name}" if name in made else name for name in inputs]
+        copy.output[:] = [f"{module}/{name}" for name in node.output]
+        copies.append(copy)
+    return copies
