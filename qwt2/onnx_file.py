@@ -73,7 +73,7 @@ def slice_modules(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tupl
     for module in modules:
         piece, output, epilogue = graph.piece(module)
         nodes += piece
-        slices[module] = Slice(output, [graph.describe(node) for node in epilogue])
+        slices[module] = Slice(output, [graph.describe(n) for n in epilogue], graph.output_scale(module))
     values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, a.shape) for n, a in inputs.items()]
     used = {name for node in nodes for name in node.input}
     sliced = helper.make_graph(
@@ -89,10 +89,11 @@ class Slice:
 
     Attributes:
         output: name of the slice's output tensor.
+        scale: of the module's own output quantizer, if it has one.
     """
 
-    def __init__(self, output: str, epilogue: list[tuple[str, list[np.ndarray]]]):
-        self.output, self.epilogue = output, epilogue
+    def __init__(self, output: str, epilogue: list[tuple[str, list[np.ndarray]]], scale: float | None):
+        self.output, self.epilogue, self.scale = output, epilogue, scale
 
     def expected(self, y: np.ndarray) -> np.ndarray:
         """The slice's output, from the module's own output."""
@@ -115,7 +116,7 @@ class Slice:
         for kind, constants in reversed(self.epilogue):
             if kind == "DequantizeLinear":
                 return float(constants[0])
-        return max(float(expected.max() - expected.min()) / 255, np.finfo(np.float32).tiny)
+        return self.scale or max(float(expected.max() - expected.min()) / 255, np.finfo(np.float32).tiny)
 
 
 class _Graph:
@@ -155,6 +156,11 @@ class _Graph:
         epilogue = self._epilogue(nodes[-1].output[0])
         copies = _isolated(nodes + epilogue, module, aliases)
         return copies, copies[-1].output[0], epilogue
+
+    def output_scale(self, module: str) -> float | None:
+        """Scale of a module's output quantizer, if it has one."""
+        tensor = self.constants.get(f"{module}.output.scale")
+        return None if tensor is None else float(numpy_helper.to_array(tensor))
 
     def _quantizer(self, prefix: str) -> list[onnx.NodeProto]:
         """The Clip (if any), QuantizeLinear and DequantizeLinear with these scales."""
