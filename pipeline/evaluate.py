@@ -4,9 +4,11 @@ import csv
 
 import numpy as np
 
-from pipeline.stage import Cell, run_stage
+from pipeline.stage import OUT, Cell, run_stage
+from qwt2 import machine
+from qwt2.data import open_dataset
 from qwt2.engines import load_engine
-from qwt2.io import atomic_path, load_arrays, read_array, read_json
+from qwt2.io import atomic_path, load_arrays, read_array, read_json, write_json
 from qwt2.latency import measure_latency
 from qwt2.metrics import agreement_percent, sqnr_db, topk_percent
 from qwt2.mismatch import Mismatch, engine_mismatch
@@ -15,14 +17,14 @@ from qwt2.results import LAYER_COLUMNS, UNITS, Row, write_rows
 
 
 def main(cfg, cell: Cell) -> None:
-    from pipeline.data import open_arrays
-
-    evaluation = Evaluation(cfg, cell, open_arrays(cfg))
+    dataset = open_dataset(cfg["data"], OUT / "data" / cfg["data"]["name"], cfg["model"])
+    evaluation = Evaluation(cfg, cell, dataset)
     rows = evaluation.simulated() + evaluation.compensation_costs() + evaluation.folding()
     for engine in cfg["evaluate"]["engines"]:
         rows += evaluation.on_engine(engine) + evaluation.latency(engine)
     write_rows(cell.folder("evaluate") / "rows.csv", rows)
     evaluation.write_layers(cell.folder("evaluate") / "layers.csv")
+    write_json(cell.folder("evaluate") / "machine.json", machine.describe())
 
 
 class Evaluation:
@@ -32,7 +34,7 @@ class Evaluation:
         self.cfg, self.cell, self.dataset = cfg, cell, dataset
         self.labels = dataset.labels("val")
         self.reference = read_array(cell.baseline / "logits.npy")
-        self.seeds, self.compensations = cfg["seeds"], list(cfg["compensation"])
+        self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
         self.methods = ["ptq", *self.compensations]
 
     def label(self, method: str, variant: str = "default") -> str:

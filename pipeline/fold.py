@@ -12,7 +12,7 @@ def main(cfg, cell: Cell) -> None:
     model, dataset = baseline(cfg, cell), open_cell_dataset(cfg)
     images, _ = next(dataset.batches("val", cfg["evaluate"]["mismatch_images"]))
     exporter, facts = Exporter(images), []
-    for method in ["ptq", *cfg["compensation"]]:
+    for method in ["ptq", *cfg["compensations"]]:
         for seed in cfg["seeds"]:
             qmodel = load_quantized(model, cell.quantized("default", method, seed))
             folded = fold(qmodel)

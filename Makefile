@@ -1,0 +1,35 @@
+# `make repro` rebuilds the results, `make test` tests. Both set up the environment on first use.
+VENV := .venv
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PYTHONPATH := $(CURDIR)
+export PYTHONHASHSEED := 0
+export OMP_NUM_THREADS ?= 1
+export OPENVINO_TELEMETRY_OPT_OUT := 1
+export WANDB_MODE ?= offline
+PYTHON ?= python3.11
+
+.PHONY: repro test readme lock benchmarks clean
+
+repro: $(STAMP)
+	dvc repro
+
+test: $(STAMP)
+	pytest -n 2 --dist loadgroup
+
+readme: $(STAMP)
+	python -m pipeline.readme
+
+$(STAMP): requirements.lock
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv pip sync --quiet requirements.lock
+	touch $(STAMP)
+
+lock: $(STAMP)
+	uv pip compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --python-version 3.11 \
+	  requirements.in -o requirements.lock
+
+clean:
+	rm -rf $(VENV) out

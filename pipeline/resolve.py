@@ -1,0 +1,112 @@
+"""Stage `resolve`: compose the Hydra configuration of every grid cell into one small file per stage and cell.
+
+DVC watches those files. Each holds only the keys that its stage reads, so that a change re-runs the stages
+that read it and no others.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.stage import RESOLVED, config_path, guarded
+from qwt2.errors import Qwt2Error
+from qwt2.io import write_text
+from qwt2.precision import Precision
+
+CONF = Path("conf")
+
+_ARCHITECTURE = ("model.name", "model.timm", "model.kwargs")
+# What each stage reads: dotted keys of the composed configuration.
+KEYS = {
+    "data": ("data",),
+    "baseline": ("threads", "training_threads", "data", "model", "evaluate"),
+    "ptq": ("threads", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq", "precision"),
+    "compensate": ("threads", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq.variants", "compensation"),
+    "fold": ("threads", "seeds", "data", *_ARCHITECTURE, "compensations", "evaluate.mismatch_images"),
+    "evaluate": (
+        *("threads", "seeds", "data", *_ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
+        *("compensations", "evaluate"),
+    ),
+    "report": ("grid", "data", "calibration", "evaluate"),
+}
+
+
+def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
+    """The resolved files of the whole grid: path -> YAML text.
+
+    Raises:
+        Qwt2Error: a group option, key or value that does not exist; the message lists what does.
+    """
+    grid = OmegaConf.to_container(OmegaConf.load(CONF / "grid.yaml"))["grid"]
+    overrides = overrides or []
+    files: dict[Path, str] = {}
+    shared: dict[str, Any] = {}
+    for model in grid["model"]:
+        for precision in grid["precision"]:
+            cfg = compose_cell([f"model={model}", f"precision={precision}", *overrides])
+            shared = cfg | {"grid": grid}
+            files[config_path("baseline", model)] = _select(shared, "baseline")
+            for stage in ("ptq", "compensate", "fold", "evaluate"):
+                files[config_path(stage, f"{model}-{precision}")] = _select(cfg, stage)
+    for stage in ("data", "report"):
+        files[config_path(stage)] = _select(shared, stage)
+    return files
+
+
+def compose_cell(overrides: list[str]) -> dict[str, Any]:
+    """One cell's configuration; `compensation` maps the name of each one in `compensations` to its options."""
+    base = _compose(overrides)
+    base["compensation"] = {
+        name: _compose([*overrides, f"compensation={name}"])["compensation"] for name in base["compensations"]
+    }
+    Precision(**{key: value for key, value in base["precision"].items() if key != "name"})
+    return base
+
+
+def _compose(overrides: list[str]) -> dict[str, Any]:
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            cfg: DictConfig = compose("config", overrides)
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Qwt2Error(_one_sentence(error, overrides)) from error
+
+
+def _one_sentence(error: Exception, overrides: list[str]) -> str:
+    """Hydra spreads its advice over several lines; keep what names the problem and the valid options."""
+    text = str(error)
+    if found := re.search(r"In '[^']+': Could not find '(?P<what>[^']+)'(?P<rest>.*)", text, re.S):
+        options = re.findall(r"^\s+(\S+)$", found["rest"], re.M)
+        group = found["what"].rpartition("/")[0]
+        return f"conf has no {found['what']!r}; the options of group {group!r} are: {', '.join(sorted(options)) or 'none'}."
+    return f"the configuration with {' '.join(overrides)} cannot be composed: {text.splitlines()[0]}."
+
+
+def _select(cfg: dict[str, Any], stage: str) -> str:
+    chosen: dict[str, Any] = {}
+    for key in KEYS[stage]:
+        *parents, last = key.split(".")
+        source, target = cfg, chosen
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[last] = source[last]
+    return yaml.safe_dump(chosen, sort_keys=True)
+
+
+def main() -> None:
+    """Write the resolved files, and remove those that no cell of the grid has any more."""
+    files = resolve()
+    for path in set(RESOLVED.glob("*.yaml")) - set(files):
+        path.unlink()
+    for path, text in files.items():
+        write_text(path, text)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,116 @@
+"""What every stage shares: its resolved configuration, its folders, and how it fails."""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwt2.errors import Qwt2Error
+
+OUT = Path("out")
+RESOLVED = OUT / "resolved"
+# The system's own refusals that a user can do something about.
+_REPAIRABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class Declared(dict):
+    """A resolved configuration. It holds the keys that `pipeline.resolve` declares for the stage, and no others."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(f"{key!r} is not among the keys this stage declares in pipeline/resolve.py")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the grid.
+
+    Attributes:
+        name: of the cell, `<model>-<precision>`, or of the model alone in stage `baseline`.
+        model: name of the model.
+    """
+
+    name: str
+    model: str
+
+    def folder(self, stage: str) -> Path:
+        """Where `stage` puts this cell's outputs."""
+        return OUT / stage / self.name
+
+    @property
+    def baseline(self) -> Path:
+        return OUT / "baseline" / self.model
+
+    def quantized(self, variant: str, method: str, seed: int) -> Path:
+        """The stored model of plain PTQ (`method` is "ptq") or of a compensation, at one calibration seed."""
+        if method == "ptq":
+            return self.folder("ptq") / f"{variant}-seed{seed}.safetensors"
+        return self.folder("compensate") / f"{variant}+{method}-seed{seed}.safetensors"
+
+
+def run_stage(stage: str, main: Callable[[Declared, Cell], None]) -> None:
+    """Run `main` on the configuration of the cell named on the command line, if any.
+
+    A user's mistake is printed as one sentence with exit code 2, and what the stage had written so far is
+    removed.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    guarded(lambda: _run(stage, name, main))
+
+
+def _run(stage: str, name: str, main: Callable[[Declared, Cell], None]) -> None:
+    cfg = load_config(stage, name)
+    set_threads(cfg.get("threads", 1))
+    cell = Cell(name, cfg.get("model", {}).get("name", ""))
+    try:
+        main(cfg, cell)
+    except BaseException:
+        if name:
+            shutil.rmtree(cell.folder(stage), ignore_errors=True)
+        raise
+
+
+def guarded(action: Callable[[], None]) -> None:
+    """Run `action`; turn what a user can repair into one sentence on stderr and exit code 2."""
+    try:
+        action()
+    except Qwt2Error as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in _REPAIRABLE:
+            raise
+        _fail(f"cannot write {error.filename or 'a result'}: {error.strerror}; make room or give access, then run again.")
+
+
+def _fail(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_config(stage: str, cell: str = "") -> Declared:
+    """The keys declared for `stage`, resolved for `cell`."""
+    path = config_path(stage, cell)
+    if not path.is_file():
+        raise Qwt2Error(f"{path} does not exist; run `dvc repro`, which resolves the configuration first.")
+    return _declared(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def config_path(stage: str, cell: str = "") -> Path:
+    return RESOLVED / (f"{stage}@{cell}.yaml" if cell else f"{stage}.yaml")
+
+
+def set_threads(count: int) -> None:
+    """Limit every numeric library to `count` threads; must come before their import."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(count)
+
+
+def _declared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Declared({key: _declared(item) for key, item in value.items()})
+    return value
