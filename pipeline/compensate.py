@@ -1,5 +1,8 @@
 """Stage `compensate`: apply every compensation to every quantized model of one cell."""
 
+import math
+
+from pipeline.parallel import each
 from pipeline.stage import Cell, run_stage
 
 
@@ -10,29 +13,27 @@ def main(cfg, cell: Cell) -> None:
     from qwt2.io import write_json
 
     model, dataset = baseline(cfg, cell), open_cell_dataset(cfg)
-    records = []
-    for variant in cfg["ptq"]["variants"]:
-        for seed in cfg["seeds"]:
-            batches = calibration_batches(cfg, dataset, seed)
-            for name, options in cfg["compensation"].items():
-                qmodel = load_quantized(model, cell.folder("ptq") / f"{variant}-seed{seed}.safetensors")
-                settings = {k: v for k, v in options.items() if k != "method"}
-                with PeakMemory() as memory:
-                    report = compensate(qmodel, batches, options["method"], **settings)
-                stem = f"{variant}+{name}-seed{seed}"
-                save_quantized(qmodel, cell.folder("compensate") / f"{stem}.safetensors")
-                simulate(qmodel, dataset, cell.folder("compensate") / f"{stem}.npy")
-                records.append(
-                    {"variant": variant, "compensation": name, "seed": seed, "seconds": report.seconds,
-                     "peak_memory_mb": memory.megabytes, "modules": [_module_record(m) for m in report.modules]}
-                )  # fmt: skip
-    write_json(cell.folder("compensate") / "report.json", records)
+
+    def compensate_one(run: tuple[str, int, str]) -> dict:
+        variant, seed, name = run
+        options = dict(cfg["compensation"][name])
+        qmodel = load_quantized(model, cell.quantized(variant, "ptq", seed))
+        batches = calibration_batches(cfg, dataset, seed)
+        with PeakMemory() as memory:
+            report = compensate(qmodel, batches, options.pop("method"), **options)
+        path = cell.quantized(variant, name, seed)
+        save_quantized(qmodel, path)
+        simulate(qmodel, dataset, path.with_suffix(".npy"))
+        run_facts = {"variant": variant, "compensation": name, "seed": seed}
+        costs = {"seconds": report.seconds, "peak_memory_mb": memory.megabytes}
+        return run_facts | costs | {"modules": [module_record(m) for m in report.modules]}
+
+    runs = [(v, s, name) for v in cfg["ptq"]["variants"] for s in cfg["seeds"] for name in cfg["compensation"]]
+    write_json(cell.folder("compensate") / "report.json", each(compensate_one, runs, cfg["workers"]))
 
 
-def _module_record(module) -> dict:
+def module_record(module) -> dict:
     """One module's line of the per-layer table; JSON has no NaN or infinity, so they become null."""
-    import math
-
     figures = {"sqnr_before_db": module.sqnr_before_db, "sqnr_after_db": module.sqnr_after_db, "r2": module.r2}
     if module.alpha is not None:
         figures |= {

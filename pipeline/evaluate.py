@@ -1,6 +1,7 @@
 """Stage `evaluate`: accuracy, mismatch and latency of one cell on the integer engines; imports no torch."""
 
 import csv
+from functools import partial
 
 import numpy as np
 
@@ -126,8 +127,10 @@ class Evaluation:
         """Latency of every method, interleaved in one run."""
         settings = self.cfg["evaluate"]["latency"]
         images, _ = next(self.dataset.array_batches("val", settings["batch_size"]))
-        engines = {m: load_engine(self.onnx(m, self.seeds[0]), engine, settings["threads"]) for m in self.methods}
-        calls = {method: (lambda model=model: model(images)) for method, model in engines.items()}
+        calls = {
+            method: [partial(load_engine(self.onnx(method, s), engine, settings["threads"]), images) for s in self.seeds]
+            for method in self.methods
+        }
         measured = measure_latency(calls, base="ptq", repeats=settings["repeats"])
         return [
             self.row(method, engine, metric, value)

@@ -1,5 +1,6 @@
 """Stage `ptq`: quantize one model at one precision, for every variant and calibration seed."""
 
+from pipeline.parallel import each
 from pipeline.stage import Cell, run_stage
 
 
@@ -9,18 +10,23 @@ def main(cfg, cell: Cell) -> None:
 
     model, dataset = baseline(cfg, cell), open_cell_dataset(cfg)
     precision = Precision(**{k: v for k, v in cfg["precision"].items() if k != "name"})
-    for variant in cfg["ptq"]["variants"]:
-        for seed in cfg["seeds"]:
-            qmodel = quantize(
-                model,
-                calibration_batches(cfg, dataset, seed),
-                method=cfg["ptq"]["method"],
-                precision=precision,
-                variant=variant,
-                observer_images=cfg["calibration"]["observer_images"],
-            )
-            save_quantized(qmodel, cell.folder("ptq") / f"{variant}-seed{seed}.safetensors")
-            simulate(qmodel, dataset, cell.folder("ptq") / f"{variant}-seed{seed}.npy")
+
+    def quantize_one(run: tuple[str, int]) -> None:
+        variant, seed = run
+        qmodel = quantize(
+            model,
+            calibration_batches(cfg, dataset, seed),
+            method=cfg["ptq"]["method"],
+            precision=precision,
+            variant=variant,
+            observer_images=cfg["calibration"]["observer_images"],
+        )
+        path = cell.quantized(variant, "ptq", seed)
+        save_quantized(qmodel, path)
+        simulate(qmodel, dataset, path.with_suffix(".npy"))
+
+    runs = [(variant, seed) for variant in cfg["ptq"]["variants"] for seed in cfg["seeds"]]
+    each(quantize_one, runs, cfg["workers"])
 
 
 if __name__ == "__main__":

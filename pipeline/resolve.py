@@ -26,8 +26,8 @@ _ARCHITECTURE = ("model.name", "model.timm", "model.kwargs")
 KEYS = {
     "data": ("data",),
     "baseline": ("threads", "training_threads", "data", "model", "evaluate"),
-    "ptq": ("threads", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq", "precision"),
-    "compensate": ("threads", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq.variants", "compensation"),
+    "ptq": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq", "precision"),
+    "compensate": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq.variants", "compensation"),
     "fold": ("threads", "seeds", "data", *_ARCHITECTURE, "compensations", "evaluate.mismatch_images"),
     "evaluate": (
         *("threads", "seeds", "data", *_ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),

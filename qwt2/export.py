@@ -59,6 +59,26 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
     return save_onnx(model, path)
 
 
+class Exporter:
+    """Exports many models; one whose structure was exported before is written into a copy of that file.
+
+    Args:
+        example_input: one input batch.
+    """
+
+    def __init__(self, example_input: Tensor):
+        self.example_input = example_input
+        self._templates: dict[tuple, Path] = {}
+
+    def export(self, folded: nn.Module, path: str | os.PathLike) -> Path:
+        """As :func:`export_onnx`; the files that were written before must still be there."""
+        structure = tuple((name, tuple(tensor.shape)) for name, tensor in folded.state_dict().items())
+        if structure in self._templates:
+            return rewrite_onnx(self._templates[structure], folded, path)
+        self._templates[structure] = export_onnx(folded, path, self.example_input)
+        return Path(path)
+
+
 def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.PathLike) -> Path:
     """Write ``folded`` into a copy of an exported file of a model of the same structure.
 

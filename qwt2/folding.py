@@ -9,15 +9,18 @@ from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
 from qwt2.integer import IntegerConv2d, IntegerLayer, IntegerLinear, IntegerMatmul, WidenedCompensation
-from qwt2.modules import AffineBlock, CompensatedBlock, QuantizedConv2d, QuantizedLayer, QuantizedMatmul
+from qwt2.modules import (
+    BIAS_LIMIT,
+    AffineBlock,
+    CompensatedBlock,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedMatmul,
+    free_bits,
+)
 from qwt2.quantization import quantization_info
 from qwt2.quantizers import Quantizer, UniformQuantizer
 from qwt2.surgery import replace_module
-
-# An int32 accumulator holds the bias and the products; half of its range for either is far more
-# than a layer with 60,000 inputs needs.
-BIAS_LIMIT = 2**30
-
 
 def fold(qmodel: nn.Module) -> nn.Module:
     """The integer model that engines run, with every CWAC folded away.
@@ -55,7 +58,8 @@ def fold_layer(layer: QuantizedLayer) -> IntegerLayer:
         alpha, beta = layer.alpha.double(), layer.beta.double()
         bias = alpha * bias + beta
         codes, scale = _scale_channels(codes, scale, alpha)
-    codes, scale = _use_free_bits(codes, scale, layer.weight_quantizer.grid.bits)
+    shift = 2 ** free_bits(layer.weight_quantizer.grid.bits)
+    codes, scale = codes * shift, scale / shift
     input_scale = layer.input_quantizer.scale.double()
     codes, scale = _make_room_for_bias(codes, scale, bias, input_scale)
     # The scales are stored in float32, so the bias is rounded to the grid that those make.
@@ -81,16 +85,6 @@ def _scale_channels(codes: Tensor, scale: Tensor, alpha: Tensor) -> tuple[Tensor
     scale = torch.where(off, scale, scale * alpha.abs())
     sign = torch.where(off, torch.zeros_like(alpha), torch.sign(alpha))
     return codes * _rows(sign, codes).to(codes.dtype), scale
-
-
-def _use_free_bits(codes: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Shift codes of few bits to the left, dividing the scale by the same power of two.
-
-    The products stay exactly what they were, but the bias, which an integer engine adds on the grid
-    s_x * s_w, gets a grid as fine as at 8 bits. One bit stays free for flipped signs.
-    """
-    factor = 2 ** max(0, 7 - bits)
-    return codes * factor, scale / factor
 
 
 def _make_room_for_bias(codes: Tensor, scale: Tensor, bias: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:

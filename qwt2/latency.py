@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,31 +24,33 @@ class Latency:
 
 
 def measure_latency(
-    calls: Mapping[str, Callable[[], Any]], base: str, repeats: int, warmup: int = 10
+    calls: Mapping[str, Sequence[Callable[[], Any]]], base: str, repeats: int, warmup: int = 5
 ) -> dict[str, Latency]:
-    """Time ``calls`` in rounds, each round every call once, in alternating order.
+    """Time ``calls`` in rounds, each round every name once, in an order drawn anew for each round.
+
+    Every timed call follows an untimed one of the same kind, so that what another model left in the
+    caches does not count.
 
     Args:
-        calls: name -> function without arguments.
-        base: the call that ratios refer to.
+        calls: name -> equivalent functions without arguments. Several instances of a model, used in
+            turn, keep the luck of one instance's place in memory (up to 10 % for millisecond
+            models) out of the ratios.
+        base: the name that ratios refer to.
         repeats: rounds that count.
         warmup: rounds before those.
     """
     names = list(calls)
     wall, cpu = np.zeros((repeats, len(names))), np.zeros((repeats, len(names)))
+    rng = np.random.default_rng(0)
     for round_number in range(-warmup, repeats):
-        # Alternating directions cancel the effect of always following the same neighbour.
-        order = range(len(names)) if round_number % 2 else reversed(range(len(names)))
-        for i in order:
+        for i in rng.permutation(len(names)):
+            call = calls[names[i]][round_number % len(calls[names[i]])]
+            call()
             started, cpu_started = time.perf_counter(), time.process_time()
-            calls[names[i]]()
+            call()
             if round_number >= 0:
                 cpu[round_number, i] = time.process_time() - cpu_started
                 wall[round_number, i] = time.perf_counter() - started
-    base_wall = wall[:, names.index(base)]
-    return {
-        name: Latency(
-            1e3 * float(np.median(wall[:, i])), 1e3 * float(np.median(cpu[:, i])), float(np.median(wall[:, i] / base_wall))
-        )
-        for i, name in enumerate(names)
-    }
+    wall_ms, cpu_ms = 1e3 * np.median(wall, axis=0), 1e3 * np.median(cpu, axis=0)
+    ratio = np.median(wall / wall[:, [names.index(base)]], axis=0)
+    return {n: Latency(float(wall_ms[i]), float(cpu_ms[i]), float(ratio[i])) for i, n in enumerate(names)}

@@ -31,13 +31,16 @@ class QuantizedModule(nn.Module):
 class QuantizedLayer(QuantizedModule):
     """A Linear or Conv2d whose input and weight are fake-quantized.
 
-    y = alpha * op(Q(x), Q(weight)) + beta, with alpha = 1 and beta = 0 until :func:`qwt2.compensate`
-    sets them (QwT-v2, arXiv 2505.20932: channel-wise affine compensation after the module).
+    y = alpha * (op(Q(x), Q(weight)) + bias) + beta, with alpha = 1 and beta = 0 until
+    :func:`qwt2.compensate` sets them (QwT-v2, arXiv 2505.20932: channel-wise affine compensation
+    after the module).
 
     Args:
         layer: the float layer; its parameters are taken over, not copied.
         input_quantizer, weight_quantizer: fake-quantizers.
         output_quantizer: for engines whose integer kernel also needs a quantized output.
+        integer_bias: round alpha * bias + beta to the grid on which integer engines add it
+            (:func:`bias_grid`), so that the simulation sees what they see.
 
     Attributes:
         alpha, beta: float32, shape (C_out,), or ``None``.
@@ -51,6 +54,7 @@ class QuantizedLayer(QuantizedModule):
         input_quantizer: Quantizer,
         weight_quantizer: Quantizer,
         output_quantizer: Quantizer | None = None,
+        integer_bias: bool = False,
     ):
         super().__init__()
         self.weight = layer.weight
@@ -58,6 +62,7 @@ class QuantizedLayer(QuantizedModule):
         self.input_quantizer = input_quantizer
         self.weight_quantizer = weight_quantizer
         self.output_quantizer = output_quantizer
+        self.integer_bias = integer_bias
         self.register_buffer("alpha", None)
         self.register_buffer("beta", None)
 
@@ -65,24 +70,37 @@ class QuantizedLayer(QuantizedModule):
     def out_channels(self) -> int:
         return self.weight.shape[0]
 
-    def op(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's linear operation, bias included."""
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's linear operation."""
         raise NotImplementedError
 
-    def per_channel(self, values: Tensor, output: Tensor) -> Tensor:
+    def full_precision(self, x: Tensor) -> Tensor:
+        """The float layer's output."""
+        return self.op(x, self.weight, self.bias)
+
+    def uncompensated(self, x: Tensor) -> Tensor:
+        """The quantized layer's output before compensation: what a compensation is fitted on."""
+        return self._affine(x, None, None)
+
+    def _affine(self, x: Tensor, alpha: Tensor | None, beta: Tensor | None) -> Tensor:
+        y = self.op(self.input_quantizer(x), self.weight_quantizer(self.weight), None)
+        bias = self.bias
+        if alpha is not None:
+            y = y * self._per_channel(alpha, y)
+            bias = beta if bias is None else alpha * bias + beta
+        if bias is None:
+            return y
+        # While RepQ-ViT calibrates, inputs have a scale a channel and no integer grid exists yet.
+        if self.integer_bias and self.input_quantizer.channel_axis is None:
+            grid = bias_grid(self, alpha, bias).to(y)
+            bias = torch.round(bias / grid) * grid
+        return y + self._per_channel(bias, y)
+
+    def _per_channel(self, values: Tensor, output: Tensor) -> Tensor:
         """Shape ``values`` (C_out,) to broadcast against an output of this layer."""
         shape = [1] * output.dim()
         shape[self.channel_axis] = -1
         return values.reshape(shape)
-
-    def uncompensated(self, x: Tensor) -> Tensor:
-        """op(Q(x), Q(weight)): what a compensation is fitted on."""
-        return self.op(self.input_quantizer(x), self.weight_quantizer(self.weight))
-
-    def compensated(self, y: Tensor) -> Tensor:
-        if self.alpha is None:
-            return y
-        return y * self.per_channel(self.alpha, y) + self.per_channel(self.beta, y)
 
     def set_compensation(self, alpha: Tensor | None, beta: Tensor | None) -> None:
         """Set alpha and beta, float32 (C_out,); ``None`` removes them."""
@@ -91,8 +109,8 @@ class QuantizedLayer(QuantizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.quantized:
-            return self.op(x, self.weight)
-        y = self.compensated(self.uncompensated(x))
+            return self.full_precision(x)
+        y = self._affine(x, self.alpha, self.beta)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
 
@@ -101,8 +119,8 @@ class QuantizedLinear(QuantizedLayer):
 
     channel_axis = -1
 
-    def op(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class QuantizedConv2d(QuantizedLayer):
@@ -115,8 +133,8 @@ class QuantizedConv2d(QuantizedLayer):
         self.stride, self.padding = layer.stride, layer.padding
         self.dilation, self.groups = layer.dilation, layer.groups
 
-    def op(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class QuantizedMatmul(QuantizedModule):
@@ -163,10 +181,10 @@ class CompensatedBlock(QuantizedModule):
         return y.float() + self.bias.reshape(1, -1, 1, 1)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = self.block(x, *args, **kwargs)
         if not self.quantized:
-            return y
-        return y + self.compensation(x)
+            return self.block(x, *args, **kwargs)
+        added = self.compensation(x)  # before the block, which may overwrite its input
+        return self.block(x, *args, **kwargs) + added
 
 
 class AffineBlock(QuantizedModule):
@@ -191,6 +209,33 @@ class AffineBlock(QuantizedModule):
         shape = [1] * y.dim()
         shape[self.channel_axis] = -1
         return y * self.alpha.reshape(shape) + self.beta.reshape(shape)
+
+
+# An int32 accumulator holds the bias and the products; half of its range for either is far more
+# than a layer with 60,000 inputs needs.
+BIAS_LIMIT = 2**30
+
+
+def free_bits(bits: int) -> int:
+    """How far weight codes of ``bits`` bits may be shifted left inside int8, one bit kept for a sign flip.
+
+    The products stay exactly what they were if the scale is divided by the same power of two, but
+    the bias, which engines add on the grid s_x * s_w, gets a grid as fine as at 8 bits.
+    """
+    return max(0, 7 - bits)
+
+
+def bias_grid(layer: QuantizedLayer, alpha: Tensor | None, bias: Tensor) -> Tensor:
+    """The grid on which an integer engine adds the bias: s_x * |alpha| * s_w, float64 (C_out,).
+
+    Coarser where ``bias`` would leave int32 (tiny alpha, huge beta).
+    """
+    weight_scale = layer.weight_quantizer.scale.double() / 2 ** free_bits(layer.weight_quantizer.grid.bits)
+    grid = layer.input_quantizer.scale.double() * weight_scale.expand(layer.out_channels)
+    if alpha is not None:
+        grid = grid * alpha.double().abs()
+    smallest = torch.finfo(torch.float32).tiny
+    return torch.maximum(grid, bias.double().abs() / BIAS_LIMIT).clamp(min=smallest)
 
 
 @contextmanager

@@ -197,7 +197,7 @@ def _insert_layers(qmodel: nn.Module, wiring: Trace, ptq: PTQMethod, recipe: Rec
         if name in wiring.escaping and recipe.output_bits:
             output_quantizer = _activation_quantizer(recipe, recipe.output_bits, None)
         kind = QuantizedConv2d if is_conv else QuantizedLinear
-        replace_module(qmodel, name, kind(layer, input_quantizer, weight_quantizer, output_quantizer))
+        replace_module(qmodel, name, kind(layer, input_quantizer, weight_quantizer, output_quantizer, recipe.exportable))
 
 
 def _activation_quantizer(recipe: Recipe, bits: int, axis: int | None) -> UniformQuantizer:

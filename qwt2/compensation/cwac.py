@@ -106,7 +106,7 @@ class CWAC:
         result = {}
         for name in names:
             layer: QuantizedLayer = qmodel.get_submodule(name)
-            result[name] = (layer.uncompensated(inputs[name]), layer.op(targets[name], layer.weight), layer.channel_axis)
+            result[name] = (layer.uncompensated(inputs[name]), layer.full_precision(targets[name]), layer.channel_axis)
         return result
 
     def _block_outputs(self, qmodel, names, index, quantized, reference) -> dict[str, tuple[Tensor, Tensor, int]]:
