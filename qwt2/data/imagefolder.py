@@ -1,0 +1,138 @@
+"""Folders in ImageNet's layout: ``<path>/train/<class>/<image>`` and ``<path>/val/<class>/<image>``.
+
+Nothing is copied. Preparing stores ``index.json`` in the output folder:
+
+* ``name``, ``classes`` (the class folders' names, sorted; a label is a position in this list),
+* ``train`` and ``val``, each with ``files`` (relative to ``<path>/<split>``) and ``labels``,
+* ``skipped``: images left out because they cannot be decoded.
+
+Every image of the index was decoded once when it was prepared, so labels, logits and images stay aligned
+through all later stages.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from qwt2.data.dataset import Dataset
+from qwt2.errors import Qwt2Error
+from qwt2.io import read_json, write_json
+
+SPLITS = ("train", "val")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+
+
+class ImageFolderDataset(Dataset):
+    """The indexed images, decoded when asked for and put through timm's own transform of the model."""
+
+    def __init__(self, cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any]):
+        from timm.data import create_transform
+
+        from qwt2.models import transform_config
+
+        self._index = read_json(Path(folder) / "index.json")
+        self._root = _root(cfg)
+        self._transform = create_transform(**transform_config(model), is_training=False)
+        self._labels = {split: np.asarray(self._index[split]["labels"], np.int64) for split in SPLITS}
+        self.classes = self._index["classes"]
+
+    def labels(self, split: str) -> np.ndarray:
+        return self._labels[split]
+
+    def images(self, split: str, indices: np.ndarray) -> np.ndarray:
+        files = self._index[split]["files"]
+        paths = [self._root / split / files[index] for index in indices]
+        return np.stack([self._transform(read_rgb(path)).numpy() for path in paths])
+
+
+def write_index(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Index the images below `cfg["path"]` and store the index in `folder`.
+
+    Keys of `cfg`: `path`, `num_classes`, `train_images` and `val_images` (how many to draw, by `seed`; null
+    takes all), `skip_corrupt` (leave out what cannot be decoded instead of refusing).
+
+    Raises `Qwt2Error` naming the folder that is missing or empty, the classes that do not agree, or the
+    image that cannot be decoded.
+    """
+    root = _root(cfg)
+    classes = _class_names(root / "train")
+    if (found := _class_names(root / "val")) != classes:
+        odd = sorted(set(classes) ^ set(found))
+        raise Qwt2Error(f"{root}: train and val must have the same class folders, but only one has {', '.join(odd[:5])}.")
+    if len(classes) != cfg["num_classes"]:
+        raise Qwt2Error(
+            f"{root} has {len(classes)} classes, but data.num_classes is {cfg['num_classes']}; "
+            "set it to the number of class folders, and use a model with as many outputs."
+        )
+    number_of = {name: number for number, name in enumerate(classes)}
+    index: dict[str, Any] = {"name": "imagefolder", "classes": classes, "skipped": []}
+    for number, split in enumerate(SPLITS):
+        files = _files(root / split, classes)
+        if (count := cfg[f"{split}_images"]) is not None:
+            chosen = np.random.default_rng([cfg["seed"], number]).permutation(len(files))[:count]
+            files = [files[index] for index in sorted(chosen)]
+        corrupt = _undecodable(root / split, files, skip=cfg["skip_corrupt"])
+        files = [file for file in files if file not in corrupt]
+        if not files:
+            raise Qwt2Error(f"{root / split}: no image is left to use; check data.{split}_images and the images.")
+        index[split] = {"files": files, "labels": [number_of[file.partition("/")[0]] for file in files]}
+        index["skipped"] += [f"{split}/{file}" for file in sorted(corrupt)]
+    write_json(Path(folder) / "index.json", index)
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Decode an image of any colour mode (CMYK, grayscale, palette, ...) as RGB; `Qwt2Error` names a bad file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise Qwt2Error(f"{path} does not exist any more; prepare the data again (dvc repro --force data).") from error
+    # Pillow's decoders report damage as any of these.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise Qwt2Error(
+            f"{path} cannot be decoded ({error}); repair or remove it, or set data.skip_corrupt to true."
+        ) from error
+
+
+def _root(cfg: Mapping[str, Any]) -> Path:
+    if not cfg["path"]:
+        raise Qwt2Error("data.path is not set; it must name a folder that holds train/<class>/ and val/<class>/.")
+    return Path(cfg["path"]).expanduser()
+
+
+def _class_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise Qwt2Error(f"{folder} is not a folder; data.path must name a folder with train/<class>/ and val/<class>/.")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise Qwt2Error(f"{folder} has no class folders; images belong into {folder}/<class>/.")
+    return classes
+
+
+def _files(folder: Path, classes: list[str]) -> list[str]:
+    """The images of all classes, relative to `folder`, sorted."""
+    files = []
+    for name in classes:
+        names = sorted(entry.name for entry in os.scandir(folder / name) if entry.name.lower().endswith(SUFFIXES))
+        if not names:
+            raise Qwt2Error(f"{folder / name} holds no images ({', '.join(SUFFIXES)}); add some or remove the folder.")
+        files += [f"{name}/{file}" for file in names]
+    return files
+
+
+def _undecodable(folder: Path, files: list[str], skip: bool) -> set[str]:
+    """Decode every file; return those that fail if `skip`, else raise on the first."""
+    corrupt = set()
+    for file in tqdm(files, f"check {folder.name}", unit="image", disable=None):
+        try:
+            read_rgb(folder / file)
+        except Qwt2Error:
+            if not skip:
+                raise
+            corrupt.add(file)
+    return corrupt
