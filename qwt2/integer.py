@@ -157,6 +157,7 @@ class WidenedCompensation(nn.Module):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         weight = self.weight.to(x.dtype)
         if weight.dim() == 2:
-            return self.block(x, *args, **kwargs) + F.linear(x, weight, self.bias)
-        y = F.conv2d(x, weight, self.bias, self.stride, weight.shape[-1] // 2, 1, self.groups)
-        return self.block(x, *args, **kwargs) + y
+            added = F.linear(x, weight, self.bias)
+        else:
+            added = F.conv2d(x, weight, self.bias, self.stride, weight.shape[-1] // 2, 1, self.groups)
+        return self.block(x, *args, **kwargs) + added  # in this order: the block may overwrite its input

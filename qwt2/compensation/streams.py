@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -38,7 +38,10 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 class ActivationStore:
-    """One tree of tensors per batch, in memory or as one safetensors file a batch."""
+    """One tree of tensors per batch, in memory or as one safetensors file a batch.
+
+    What is read is the reader's own: blocks may overwrite their inputs.
+    """
 
     def __init__(self, directory: str | None, prefix: str):
         self.directory = None if directory is None else Path(directory)
@@ -51,12 +54,12 @@ class ActivationStore:
             return
         leaves, spec = tree_flatten(tree)
         tensors = {str(i): leaf.contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        save_file(tensors, self._path(index))
+        self._path(index).write_bytes(save(tensors))  # a full disk is then an OSError with its number
         self.trees[index] = ([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
     def __getitem__(self, index: int) -> Any:
         if self.directory is None:
-            return self.trees[index]
+            return _cloned(self.trees[index])
         leaves, spec = self.trees[index]
         tensors = load_file(self._path(index))
         return tree_unflatten([tensors.get(str(i), leaf) for i, leaf in enumerate(leaves)], spec)
@@ -165,7 +168,7 @@ class UnitStream:
         captured = []
 
         def stop(*args, **kwargs):
-            captured.append(tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs)))
+            captured.append(_cloned((args, kwargs)))
             raise _Stop
 
         with ExitStack() as stack:
@@ -195,6 +198,10 @@ def calibration_batches(calibration: Iterable[Any]) -> list[Tensor]:
         if not torch.isfinite(batch).all():
             raise Qwt2Error(f"calibration batch {number} holds NaN or infinity; check the images and their transform")
     return batches
+
+
+def _cloned(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _has_nan(tree: Any) -> bool:
