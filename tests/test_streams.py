@@ -1,0 +1,229 @@
+"""Running a network unit by unit gives every unit the inputs that whole-network passes give it."""
+
+import pytest
+import torch
+from torch import nn
+
+import qwt2
+import tiny_models as tiny
+from oracles import full_precision_copy, record
+from qwt2.compensation.streams import ActivationStore, UnitStream, calibration_batches, replaced_forward
+from qwt2.quantization import quantization_info
+
+CHAINS = ["vit", "swin", "resnet", "mobilenet"]
+MULTIPATH = {"dense": tiny.dense, "pyramid": tiny.pyramid}
+
+
+def quantized(name: str) -> nn.Module:
+    if name in CHAINS:
+        return tiny.quantized(name)
+    return qwt2.quantize(MULTIPATH[name](), [tiny.images()], "minmax", qwt2.Precision(4, 4))
+
+
+def flat(args, kwargs):
+    return [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["quantized", "reference"])
+@pytest.mark.parametrize("name", [*CHAINS, *MULTIPATH])
+@torch.no_grad()
+def test_inputs_of_every_unit_equal_whole_network_passes(name, reference):
+    qmodel, batches = quantized(name), tiny.batches(8)
+    whole = full_precision_copy(qmodel) if reference else qmodel
+    stream = UnitStream(qmodel, batches, reference, None)
+    for position, unit in enumerate(quantization_info(qmodel).units):
+        expected, outputs = record(whole, unit, batches)
+        for index in range(len(batches)):
+            for found, wanted in zip(flat(*stream.inputs[index]), flat(*expected[index]), strict=True):
+                assert torch.equal(found, wanted), unit
+            assert torch.equal(stream.run(index), outputs[index]), unit
+        stream.advance()
+        assert stream.position == position + 1
+
+
+@pytest.mark.parametrize("name", [*CHAINS, *MULTIPATH])
+@torch.no_grad()
+def test_only_multipath_networks_run_their_prefix(name):
+    """A chain's unit needs its predecessor's output alone; the others are found out by the NaN that stands for them."""
+    qmodel, batches = quantized(name), tiny.batches(8)
+    stream = UnitStream(qmodel, batches, False, None)
+    units = stream.units
+    for _ in units:
+        stream.advance()
+    expected = {
+        "dense": ["blocks.1", "blocks.2", "head"],
+        "pyramid": ["lateral.0", "up.0", "lateral.1", "up.1"],
+    }.get(name, [])
+    # up.0 reads down.2 and lateral.0; lateral.0 runs between them.
+    assert [units[i] for i in sorted(stream.needs_prefix)] == expected
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "pyramid"])
+@torch.no_grad()
+def test_inputs_of_layers_inside_a_unit(name):
+    qmodel, batches = quantized(name), tiny.batches(8)
+    stream = UnitStream(qmodel, batches, False, None)
+    for unit in stream.units:
+        layers = [n for n in qmodel.quantization.layers if n == unit or n.startswith(unit + ".")]
+        for chosen in (layers, layers[:1], layers[-1:]):
+            captured = stream.layer_inputs(1, chosen)
+            for layer in chosen:
+                [_, (args, _)], _ = record(qmodel, layer, batches)
+                assert torch.equal(captured[layer], args[0]), layer
+        stream.advance()
+
+
+class Overwriting(nn.Module):
+    """A block that adds to its own input in place, as some residual blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x):
+        x += self.fc2(torch.relu(self.fc1(x)))
+        return x
+
+
+def overwriting_network() -> nn.Module:
+    model = tiny.mlp(2)
+    model[3] = nn.Sequential(Overwriting(), Overwriting())
+    return qwt2.quantize(tiny.randomize(model), [tiny.images()], "minmax", qwt2.Precision(4, 4))
+
+
+@torch.no_grad()
+def test_blocks_that_overwrite_their_input_are_run_on_the_same_input_every_time():
+    qmodel, batches = overwriting_network(), tiny.batches(8)
+    stream = UnitStream(qmodel, batches, False, None)
+    for unit in stream.units:
+        first = stream.run(0).clone()
+        [((x,), _), _], [y, _] = record(qmodel, unit, batches)
+        assert torch.equal(stream.inputs[0][0][0], x), unit
+        assert torch.equal(first, y) and torch.equal(stream.run(0), y), unit
+        stream.advance()
+
+
+def counted(qmodel: nn.Module, names: list[str]) -> dict[str, int]:
+    """Calls of each module from now on."""
+    calls = dict.fromkeys(names, 0)
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    for name in names:
+        qmodel.get_submodule(name).register_forward_pre_hook(count(name))
+    return calls
+
+
+@pytest.mark.parametrize("method, options", [("cwac", {}), ("cwac", {"order": "one_pass"}), ("cwac", {"granularity": "block"}), ("qwt", {})])
+def test_work_a_block_does_not_grow_with_the_number_of_blocks(method, options):
+    """No full-network pass a module: a network three times as deep runs each of its blocks no more often."""
+    most = {}
+    for depth in (2, 6):
+        qmodel = qwt2.quantize(tiny.vit(depth), [tiny.images()], "repq", qwt2.Precision(4, 4))
+        calls = counted(qmodel, [f"blocks.{i}.norm1" for i in range(depth)])
+        qwt2.compensate(qmodel, tiny.batches(8), method, **options)
+        assert len(set(calls.values())) == 1, calls
+        most[depth] = calls["blocks.0.norm1"]
+    assert most[2] == most[6]
+
+
+def test_no_pass_through_the_network_runs_more_than_one_unit():
+    qmodel = quantized("vit")
+    depth, passes, inside = 0, 0, []
+
+    def enter(*_):
+        nonlocal depth, passes
+        depth, passes = depth + 1, passes + 1
+
+    def leave(*_):
+        nonlocal depth
+        depth -= 1
+
+    qmodel.register_forward_pre_hook(enter)
+    qmodel.register_forward_hook(leave, always_call=True)
+    for i in range(2):
+        norm = qmodel.get_submodule(f"blocks.{i}.norm1")
+        norm.register_forward_pre_hook(lambda *_, i=i: inside.append(i) if depth else None)
+    qwt2.compensate(qmodel, tiny.batches(8))
+    assert depth == 0 and not inside
+    # One start and one step a unit, for each of two batches and two networks.
+    assert passes == 2 * 2 * len(qmodel.quantization.units)
+
+
+class TestActivationStore:
+    TREE = ((torch.arange(6.0).reshape(2, 3).t(), None, 3), {"mask": torch.tensor(2.5), "flags": [torch.tensor([True]), "x"]})
+
+    @pytest.mark.parametrize("on_disk", [False, True])
+    def test_gives_back_what_it_got(self, on_disk, tmp_path):
+        store = ActivationStore(str(tmp_path) if on_disk else None, "quantized")
+        store[0], store[3] = self.TREE, ((torch.zeros(1),), {})
+        (x, nothing, three), kwargs = store[0]
+        assert torch.equal(x, self.TREE[0][0]) and nothing is None and three == 3
+        assert torch.equal(kwargs["mask"], torch.tensor(2.5)) and kwargs["flags"][0].item() is True
+        assert kwargs["flags"][1] == "x"
+        assert len(list(tmp_path.iterdir())) == (2 if on_disk else 0)
+
+    @pytest.mark.parametrize("on_disk", [False, True])
+    def test_what_is_done_to_a_tensor_does_not_reach_the_store(self, on_disk, tmp_path):
+        store = ActivationStore(str(tmp_path) if on_disk else None, "quantized")
+        store[0] = ((torch.ones(3),), {})
+        store[0][0][0].zero_()
+        assert store[0][0][0].eq(1).all()
+
+    def test_clearing_removes_its_own_files(self, tmp_path):
+        (tmp_path / "theirs.txt").write_text("keep")
+        store = ActivationStore(str(tmp_path), "quantized")
+        store[0] = self.TREE
+        store.clear()
+        assert [p.name for p in tmp_path.iterdir()] == ["theirs.txt"]
+
+
+class TestReplacedForward:
+    def test_restores_the_method_also_after_an_exception(self):
+        layer = nn.Linear(2, 2)
+        with pytest.raises(ZeroDivisionError), replaced_forward(layer, lambda x: "replaced"):
+            assert layer(1) == "replaced"
+            raise ZeroDivisionError
+        assert "forward" not in vars(layer) and layer(torch.zeros(1, 2)).shape == (1, 2)
+
+
+class TestCalibrationBatches:
+    def test_takes_tensors_and_labelled_pairs(self):
+        x = tiny.images(2)
+        assert all(torch.equal(b, x) for b in calibration_batches([x, (x, 1), [x, 2]]))
+
+    @pytest.mark.parametrize("batches, message", [([], "empty"), ([torch.zeros(0, 3, 4, 4)], "empty"), (["x"], "str")])
+    def test_refuses_what_is_no_batch(self, batches, message):
+        with pytest.raises(qwt2.Qwt2Error, match=message):
+            calibration_batches(batches)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_names_the_batch_that_is_not_finite(self, bad):
+        broken = tiny.images(2)
+        broken[1, 2, 3, 4] = bad
+        with pytest.raises(qwt2.Qwt2Error, match="calibration batch 1 holds NaN or infinity"):
+            calibration_batches([tiny.images(2), broken])
+
+
+class Branching(nn.Module):
+    """Runs its second block on bright images only."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 4, 4)
+        self.blocks = nn.ModuleList([tiny.ConvBlock(4, 4), tiny.ConvBlock(4, 4)])
+
+    def forward(self, images):
+        x = self.blocks[0](self.stem(images))
+        return self.blocks[1](x) if images.mean() > 0 else x
+
+
+def test_a_unit_that_some_batch_does_not_reach_is_named():
+    bright, dark = tiny.images(2) + 5, tiny.images(2) - 5
+    qmodel = qwt2.quantize(tiny.randomize(Branching()), [bright], "minmax")
+    with pytest.raises(qwt2.Qwt2Error, match="blocks.1 was not run"):
+        qwt2.compensate(qmodel, [bright, dark], gate="none")
