@@ -1,0 +1,106 @@
+"""Stage `report`: gather the evaluated cells into results/summary.csv and results/report.html."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.stage import OUT, Cell, run_stage
+from pipeline.stage import OUT, Cell, run_stage
+from qwt2.errors import Qwt2Error
+from qwt2.io import read_json, write_text
+from qwt2.report import Conditions, render
+from qwt2.results import UNITS, Layer, Results, Row, read_layers, read_rows, write_rows
+
+RESULTS = Path("results")
+
+
+def main(config: Mapping[str, Any], _cell: Cell) -> None:
+    report(config, OUT, RESULTS)
+
+
+def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
+    """Write ``summary.csv`` and ``report.html`` into `results` from the outputs under `out`.
+
+    Only the grid's cells are read: what an earlier, larger grid left behind is no result of this one.
+    The page is made before either file is written, so that they always belong together.
+    """
+    models, precisions = config["grid"]["model"], config["grid"]["precision"]
+    cells = [(model, precision) for model in models for precision in precisions]
+    rows = collect(out, models, cells, config["data"]["name"])
+    layers = [layer for model, precision in cells for layer in cell_layers(out, model, precision)]
+    page = render(Results(rows), layers, _conditions(config, out, cells))
+    write_rows(results / "summary.csv", rows)
+    write_text(results / "report.html", page)
+
+
+def collect(out: Path, models: Sequence[str], cells: Iterable[tuple[str, str]], dataset: str) -> list[Row]:
+    """The figures of the baselines and of exactly these (model, precision) cells."""
+    rows = [row for model in models for row in baseline_rows(out, model, dataset)]
+    return rows + [row for model, precision in cells for row in cell_rows(out, model, precision, dataset)]
+
+
+def baseline_rows(out: Path, model: str, dataset: str) -> list[Row]:
+    """Accuracy of the fp32 network, from ``baseline/<model>/metrics.json``."""
+    path = out / "baseline" / model / "metrics.json"
+    metrics = read_json(path)
+    missing = {"top1", "top5"} - set(metrics)
+    if missing:
+        raise Qwt2Error(f"{path} has no {' and no '.join(sorted(missing))}; run `dvc repro -f baseline@{model}`.")
+    return [
+        Row("classification", dataset, model, "fp32", "fp32", "torch", name, metrics[name], None, UNITS[name], 1)
+        for name in ("top1", "top5")
+    ]
+
+
+def cell_rows(out: Path, model: str, precision: str, dataset: str) -> list[Row]:
+    """The figures of one cell, from ``evaluate/<cell>/rows.csv``; Qwt2Error if they are of anything else."""
+    path = _cell_folder(out, model, precision) / "rows.csv"
+    rows = read_rows(path)
+    for row in rows:
+        _check_cell(path, (row.model, row.precision, row.dataset), (model, precision, dataset))
+    return rows
+
+
+def cell_layers(out: Path, model: str, precision: str) -> list[Layer]:
+    """The per-module record of one cell, from ``evaluate/<cell>/layers.csv``."""
+    path = _cell_folder(out, model, precision) / "layers.csv"
+    layers = read_layers(path)
+    for layer in layers:
+        _check_cell(path, (layer.model, layer.precision), (model, precision))
+    return layers
+
+
+def _check_cell(path: Path, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    if found != expected:
+        raise Qwt2Error(f"{path} has a row of {', '.join(found)}, but belongs to {', '.join(expected)}; run its stage.")
+
+
+def _conditions(config: Mapping[str, Any], out: Path, cells: Iterable[tuple[str, str]]) -> Conditions:
+    machines = []
+    for cell in cells:
+        machine = read_json(_cell_folder(out, *cell) / "machine.json")
+        if machine not in machines:
+            machines.append(machine)
+    return Conditions(
+        dataset=config["data"]["name"],
+        val_images=config["data"]["val_images"],
+        calibration_images=config["calibration"]["images"],
+        latency=config["evaluate"]["latency"],
+        machines=machines,
+    )
+
+
+def _cell_folder(out: Path, model: str, precision: str) -> Path:
+    return out / "evaluate" / f"{model}-{precision}"
+
+
+def main(cfg, cell: Cell) -> None:
+    report(cfg, OUT, Path("results"))
+
+
+if __name__ == "__main__":
+    run_stage("report", main)
+
+
+if __name__ == "__main__":
+    run_stage("report", main)

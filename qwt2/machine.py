@@ -1,0 +1,38 @@
+"""What a measurement ran on: CPU, instruction set and versions. No date and no host name, so equal machines agree."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+# Instruction sets that decide how fast (and by which kernel) 8-bit integer products run, in /proc/cpuinfo's spelling.
+_INTEGER_ISA = (
+    *("sse4_2", "avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "amx_int8"),
+    *("asimd", "asimddp", "i8mm", "sve"),
+)
+_PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "openvino", "numpy")
+
+
+def describe() -> dict[str, Any]:
+    """Name, architecture, usable cores and integer instruction sets of this CPU, and the versions that matter."""
+    fields = _cpuinfo()
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return {
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instruction_sets": [name for name in _INTEGER_ISA if name in flags],
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Fields of the first processor; empty where the system has no /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}

@@ -1,0 +1,295 @@
+"""The results table: long format, one row a figure, checked when read and written in one fixed form.
+
+Two CSV formats live here: figures (`COLUMNS`; an evaluated cell's ``rows.csv`` and the project's
+``results/summary.csv``) and the per-module record of a compensation (`LAYER_COLUMNS`; ``layers.csv``).
+"""
+
+import csv
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwt2.errors import Qwt2Error
+from qwt2.io import write_text
+
+COLUMNS = ("task", "dataset", "model", "precision", "method", "engine", "metric", "value", "std", "unit", "n")
+LAYER_COLUMNS = (
+    *("model", "precision", "method", "seed", "module", "sqnr_before_db", "sqnr_after_db"),
+    *("kept", "alpha_mean", "alpha_std", "beta_rms"),
+)
+
+# Every metric and its only unit, in reading order.
+UNITS = {
+    "top1": "percent",
+    "top5": "percent",
+    "bbox_ap": "percent",
+    "segm_ap": "percent",
+    "agreement": "percent",
+    "logits_sqnr_db": "dB",
+    "engine_top1_delta": "points",
+    "engine_mismatch_steps": "steps",
+    "engine_mismatch_fraction": "ratio",
+    "latency_ms": "ms",
+    "latency_ratio_to_ptq": "ratio",
+    "latency_cpu_ms": "ms",
+    "file_bytes": "bytes",
+    "extra_params": "count",
+    "extra_macs": "count",
+    "compensate_seconds": "s",
+    "peak_memory_mb": "MB",
+}
+
+
+class Row(NamedTuple):
+    """One figure. `std` is the standard deviation over the `n` calibration seeds, None where nothing varies."""
+
+    task: str
+    dataset: str
+    model: str
+    precision: str
+    method: str
+    engine: str
+    metric: str
+    value: float
+    std: float | None
+    unit: str
+    n: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the figure is of: all columns before `value`. Unique in a table, and its sort order."""
+        return self[:7]
+
+
+class Layer(NamedTuple):
+    """One compensated module (or block) at one calibration seed; SQNR of its output in dB.
+
+    `kept` tells whether the gate let the compensation stand. The last three are None where the compensation
+    has no per-channel scale and offset.
+    """
+
+    model: str
+    precision: str
+    method: str
+    seed: int
+    module: str
+    sqnr_before_db: float
+    sqnr_after_db: float
+    kept: bool
+    alpha_mean: float | None
+    alpha_std: float | None
+    beta_rms: float | None
+
+
+class Method(NamedTuple):
+    """The parts of a method's name `<ptq>[_<variant>][+<compensation>]`; absent parts are empty."""
+
+    ptq: str
+    variant: str
+    compensation: str
+
+    @classmethod
+    def parse(cls, name: str) -> "Method":
+        quantizer, _, compensation = name.partition("+")
+        ptq, _, variant = quantizer.partition("_")
+        return cls(ptq, variant, compensation)
+
+    @property
+    def quantizer(self) -> str:
+        """The method's name without its compensation: the plain PTQ it is compared with."""
+        return f"{self.ptq}_{self.variant}" if self.variant else self.ptq
+
+
+class Results:
+    """A table of figures, looked up by what they are of."""
+
+    def __init__(self, rows: Iterable[Row]):
+        self.rows = sorted(rows, key=lambda row: row.key)
+        self._by_key = {row.key[2:]: row for row in self.rows}
+        self.models = _unique(row.model for row in self.rows)
+
+    def get(self, model: str, precision: str, method: str, engine: str, metric: str) -> Row | None:
+        """The figure, or None where it was not measured."""
+        return self._by_key.get((model, precision, method, engine, metric))
+
+    def fp32_top1(self, model: str) -> Row | None:
+        return self.get(model, "fp32", "fp32", "torch", "top1")
+
+    def precisions(self, model: str) -> list[str]:
+        """The quantized precisions of a model, from many bits to few."""
+        return sorted({row.precision for row in self.rows if row.model == model} - {"fp32"}, key=precision_order)
+
+    def methods(self, model: str, precision: str) -> list[str]:
+        """The methods of a cell: plain PTQ before compensated, default variants before others."""
+        names = {row.method for row in self.rows if (row.model, row.precision) == (model, precision)}
+        return sorted(names, key=method_order)
+
+    def engines(self, model: str | None = None) -> list[str]:
+        """Engines with figures (of one model); the torch simulation first."""
+        names = {row.engine for row in self.rows if model in (None, row.model)}
+        return sorted(names, key=lambda name: (name != "torch", name))
+
+
+def precision_order(name: str) -> tuple:
+    """Sort key: fp32, then weight and activation bits falling (w8a8, w4a4, w3a3, w2a4), then other names."""
+    bits = re.fullmatch(r"w(\d+)a(\d+)", name)
+    if name == "fp32":
+        return (0,)
+    return (1, -int(bits[1]), -int(bits[2]), name) if bits else (2, name)
+
+
+def method_order(name: str) -> tuple:
+    """Sort key: by PTQ, default variant first; within one quantizer plain, qwt, cwac, then the others by name."""
+    known = ("", "qwt", "cwac")
+    method = Method.parse(name)
+    rank = known.index(method.compensation) if method.compensation in known else len(known)
+    return (method.ptq, method.variant, rank, method.compensation)
+
+
+def read_rows(path: str | os.PathLike) -> list[Row]:
+    """Read and check a table of figures.
+
+    Raises:
+        Qwt2Error: the file is missing or has other columns; a value is not finite or not a number; a metric is
+            unknown or has another unit; a figure is there twice. The message names file, line and value.
+    """
+    rows = _read_csv(path, COLUMNS, _parse_row)
+    _refuse_duplicates(rows, path)
+    return rows
+
+
+def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+    """Write a table of figures, sorted by its columns, atomically and byte-identical for equal figures.
+
+    Raises:
+        Qwt2Error: as for `read_rows`; what it would refuse is never written.
+    """
+    rows = sorted(rows, key=lambda row: row.key)
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, f"{path}, row {number}")
+    _refuse_duplicates(rows, path)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(row._replace(value=format_number(row.value), std=format_number(row.std)) for row in rows)
+    write_text(path, buffer.getvalue())
+
+
+def read_layers(path: str | os.PathLike) -> list[Layer]:
+    """Read and check a per-module record, keeping its order (that of execution). Raises as `read_rows` does."""
+    return _read_csv(path, LAYER_COLUMNS, _parse_layer)
+
+
+def format_number(value: float | None) -> str:
+    """The one way a figure is written: plain decimals, at most 4 of them, or 4 digits if below 1; '' for None."""
+    if value is None:
+        return ""
+    value = float(value) + 0.0  # turns -0.0 into 0.0
+    return np.format_float_positional(value, precision=4, fractional=abs(value) >= 1, trim="-")
+
+
+def _read_csv(path: str | os.PathLike, columns: Sequence[str], parse: Callable[[dict[str, str], str], Any]) -> list:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Qwt2Error(f"{path} does not exist; run the stage that writes it with `dvc repro`.") from error
+    except UnicodeDecodeError as error:
+        raise Qwt2Error(f"{path} is not UTF-8 text; delete it and run its stage again.") from error
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    if tuple(reader.fieldnames or ()) != tuple(columns):
+        found = ",".join(reader.fieldnames or ()) or "nothing"
+        raise Qwt2Error(f"{path} must have the columns {','.join(columns)}, but has {found}; run its stage again.")
+    try:
+        return [parse(_whole(record, where), where) for record, where in _numbered(reader, path)]
+    except csv.Error as error:
+        raise Qwt2Error(f"{path}, line {reader.line_num}, is not CSV ({error}); run its stage again.") from error
+
+
+def _numbered(reader: csv.DictReader, path: str | os.PathLike) -> Iterable[tuple[dict[str, str], str]]:
+    for record in reader:
+        yield record, f"{path}, line {reader.line_num}"
+
+
+def _whole(record: dict[str, str], where: str) -> dict[str, str]:
+    if None in record or None in record.values():
+        raise Qwt2Error(f"{where}: has too many or too few fields; run its stage again.")
+    return record
+
+
+def _parse_row(record: dict[str, str], where: str) -> Row:
+    row = Row(
+        **{name: record[name] for name in (*COLUMNS[:7], "unit")},
+        value=_number(record, "value", where),
+        std=_number(record, "std", where, optional=True),
+        n=_integer(record, "n", where),
+    )
+    _check_row(row, where)
+    return row
+
+
+def _check_row(row: Row, where: str) -> None:
+    for name, text in zip(COLUMNS, row.key):
+        if not text:
+            raise Qwt2Error(f"{where}: {name} is empty; every figure says what it is of.")
+    if row.metric not in UNITS:
+        raise Qwt2Error(f"{where}: unknown metric {row.metric!r}; known: {', '.join(UNITS)}.")
+    if row.unit != UNITS[row.metric]:
+        raise Qwt2Error(f"{where}: {row.metric} is in {row.unit!r}, but must be in {UNITS[row.metric]!r}.")
+    if not math.isfinite(row.value):
+        raise Qwt2Error(f"{where}: {row.metric} is {row.value}; only finite figures are results.")
+    if row.std is not None and not (math.isfinite(row.std) and row.std >= 0):
+        raise Qwt2Error(f"{where}: std of {row.metric} is {row.std}; leave it empty or give a finite one from 0 up.")
+    if row.n < 1:
+        raise Qwt2Error(f"{where}: n of {row.metric} is {row.n}; a figure comes from at least one measurement.")
+
+
+def _refuse_duplicates(rows: Iterable[Row], path: str | os.PathLike) -> None:
+    seen = set()
+    for row in rows:
+        if row.key in seen:
+            raise Qwt2Error(f"{path} has the figure {', '.join(row.key)} twice; keep one.")
+        seen.add(row.key)
+
+
+def _parse_layer(record: dict[str, str], where: str) -> Layer:
+    if record["kept"].lower() not in ("true", "false", "1", "0"):
+        raise Qwt2Error(f"{where}: kept is {record['kept']!r}; write True or False.")
+    optional = {name: _number(record, name, where, optional=True) for name in LAYER_COLUMNS[8:]}
+    return Layer(
+        **{name: record[name] for name in ("model", "precision", "method", "module")},
+        seed=_integer(record, "seed", where),
+        sqnr_before_db=_number(record, "sqnr_before_db", where),
+        sqnr_after_db=_number(record, "sqnr_after_db", where),
+        kept=record["kept"].lower() in ("true", "1"),
+        **optional,
+    )
+
+
+def _number(record: dict[str, str], name: str, where: str, optional: bool = False) -> float | None:
+    text = record[name]
+    if optional and not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise Qwt2Error(f"{where}: {name} is {text!r}, not a number; run its stage again.") from error
+    if not math.isfinite(value):
+        raise Qwt2Error(f"{where}: {name} is {text}; only finite figures are results.")
+    return value
+
+
+def _integer(record: dict[str, str], name: str, where: str) -> int:
+    try:
+        return int(record[name])
+    except ValueError as error:
+        raise Qwt2Error(f"{where}: {name} is {record[name]!r}, not a whole number; run its stage again.") from error
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -1,0 +1,145 @@
+"""Made-up stage outputs, shaped like the default grid's, to test what reads them. Never published as results."""
+
+import json
+import random
+from pathlib import Path
+
+from qwt2.results import LAYER_COLUMNS, UNITS, Row, write_rows
+
+MODELS = {"vit_micro": "repq", "swin_micro": "repq", "resnet_micro": "percentile"}
+PRECISIONS = ("w8a8", "w4a4", "w3a3", "w2a4")
+FP32 = {"vit_micro": 93.4, "swin_micro": 95.2, "resnet_micro": 99.1}
+LOSS = {"w8a8": 0.05, "w4a4": 0.9, "w3a3": 8.4, "w2a4": 5.1}
+GAIN = {"qwt": {"w8a8": 0.0, "w4a4": 0.2, "w3a3": 2.6, "w2a4": 1.6},
+        "cwac": {"w8a8": -0.05, "w4a4": 0.3, "w3a3": 4.0, "w2a4": 3.3}}  # fmt: skip
+SEEDS = 3
+MACHINE = {
+    "cpu": "Imaginary CPU 3000",
+    "architecture": "x86_64",
+    "cores": 2,
+    "instruction_sets": ["avx2", "avx512_vnni"],
+    "versions": {"python": "3.11.7", "onnxruntime": "1.32.0", "openvino": "2026.4.1"},
+}
+
+CONFIG = {
+    "grid": {"model": list(MODELS), "precision": list(PRECISIONS)},
+    "data": {"name": "digits", "val_images": 2000},
+    "calibration": {"images": 256},
+    "evaluate": {"latency": {"batch_size": 1, "repeats": 200, "threads": 1}},
+}
+
+
+def figure(model, precision, method, engine, metric, value, std=None, n=1):
+    return Row("classification", "digits", model, precision, method, engine, metric, value, std, UNITS[metric], n)
+
+
+def cell_rows(model: str, precision: str) -> list[Row]:
+    """Every figure of one evaluated cell."""
+    rng = random.Random(f"{model}-{precision}")
+    rows = []
+    for compensation in ("", "qwt", "cwac"):
+        rows += _accuracy(rng, model, precision, compensation, variant="")
+        for engine in ("onnxruntime", "openvino"):
+            rows += _engine(rng, model, precision, compensation, engine)
+    for compensation in ("", "qwt"):
+        rows += _accuracy(rng, model, precision, compensation, variant="_published")
+    return rows
+
+
+def _accuracy(rng, model, precision, compensation, variant):
+    method = MODELS[model] + variant + (f"+{compensation}" if compensation else "")
+    gain = GAIN[compensation][precision] if compensation else 0.0
+    top1 = FP32[model] - LOSS[precision] + gain - (0.4 if variant else 0.0) + rng.uniform(-0.02, 0.02)
+    varying = {
+        "top1": top1,
+        "top5": min(99.9, top1 + 4),
+        "agreement": min(99.9, top1 + 1.3),
+        "logits_sqnr_db": 32 - 3 * LOSS[precision] + 2 * gain,
+    }
+    rows = [
+        figure(model, precision, method, "torch", metric, value, rng.uniform(0.05, 0.6), SEEDS)
+        for metric, value in varying.items()
+    ]
+    if compensation:
+        fit = {"compensate_seconds": rng.uniform(2, 9), "peak_memory_mb": rng.uniform(30, 70)}
+        rows += [figure(model, precision, method, "torch", metric, value, 0.2, SEEDS) for metric, value in fit.items()]
+    if not variant:
+        folded = {
+            "extra_params": 55_872 if compensation == "qwt" else 0,
+            "extra_macs": 3_575_808 if compensation == "qwt" else 0,
+            "engine_mismatch_steps": 1,
+            "engine_mismatch_fraction": rng.uniform(1e-6, 1e-3),
+        }
+        rows += [figure(model, precision, method, "torch", metric, value) for metric, value in folded.items()]
+    return rows
+
+
+def _engine(rng, model, precision, compensation, engine):
+    method = MODELS[model] + (f"+{compensation}" if compensation else "")
+    latency = {"vit_micro": 0.71, "swin_micro": 1.9, "resnet_micro": 1.1}[model] * (1.2 if engine == "openvino" else 1)
+    ratio = {"": 1.0, "qwt": 1.2, "cwac": 1.004}[compensation] + rng.uniform(-0.003, 0.003)
+    top1 = FP32[model] - LOSS[precision] + (GAIN[compensation][precision] if compensation else 0)
+    varying = {
+        "top1": top1,
+        "top5": min(99.9, top1 + 4),
+        "agreement": min(99.5, top1 + 1.3),
+        "logits_sqnr_db": 20.0,
+        "engine_top1_delta": rng.uniform(-0.1, 0.1),
+    }
+    values = {
+        "engine_mismatch_steps": rng.choice([1, 1, 2]),
+        "engine_mismatch_fraction": rng.uniform(1e-6, 1e-3),
+        "latency_ms": latency * ratio,
+        "latency_cpu_ms": latency * ratio * 1.01,
+        "latency_ratio_to_ptq": ratio if compensation else 1.0,
+        "file_bytes": 1_310_000 + 220_000 * (compensation == "qwt") + 512 * (compensation == "cwac"),
+    }
+    rows = [figure(model, precision, method, engine, metric, value, 0.04, SEEDS) for metric, value in varying.items()]
+    return rows + [figure(model, precision, method, engine, metric, value) for metric, value in values.items()]
+
+
+def layers_csv(model: str, precision: str) -> str:
+    """The per-module record of one cell: one module that got worse, one that the gate rejected."""
+    rng = random.Random(f"layers-{model}-{precision}")
+    lines = [",".join(LAYER_COLUMNS)]
+    for seed in range(SEEDS):
+        for compensation, names in (("qwt", _blocks()), ("cwac", _modules())):
+            for number, module in enumerate(names):
+                before = 22 - LOSS[precision] - 0.4 * number + rng.uniform(-1, 1)
+                rise = -0.7 if number == 4 else 0.0 if number == 2 else rng.uniform(0.3, 6)
+                scales = ",," if compensation == "qwt" else f"{1 + 0.02 * rng.random():.5f},{rng.random():.5f},0.03"
+                method = f"{MODELS[model]}+{compensation}"
+                lines.append(
+                    f"{model},{precision},{method},{seed},{module},{before:.4f},{before + rise:.4f},"
+                    f"{number != 2},{scales}"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def _blocks():
+    return [f"blocks.{number}" for number in range(6)]
+
+
+def _modules():
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    return ["patch_embed.proj", *(f"{block}.{part}" for block in _blocks() for part in parts), "head"]
+
+
+def write_cell(out: Path, model: str, precision: str) -> Path:
+    """Write one evaluated cell under ``out/evaluate`` and return its folder."""
+    folder = out / "evaluate" / f"{model}-{precision}"
+    write_rows(folder / "rows.csv", cell_rows(model, precision))
+    (folder / "layers.csv").write_text(layers_csv(model, precision))
+    (folder / "machine.json").write_text(json.dumps(MACHINE))
+    return folder
+
+
+def write_out(out: Path, models=tuple(MODELS), precisions=PRECISIONS) -> None:
+    """Write the outputs of ``baseline`` and ``evaluate`` for a whole grid."""
+    for model in models:
+        baseline = out / "baseline" / model
+        baseline.mkdir(parents=True)
+        metrics = {"top1": FP32[model], "top5": 99.8, "seconds": 61.0}
+        (baseline / "metrics.json").write_text(json.dumps(metrics))
+        for precision in precisions:
+            write_cell(out, model, precision)
