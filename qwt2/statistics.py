@@ -53,6 +53,8 @@ class ChannelMoments:
 
     @property
     def is_finite(self) -> bool:
+        if not self.count:
+            return True
         return bool(torch.isfinite(self.var_q).all() and torch.isfinite(self.var_f).all())
 
     def affine(self, estimator: str) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from dataclasses import dataclass, field
-from typing import Any, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ContextManager, Iterable
 
 import torch
 from torch import nn
 
+from qwt2.errors import Qwt2Error
 from qwt2.quantization import quantization_info
 from qwt2.registry import Registry
 
@@ -61,17 +65,31 @@ def compensate(
         qmodel: a model from :func:`qwt2.quantize`.
         calibration: batches as in :func:`qwt2.quantize`; gone through once, in order.
         method: "cwac" or "qwt".
-        offload_dir: existing folder for the block inputs; ``None`` keeps them in memory.
+        offload_dir: existing folder for the block inputs, which go into a temporary folder inside it;
+            ``None`` keeps them in memory.
         options: settings of the method (:class:`qwt2.compensation.cwac.CWAC`,
             :class:`qwt2.compensation.qwt.QwT`).
 
     Raises:
-        Qwt2Error: unknown method or option value, a model that is not quantized, an empty
-            calibration set, or NaN/infinity in an activation (the module is named).
+        Qwt2Error: unknown method, option or option value, a missing folder, a model that is not
+            quantized, an empty calibration set, or NaN/infinity in an activation (the module is named).
     """
     started = time.perf_counter()
     quantization_info(qmodel)
-    compensation = COMPENSATIONS.get(method)(**options)
-    with torch.no_grad():
-        modules = compensation.fit(qmodel, calibration, offload_dir)
+    settings = COMPENSATIONS.get(method)
+    known = [setting.name for setting in fields(settings)]
+    if unknown := [name for name in options if name not in known]:
+        raise Qwt2Error(f"{method}: unknown option {unknown[0]!r}; use some of: {', '.join(known)}")
+    compensation = settings(**options)
+    with torch.no_grad(), _temporary_folder(offload_dir) as folder:
+        modules = compensation.fit(qmodel, calibration, folder)
     return CompensationReport(method, modules, time.perf_counter() - started)
+
+
+def _temporary_folder(parent: str | None) -> ContextManager[str | None]:
+    """A folder of this run alone, so that runs can share ``parent`` and an error leaves nothing behind."""
+    if parent is None:
+        return nullcontext()
+    if not Path(parent).is_dir():
+        raise Qwt2Error(f"{parent} is no folder; make it first, or leave out offload_dir to work in memory")
+    return tempfile.TemporaryDirectory(prefix="qwt2-", dir=parent)

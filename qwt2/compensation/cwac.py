@@ -17,7 +17,7 @@ from qwt2.compensation import COMPENSATIONS, ModuleReport
 from qwt2.compensation.streams import UnitStream, calibration_batches
 from qwt2.errors import Qwt2Error
 from qwt2.modules import AffineBlock, QuantizedLayer, full_precision
-from qwt2.quantization import block_channel_axis, quantization_info, wrap_block
+from qwt2.quantization import block_channel_axis, quantization_info, quantized_layers, wrap_block
 from qwt2.statistics import ChannelMoments
 
 CHOICES = {
@@ -58,17 +58,21 @@ class CWAC:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise Qwt2Error(f"cwac: unknown {name} {getattr(self, name)!r}; use one of: {', '.join(choices)}")
-        if not 0 < self.holdout < 1:
+        if not isinstance(self.holdout, float) or not 0 < self.holdout < 1:
             raise Qwt2Error(f"cwac: holdout is {self.holdout!r}; use a share between 0 and 1")
 
     def fit(self, qmodel: nn.Module, calibration: Iterable[Any], offload_dir: str | None) -> list[ModuleReport]:
-        """Fit and apply, in place; see :func:`qwt2.compensate`."""
+        """Fit and apply, in place; see :func:`qwt2.compensate`. What an earlier fit left in the layers is removed."""
         batches = calibration_batches(calibration)
         if self.gate != "none" and len(batches) < 2:
             raise Qwt2Error("cwac: the gate holds out whole batches; give at least two calibration batches or gate='none'")
         info = quantization_info(qmodel)
+        for layer in quantized_layers(qmodel).values():
+            layer.set_compensation(None, None)
         quantized = UnitStream(qmodel, batches, reference=False, offload_dir=offload_dir)
-        reference = UnitStream(qmodel, batches, reference=True, offload_dir=offload_dir)
+        reference = None
+        if self.target == "global":
+            reference = UnitStream(qmodel, batches, reference=True, offload_dir=offload_dir)
         fits: list[_Fit] = []
         for unit in info.units:
             if self.granularity == "module":
@@ -83,13 +87,16 @@ class CWAC:
                     for fit in new:
                         fit.apply(qmodel)
             quantized.advance()
-            reference.advance()
+            if reference is not None:
+                reference.advance()
         if self.order == "one_pass":
             for fit in fits:
                 fit.apply(qmodel)
         return [fit.report() for fit in fits]
 
-    def _fit_group(self, qmodel: nn.Module, names: list[str], quantized: UnitStream, reference: UnitStream) -> list["_Fit"]:
+    def _fit_group(
+        self, qmodel: nn.Module, names: list[str], quantized: UnitStream, reference: UnitStream | None
+    ) -> list["_Fit"]:
         fits = {name: _Fit(name, self) for name in names}
         for index in range(len(quantized.batches)):
             held_out = self.gate != "none" and _is_held_out(index, len(quantized.batches), self.holdout)
@@ -102,7 +109,7 @@ class CWAC:
 
     def _layer_outputs(self, qmodel, names, index, quantized, reference) -> dict[str, tuple[Tensor, Tensor, int]]:
         inputs = quantized.layer_inputs(index, names)
-        targets = inputs if self.target == "local" else reference.layer_inputs(index, names)
+        targets = inputs if reference is None else reference.layer_inputs(index, names)
         result = {}
         for name in names:
             layer: QuantizedLayer = qmodel.get_submodule(name)
@@ -111,7 +118,7 @@ class CWAC:
 
     def _block_outputs(self, qmodel, names, index, quantized, reference) -> dict[str, tuple[Tensor, Tensor, int]]:
         y_q = quantized.run(index)
-        if self.target == "global":
+        if reference is not None:
             y_f = reference.run(index)
         else:
             with full_precision(qmodel):
@@ -132,7 +139,7 @@ class _Fit:
         self.axis = axis
 
     def solve(self) -> None:
-        if not self.fitted.is_finite:
+        if not (self.fitted.is_finite and self.held_out.is_finite):
             raise Qwt2Error(f"{self.name} gives NaN or infinity on the calibration images; check its weights")
         alpha, beta = self.fitted.affine(self.settings.estimator)
         better = torch.ones_like(alpha, dtype=torch.bool)

@@ -52,7 +52,7 @@ class QwT:
         for name, choices in {"target": ("local", "global"), "dtype": tuple(DTYPES), "r2": ("pooled", "positional")}.items():
             if getattr(self, name) not in choices:
                 raise Qwt2Error(f"qwt: unknown {name} {getattr(self, name)!r}; use one of: {', '.join(choices)}")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+        if not isinstance(self.kernel_size, int) or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise Qwt2Error(f"qwt: kernel_size is {self.kernel_size!r}; use an odd number")
         if self.damping < 0 or self.channels_per_group < 1:
             raise Qwt2Error("qwt: damping must be at least 0 and channels_per_group at least 1")
@@ -94,6 +94,8 @@ class QwT:
                     return ModuleReport(name, math.nan, math.nan, math.nan, False, "input and output positions differ")
             signal += float(y_f.double().square().sum())
             error.update(x, y_f - y_q)
+            if not math.isfinite(error.power):
+                raise Qwt2Error(f"{name} gives NaN or infinity on the calibration images; check its weights")
         weight = error.regression.solve(self.damping)
         r2 = error.positional_r2(weight[0]) if is_image and self.r2 == "positional" else error.regression.r2(weight[0])
         return self._apply(qmodel, name, error, weight, r2, signal)
