@@ -73,7 +73,7 @@ def block_triples(qmodel: nn.Module, reference: nn.Module, name: str, batches, t
     if target == "global":
         y_f = record(reference, name, batches)[1]
     else:
-        y_f = [reference.get_submodule(name)(*args, **kwargs) for args, kwargs in arguments]
+        y_f = [reference.get_submodule(name)(*(a.clone() for a in args), **kwargs) for args, kwargs in arguments]
     return [(args[0], q, f) for (args, _), q, f in zip(arguments, y_q, y_f)]
 
 

@@ -214,7 +214,7 @@ class Branching(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 4, 4, 4)
+        self.stem = nn.Conv2d(3, 4, 8, 8)
         self.blocks = nn.ModuleList([tiny.ConvBlock(4, 4), tiny.ConvBlock(4, 4)])
 
     def forward(self, images):

@@ -1,6 +1,6 @@
 """Networks of a few thousand weights whose wiring holds what large ones hold.
 
-All are deterministic, in evaluation mode and take (N, 3, 16, 16). Weights are drawn so that every layer passes a
+All are deterministic, in evaluation mode and take (N, 3, 32, 32). Weights are drawn so that every layer passes a
 signal on: timm's own initial values (standard deviation 0.02, residual branches that start at zero) would leave
 nothing to quantize in networks this narrow.
 """
@@ -17,12 +17,12 @@ from torch import nn
 
 import qwt2
 
-SIZE, CLASSES = 16, 5
+SIZE, CLASSES = 32, 5
 PTQ = {"vit": "repq", "swin": "repq", "resnet": "percentile", "mobilenet": "percentile"}
 
 
 def images(count: int = 16, seed: int = 0) -> torch.Tensor:
-    """Normally distributed images (count, 3, 16, 16)."""
+    """Normally distributed images (count, 3, 32, 32)."""
     return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -32,9 +32,9 @@ def batches(count: int = 16, size: int = 4, seed: int = 0) -> list[torch.Tensor]
 
 
 def vit(depth: int = 2, width: int = 16) -> nn.Module:
-    """ViT with a class token: 16 patches of 4x4, two heads."""
+    """ViT with a class token: 16 patches of 8x8, two heads."""
     model = VisionTransformer(
-        img_size=SIZE, patch_size=4, embed_dim=width, depth=depth, num_heads=2, num_classes=CLASSES
+        img_size=SIZE, patch_size=8, embed_dim=width, depth=depth, num_heads=2, num_classes=CLASSES
     )  # fmt: skip
     return randomize(model)
 
@@ -42,7 +42,7 @@ def vit(depth: int = 2, width: int = 16) -> nn.Module:
 def swin() -> nn.Module:
     """Two Swin stages with shifted windows and patch merging between them."""
     model = SwinTransformer(
-        img_size=SIZE, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2),
+        img_size=SIZE, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2),
         num_classes=CLASSES, drop_path_rate=0.0,
     )  # fmt: skip
     return randomize(model)
@@ -50,7 +50,7 @@ def swin() -> nn.Module:
 
 def resnet() -> nn.Module:
     """Residual network with in-place ReLU, `x += shortcut` and strided blocks with a downsampling shortcut."""
-    model = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=CLASSES, stem_width=8)
+    model = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=CLASSES)
     return randomize(model)
 
 
@@ -102,7 +102,7 @@ class Dense(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.stem = nn.Conv2d(3, 8, 8, 8)
         self.blocks = nn.ModuleList(ConvBlock(8 + 4 * i, 4) for i in range(3))
         self.head = nn.Linear(20, CLASSES)
 
@@ -135,9 +135,9 @@ class Pyramid(nn.Module):
 
 def mlp(depth: int = 3) -> nn.Module:
     """Patches through a chain of MLP blocks; no attention, no convolution inside the blocks."""
-    stem = nn.Sequential(nn.PixelUnshuffle(4), nn.Flatten(2))
+    stem = nn.Sequential(nn.PixelUnshuffle(8), nn.Flatten(2))
     model = nn.Sequential(
-        stem, _Transpose(), nn.Linear(48, 12), nn.Sequential(*(MLPBlock(12) for _ in range(depth))), nn.Linear(12, CLASSES)
+        stem, _Transpose(), nn.Linear(192, 12), nn.Sequential(*(MLPBlock(12) for _ in range(depth))), nn.Linear(12, CLASSES)
     )
     return randomize(model)
 
