@@ -1,6 +1,5 @@
 """Stage `data`: prepare the dataset."""
 
-
 from pipeline.stage import OUT, Cell, run_stage
 from qwt2.data import write_dataset
 

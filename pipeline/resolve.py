@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
+from pipeline.schema import check
 from pipeline.stage import RESOLVED, config_path, guarded
+from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.io import write_text
 from qwt2.precision import Precision
@@ -25,7 +26,7 @@ _ARCHITECTURE = ("model.name", "model.timm", "model.kwargs")
 # What each stage reads: dotted keys of the composed configuration.
 KEYS = {
     "data": ("data",),
-    "baseline": ("threads", "training_threads", "data", "model", "evaluate"),
+    "baseline": ("threads", "data", "model"),
     "ptq": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq", "precision"),
     "compensate": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq.variants", "compensation"),
     "fold": ("threads", "seeds", "data", *_ARCHITECTURE, "compensations", "evaluate.mismatch_images"),
@@ -60,22 +61,17 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
 
 
 def compose_cell(overrides: list[str]) -> dict[str, Any]:
-    """One cell's configuration; `compensation` maps the name of each one in `compensations` to its options."""
-    base = _compose(overrides)
-    base["compensation"] = {
-        name: _compose([*overrides, f"compensation={name}"])["compensation"] for name in base["compensations"]
-    }
-    Precision(**{key: value for key, value in base["precision"].items() if key != "name"})
-    return base
-
-
-def _compose(overrides: list[str]) -> dict[str, Any]:
+    """One cell's configuration, checked; `compensations` lists the names under `compensation`."""
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            cfg: DictConfig = compose("config", overrides)
-        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+            composed = compose("config", overrides)
+    except HydraException as error:
         raise Qwt2Error(_one_sentence(error, overrides)) from error
+    cfg = check(composed)
+    Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
+    for engine in cfg["evaluate"]["engines"]:
+        ENGINES.get(engine)
+    return cfg | {"compensations": list(cfg["compensation"])}
 
 
 def _one_sentence(error: Exception, overrides: list[str]) -> str:

@@ -70,8 +70,7 @@ def _run(stage: str, name: str, main: Callable[[Declared, Cell], None]) -> None:
     try:
         main(cfg, cell)
     except BaseException:
-        if name:
-            shutil.rmtree(cell.folder(stage), ignore_errors=True)
+        shutil.rmtree(cell.folder(stage), ignore_errors=True)
         raise
 
 
