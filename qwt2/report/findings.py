@@ -92,9 +92,7 @@ def model_sentence(results: Results, model: str) -> str:
         *(f"{item.compensated.value:.1f} with QwT" for item in _same_cell(results, worst, "qwt")),
         f"{worst.compensated.value:.1f} with CWAC",
     ]
-    return (
-        f"fp32 reaches {fp32.value:.1f} % top-1. Hardest precision is {worst.precision}: {', '.join(methods)}."
-    )
+    return f"fp32 reaches {fp32.value:.1f} % top-1. Hardest precision is {worst.precision}: {', '.join(methods)}."
 
 
 def targets(results: Results) -> list[Target]:
@@ -191,9 +189,7 @@ def _some_precision(results: Results, statement: str, meets: Callable[[Compariso
         if meets(item):
             models[item.precision].add(item.model)
     found = [precision for precision, names in models.items() if names >= set(results.models)]
-    misses = [
-        f"{precision} only on {', '.join(sorted(names)) or 'none'}" for precision, names in models.items()
-    ]
+    misses = [f"{precision} only on {', '.join(sorted(names)) or 'none'}" for precision, names in models.items()]
     return Target(statement, bool(found), ", ".join(found) or "none", [] if found else misses)
 
 

@@ -35,6 +35,7 @@ FOLDING = {
     "engine_mismatch_fraction": ("fold differs", "share of a folded module's outputs that differ from the unfolded"),
 }
 _SECONDARY = {"top5", "engine_mismatch_fraction", "latency_cpu_ms", "peak_memory_mb"}
+_SECONDARY_IN_SIMULATION = {"engine_mismatch_steps"}
 _SECONDARY_ON_ENGINES = {"agreement", "logits_sqnr_db"}
 
 
@@ -108,9 +109,9 @@ def _columns(results: Results, model: str) -> list[Column]:
 def _column(engine: str, metric: str, first_file: bool) -> Column:
     simulated = engine == "torch"
     texts = FOLDING.get(metric, HEADINGS[metric]) if simulated else HEADINGS[metric]
+    hidden = _SECONDARY | (_SECONDARY_IN_SIMULATION if simulated else _SECONDARY_ON_ENGINES)
     # All engines run one file: its size is shown beside the first.
-    hidden = metric in _SECONDARY or (metric == "file_bytes" and not first_file)
-    return Column(engine, metric, *texts, hidden or (not simulated and metric in _SECONDARY_ON_ENGINES))
+    return Column(engine, metric, *texts, metric in hidden or (metric == "file_bytes" and not first_file))
 
 
 # Derived, not a metric of the table: the simulation's top-1 minus that of the plain PTQ it stands on.
@@ -171,7 +172,11 @@ def _gain_cell(results: Results, model: str, precision: str, method: str) -> Cel
     gain = row.value - plain.value
     loss = fp32.value - plain.value if fp32 else 0.0
     verdict = "good" if gain > EASY_LOSS else "miss" if gain <= 0 and loss >= HARD_LOSS else ""
-    return Cell(f"{gain:+.2f}", format_number(gain), f"plain PTQ is {loss:.2f} points under fp32", verdict=verdict)
+    return Cell(_signed(gain), format_number(gain), f"plain PTQ is {loss:.2f} points under fp32", verdict=verdict)
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # + 0.0: no negative zero
 
 
 def _significant(value: float) -> str:
@@ -190,7 +195,7 @@ def _compact(value: float) -> str:
 _FORMATS: dict[str, Callable[[float], str]] = {
     **dict.fromkeys(("top1", "top5", "bbox_ap", "segm_ap", "agreement"), "{:.2f}".format),
     "logits_sqnr_db": "{:.1f}".format,
-    "engine_top1_delta": "{:+.2f}".format,
+    "engine_top1_delta": _signed,
     "engine_mismatch_steps": "{:.3g}".format,
     "engine_mismatch_fraction": "{:.2g}".format,
     "latency_ms": _significant,
