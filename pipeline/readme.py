@@ -4,7 +4,6 @@ from pathlib import Path
 
 from pipeline.report import RESULTS
 from pipeline.stage import guarded
-from pipeline.stage import guarded
 from qwt2.errors import Qwt2Error
 from qwt2.io import write_text
 from qwt2.results import Method, Results, Row, read_rows
@@ -54,10 +53,6 @@ def _percent(row: Row | None) -> str:
     if row is None:
         return _MISSING
     return f"{row.value:.1f} ± {row.std:.1f}" if row.std is not None and row.n > 1 else f"{row.value:.1f}"
-
-
-if __name__ == "__main__":
-    guarded(lambda: update(Path("README.md"), Path("results/summary.csv")))
 
 
 if __name__ == "__main__":

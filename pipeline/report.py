@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.stage import OUT, Cell, run_stage
-from pipeline.stage import OUT, Cell, run_stage
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_text
 from qwt2.report import Conditions, render
@@ -92,14 +91,6 @@ def _conditions(config: Mapping[str, Any], out: Path, cells: Iterable[tuple[str,
 
 def _cell_folder(out: Path, model: str, precision: str) -> Path:
     return out / "evaluate" / f"{model}-{precision}"
-
-
-def main(cfg, cell: Cell) -> None:
-    report(cfg, OUT, Path("results"))
-
-
-if __name__ == "__main__":
-    run_stage("report", main)
 
 
 if __name__ == "__main__":
