@@ -6,6 +6,10 @@ from pipeline.parallel import each
 from pipeline.stage import Cell, run_stage
 
 
+# Stands for "no error at all": beyond what float32 can resolve.
+EXACT_DB = 200.0
+
+
 def main(cfg, cell: Cell) -> None:
     from pipeline.models import baseline, calibration_batches, open_cell_dataset, simulate
     from pipeline.resources import PeakMemory
@@ -33,7 +37,7 @@ def main(cfg, cell: Cell) -> None:
 
 
 def module_record(module) -> dict:
-    """One module's line of the per-layer table; JSON has no NaN or infinity, so they become null."""
+    """One module's entry of report.json. JSON has no infinity or NaN: an exact output gets EXACT_DB, unknown is null."""
     figures = {"sqnr_before_db": module.sqnr_before_db, "sqnr_after_db": module.sqnr_after_db, "r2": module.r2}
     if module.alpha is not None:
         figures |= {
@@ -41,7 +45,7 @@ def module_record(module) -> dict:
             "alpha_std": float(module.alpha.std(correction=0)),
             "beta_rms": float(module.beta.square().mean().sqrt()),
         }
-    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    finite = {n: None if math.isnan(v) else min(max(v, -EXACT_DB), EXACT_DB) for n, v in figures.items()}
     return {"module": module.module, "kept": module.kept, "reason": module.reason, **finite}
 
 

@@ -45,7 +45,7 @@ class Evaluation:
     def row(self, method: str, engine: str, metric: str, values, variant: str = "default") -> Row:
         """One figure; several values are its seeds."""
         values = np.atleast_1d(np.asarray(values, dtype=np.float64))
-        std = float(values.std()) if len(values) > 1 else None
+        std = float(values.std(ddof=1)) if len(values) > 1 else None
         cfg = self.cfg
         return Row(
             "classification", cfg["data"]["name"], cfg["model"]["name"], cfg["precision"]["name"],
@@ -150,7 +150,10 @@ class Evaluation:
         return read_json(self.cell.folder("compensate") / "report.json")
 
     def write_layers(self, path) -> None:
-        """The per-layer table, one line a module, method and seed."""
+        """The per-layer table, one line a module, method and seed.
+
+        A block that QwT cannot stand beside has no SQNR and no line; report.json holds the reason.
+        """
         with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, LAYER_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
@@ -159,7 +162,8 @@ class Evaluation:
                     "model": self.cfg["model"]["name"], "precision": self.cfg["precision"]["name"],
                     "method": self.label(record["compensation"], record["variant"]), "seed": record["seed"],
                 }  # fmt: skip
-                writer.writerows(cell | module for module in record["modules"])
+                measured = [m for m in record["modules"] if m["sqnr_before_db"] is not None]
+                writer.writerows(cell | module for module in measured)
 
 
 if __name__ == "__main__":
