@@ -79,10 +79,11 @@ def _scale_channels(codes: Tensor, scale: Tensor, alpha: Tensor) -> tuple[Tensor
     """Multiply channels by alpha: scales stay positive, so a negative alpha flips the codes.
 
     A channel that alpha switches off (so small that the scale would leave float32) gets zero codes
-    and keeps its scale.
+    and a tiny scale, on whose grid the bias, all that is left of the channel, is as good as exact.
     """
-    off = alpha.abs() * scale < torch.finfo(torch.float32).tiny * 2**24
-    scale = torch.where(off, scale, scale * alpha.abs())
+    smallest = torch.finfo(torch.float32).tiny * 2**24
+    off = alpha.abs() * scale < smallest
+    scale = torch.where(off, (scale / BIAS_LIMIT).clamp(min=smallest), scale * alpha.abs())
     sign = torch.where(off, torch.zeros_like(alpha), torch.sign(alpha))
     return codes * _rows(sign, codes).to(codes.dtype), scale
 
