@@ -10,10 +10,10 @@ def main(cfg, cell: Cell) -> None:
     from qwt2.models import build_model
     from qwt2.training import train
 
-    dataset, settings = open_cell_dataset(cfg), cfg["model"]
-    model = build_model({**settings, "num_classes": dataset.num_classes})
-    if settings["train"] is not None:
-        train(model, dataset, settings["train"])
+    dataset, training = open_cell_dataset(cfg), cfg["model"]["train"]
+    model = build_model({**cfg["model"], "num_classes": dataset.num_classes}, training["seed"] if training else 0)
+    if training:
+        train(model, dataset, training)
     save_tensors(cell.baseline / "model.safetensors", model.state_dict())
     simulate(model, dataset, cell.baseline / "logits.npy")
     logits, labels = read_array(cell.baseline / "logits.npy"), dataset.labels("val")

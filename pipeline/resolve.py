@@ -80,8 +80,8 @@ def _one_sentence(error: Exception, overrides: list[str]) -> str:
     if found := re.search(r"In '[^']+': Could not find '(?P<what>[^']+)'(?P<rest>.*)", text, re.S):
         options = re.findall(r"^\s+(\S+)$", found["rest"], re.M)
         group = found["what"].rpartition("/")[0]
-        return f"conf has no {found['what']!r}; the options of group {group!r} are: {', '.join(sorted(options)) or 'none'}."
-    return f"the configuration with {' '.join(overrides)} cannot be composed: {text.splitlines()[0]}."
+        return f"conf has no {found['what']!r}; the options of group {group!r} are: {', '.join(sorted(options)) or 'none'}"
+    return f"the configuration with {' '.join(overrides)} cannot be composed: {text.splitlines()[0]}"
 
 
 def _select(cfg: dict[str, Any], stage: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Optional
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from qwt2.errors import Qwt2Error
 
@@ -112,20 +112,21 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     """
     name = cfg.data.name
     if name not in DATASETS:
-        raise Qwt2Error(f"data.name is {name!r}; choose one of {', '.join(DATASETS)}.")
+        raise Qwt2Error(f"data.name is {name!r}; choose one of {', '.join(DATASETS)}")
+    schema = OmegaConf.structured(Config(data=DATASETS[name]()))
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(Config), cfg)
-        typed.data = OmegaConf.merge(OmegaConf.structured(DATASETS[name]), cfg.data)
-        values = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(OmegaConf.merge(schema, cfg), resolve=True, throw_on_missing=True)
     except ConfigKeyError as error:
         known = ", ".join(field.name for field in fields(error.object_type))
-        raise Qwt2Error(f"The configuration has no key {error.full_key!r}; the keys there are: {known}.") from error
+        raise Qwt2Error(f"the configuration has no key {error.full_key!r}; the keys there are: {known}") from error
+    except MissingMandatoryValue as error:
+        raise Qwt2Error(f"the configuration's {error.full_key!r} is not set; give it a value") from error
     except OmegaConfBaseException as error:
-        raise Qwt2Error(f"The configuration's {error.full_key!r} cannot be used: {error.msg.splitlines()[0]}.") from error
+        raise Qwt2Error(f"the configuration's {error.full_key!r} cannot be used: {error.msg.splitlines()[0]}") from error
     for key, value in _whole_numbers(values):
         least = 0 if key.split(".")[-1] in _FROM_ZERO else 1
         if value < least:
-            raise Qwt2Error(f"The configuration's {key!r} is {value}, but must be at least {least}.")
+            raise Qwt2Error(f"the configuration's {key!r} is {value}, but must be at least {least}")
     _check_weights(values["model"])
     return values
 
@@ -135,8 +136,8 @@ def _check_weights(model: Mapping[str, Any]) -> None:
     sources = [f"model.{key}" for key in ("pretrained", "checkpoint", "train") if model[key]]
     if len(sources) != 1:
         raise Qwt2Error(
-            f"Model {model['name']} needs exactly one source of weights (model.pretrained, model.checkpoint or "
-            f"model.train), but has {' and '.join(sources) or 'none'}."
+            f"model {model['name']} needs exactly one source of weights (model.pretrained, model.checkpoint or "
+            f"model.train), but has {' and '.join(sources) or 'none'}"
         )
 
 

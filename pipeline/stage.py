@@ -83,7 +83,7 @@ def guarded(action: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in _REPAIRABLE:
             raise
-        _fail(f"cannot write {error.filename or 'a result'}: {error.strerror}; make room or give access, then run again.")
+        _fail(f"cannot write {error.filename or 'a result'}: {error.strerror}; make room or give access, then run again")
 
 
 def _fail(sentence: str) -> None:
@@ -95,7 +95,7 @@ def load_config(stage: str, cell: str = "") -> Declared:
     """The keys declared for `stage`, resolved for `cell`."""
     path = config_path(stage, cell)
     if not path.is_file():
-        raise Qwt2Error(f"{path} does not exist; run `dvc repro`, which resolves the configuration first.")
+        raise Qwt2Error(f"{path} does not exist; run `dvc repro`, which resolves the configuration first")
     return _declared(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 

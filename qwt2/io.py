@@ -102,11 +102,11 @@ def load_tensors(path: str | os.PathLike) -> dict[str, "torch.Tensor"]:
 
 @contextmanager
 def _reading(path: str | os.PathLike, damaged: tuple[type[Exception], ...]) -> Iterator[None]:
+    if Path(path).is_dir():  # each reader would fail in another way
+        raise Qwt2Error(f"{path} is a folder, but a file is needed here")
     try:
         yield
     except FileNotFoundError as error:
-        raise Qwt2Error(f"{path} does not exist; run the stage that writes it, or correct the path.") from error
-    except IsADirectoryError as error:
-        raise Qwt2Error(f"{path} is a folder, but a file is needed here.") from error
+        raise Qwt2Error(f"{path} does not exist; run the stage that writes it, or correct the path") from error
     except damaged as error:
-        raise Qwt2Error(f"{path} is damaged or of another format ({error}); delete it and make it again.") from error
+        raise Qwt2Error(f"{path} is damaged or of another format ({error}); delete it and make it again") from error

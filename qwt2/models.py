@@ -1,5 +1,6 @@
 """Classification models: timm architectures by name, with weights from training, from timm or from a file."""
 
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,10 +28,12 @@ def build_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
 
     name = cfg["timm"]
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
-        raise Qwt2Error(f"timm has no model {name!r}; similar names: {close}.")
+        close = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise Qwt2Error(f"timm has no model {name!r}; similar names: {', '.join(close) or 'none'}")
     if cfg["pretrained"] and cfg["checkpoint"]:
-        raise Qwt2Error(f"Model {cfg['name']}: set either pretrained or checkpoint, not both.")
+        raise Qwt2Error(f"model {cfg['name']}: set either pretrained or checkpoint, not both")
+    if cfg["pretrained"]:
+        _check_pretrained(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -38,13 +41,13 @@ def build_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
                 name, pretrained=cfg["pretrained"], num_classes=cfg["num_classes"], **cfg["kwargs"]
             )
         except TypeError as error:
-            raise Qwt2Error(f"timm's {name} refuses an argument of model.kwargs: {error}.") from error
+            raise Qwt2Error(f"timm's {name} refuses an argument of model.kwargs: {error}") from error
         except (OSError, RuntimeError) as error:
             if not cfg["pretrained"]:
                 raise
             raise Qwt2Error(
                 f"timm's pretrained weights of {name} could not be loaded ({_first_line(error)}); "
-                "put a weight file on disk and set model.checkpoint to it."
+                "put a weight file on disk and set model.checkpoint to it"
             ) from error
     if cfg["checkpoint"]:
         load_weights(model, cfg["checkpoint"])
@@ -76,7 +79,7 @@ def load_weights(model: "nn.Module", path: str | os.PathLike) -> None:
     ]
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise Qwt2Error(f"{path} does not fit the model: it {problems[0]}{more}; use the architecture it was made with.")
+        raise Qwt2Error(f"{path} does not fit the model: it {problems[0]}{more}; use the architecture it was made with")
     with torch.no_grad():
         model.load_state_dict(state)
 
@@ -92,6 +95,23 @@ def transform_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return resolve_data_config(arguments, pretrained_cfg=pretrained.to_dict() if pretrained else {})
 
 
+def _check_pretrained(cfg: Mapping[str, Any]) -> None:
+    """Refuse what timm would answer with a random classifier in place of the trained one."""
+    import timm
+
+    try:
+        pretrained = timm.get_pretrained_cfg(cfg["timm"])
+    except RuntimeError as error:  # a tag (after the dot) that the architecture has not
+        raise Qwt2Error(f"timm does not know {cfg['timm']}: {_first_line(error)}") from error
+    if pretrained is None or not pretrained.has_weights:
+        raise Qwt2Error(f"timm has no pretrained weights of {cfg['timm']}; set model.checkpoint to a weight file")
+    if pretrained.num_classes != cfg["num_classes"]:
+        raise Qwt2Error(
+            f"timm's weights of {cfg['timm']} know {pretrained.num_classes} classes, but the data has "
+            f"{cfg['num_classes']}; set data.num_classes or use other weights"
+        )
+
+
 def _read_state(path: Path) -> dict[str, "torch.Tensor"]:
     if path.suffix == ".safetensors":
         return load_tensors(path)
@@ -102,16 +122,16 @@ def _read_state(path: Path) -> dict[str, "torch.Tensor"]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise Qwt2Error(f"{path} does not exist; correct model.checkpoint.") from error
+        raise Qwt2Error(f"{path} does not exist; correct model.checkpoint") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
         raise Qwt2Error(
-            f"{path} is not a safetensors file nor a torch file that holds weights alone ({_first_line(error)})."
+            f"{path} is not a safetensors file nor a torch file that holds weights alone ({_first_line(error)})"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise Qwt2Error(f"{path} holds no state dict (bare, or under 'state_dict' or 'model').")
+        raise Qwt2Error(f"{path} holds no state dict (bare, or under 'state_dict' or 'model')")
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
@@ -129,7 +149,7 @@ def _check_classes(model: "nn.Module", state: Mapping, own: Mapping, path: str |
         if key in state and key in own and state[key].shape != own[key].shape:
             raise Qwt2Error(
                 f"{path} was trained for {len(state[key])} classes, but the data has {len(own[key])}; "
-                "set data.num_classes or use other weights."
+                "set data.num_classes or use other weights"
             )
 
 

@@ -17,9 +17,9 @@ from qwt2.data import Dataset
 def train(model: nn.Module, dataset: Dataset, cfg: Mapping[str, Any], progress: bool = True) -> nn.Module:
     """Train `model` from scratch, in place, on the training split and return it in evaluation mode.
 
-    Weights are drawn anew (`initialize`). AdamW with linear warm-up and cosine decay. Keys of `cfg`: `steps`, `batch_size`, `learning_rate`,
+    Linear layers and position embeddings are drawn anew (`initialize`). AdamW with linear warm-up and cosine decay. Keys of `cfg`: `steps`, `batch_size`, `learning_rate`,
     `weight_decay`, `warmup_steps`, `label_smoothing`, `autocast` (bfloat16 arithmetic; weights stay
-    float32) and `seed` (weights, order of the images, everything random inside the model). With the same
+    float32) and `seed` (of those weights, of the images' order, of everything random inside the model). With the same
     number of threads the result is the same on every run. `progress` shows a bar on a terminal.
     """
     from timm.optim import param_groups_weight_decay

@@ -132,7 +132,7 @@ def test_full_size_models_compose_with_a_folder_of_images():
         (["data=imagenet"], "options of group 'data' are: digits, imagefolder"),
         (["ptq=gptq"], "options of group 'ptq' are: minmax, mse, percentile, repq"),
         (["compensation@compensation.qwt=qwt3"], "options of group 'compensation' are: cwac, qwt"),
-        (["data=imagefolder"], "'data.path' cannot be used"),
+        (["data=imagefolder"], "'data.path' is not set"),
         (["+calibration.image=3"], "no key 'calibration.image'; the keys there are: images, batch_size, observer_images"),
         (["calibration.images=many"], "'calibration.images' cannot be used: .*'many'"),
         (["calibration.images=0"], "'calibration.images' is 0, but must be at least 1"),
@@ -141,11 +141,12 @@ def test_full_size_models_compose_with_a_folder_of_images():
         (["evaluate.latency.repeats=-5"], "'evaluate.latency.repeats' is -5"),
         (["model.pretrained=true"], "has model.pretrained and model.train"),
         (["model.train=null"], "but has none"),
+        (["data.val_images=null"], "'data.val_images' cannot be used"),
         (["data.name=cifar"], "data.name is 'cifar'; choose one of digits, imagefolder"),
         (["precision.weight_bits=9"], "weight_bits is 9; use a whole number from 2 to 8"),
         (["precision.activation_bits=2"], "activation_bits is 2; use a whole number from 3 to 8"),
         (["evaluate.engines=[tensorrt]"], "'tensorrt'; use one of: onnxruntime, openvino"),
-        (["no.such.key=1"], "no"),
+        (["no.such.key=1"], "no.such.key=1 cannot be composed"),
     ],
 )
 def test_a_slip_is_one_sentence_with_what_is_valid(overrides, message):

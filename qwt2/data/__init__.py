@@ -45,4 +45,4 @@ def open_dataset(
 
 def _check_name(cfg: Mapping[str, Any]) -> None:
     if cfg["name"] not in NAMES:
-        raise Qwt2Error(f"Unknown dataset {cfg['name']!r}; choose one of {', '.join(NAMES)}.")
+        raise Qwt2Error(f"unknown dataset {cfg['name']!r}; choose one of {', '.join(NAMES)}")

@@ -72,7 +72,7 @@ class Dataset(ABC):
         available = self.size("train")
         if not 0 < count <= available:
             raise Qwt2Error(
-                f"Calibration asks for {count} images, but must be between 1 and the {available} training images."
+                f"calibration asks for {count} images, but must be between 1 and the {available} training images"
             )
         indices = np.random.default_rng(seed).permutation(available)[:count]
         return torch.from_numpy(self.images("train", indices))

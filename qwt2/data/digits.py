@@ -59,10 +59,10 @@ def write_digits(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
     Raises `Qwt2Error` if the settings ask for another number of classes, or for no images at all.
     """
     if cfg["num_classes"] != len(CLASSES):
-        raise Qwt2Error(f"data.num_classes is {cfg['num_classes']}, but the digits have {len(CLASSES)} classes.")
+        raise Qwt2Error(f"data.num_classes is {cfg['num_classes']}, but the digits have {len(CLASSES)} classes")
     for key in ("train_images", "val_images"):
         if not cfg[key] or cfg[key] < len(CLASSES):
-            raise Qwt2Error(f"data.{key} is {cfg[key]}; the digits dataset needs at least {len(CLASSES)}.")
+            raise Qwt2Error(f"data.{key} is {cfg[key]}; the digits dataset needs at least {len(CLASSES)}")
     folder = Path(folder)
     scans, labels = read_scans()
     sources = split_sources(labels, cfg["seed"])

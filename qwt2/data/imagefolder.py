@@ -63,11 +63,11 @@ def write_index(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
     classes = _class_names(root / "train")
     if (found := _class_names(root / "val")) != classes:
         odd = sorted(set(classes) ^ set(found))
-        raise Qwt2Error(f"{root}: train and val must have the same class folders, but only one has {', '.join(odd[:5])}.")
+        raise Qwt2Error(f"{root}: train and val must have the same class folders, but only one has {', '.join(odd[:5])}")
     if len(classes) != cfg["num_classes"]:
         raise Qwt2Error(
             f"{root} has {len(classes)} classes, but data.num_classes is {cfg['num_classes']}; "
-            "set it to the number of class folders, and use a model with as many outputs."
+            "set it to the number of class folders, and use a model with as many outputs"
         )
     number_of = {name: number for number, name in enumerate(classes)}
     index: dict[str, Any] = {"name": "imagefolder", "classes": classes, "skipped": []}
@@ -79,7 +79,7 @@ def write_index(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
         corrupt = _undecodable(root / split, files, skip=cfg["skip_corrupt"])
         files = [file for file in files if file not in corrupt]
         if not files:
-            raise Qwt2Error(f"{root / split}: no image is left to use; check data.{split}_images and the images.")
+            raise Qwt2Error(f"{root / split}: no image is left to use; check data.{split}_images and the images")
         index[split] = {"files": files, "labels": [number_of[file.partition("/")[0]] for file in files]}
         index["skipped"] += [f"{split}/{file}" for file in sorted(corrupt)]
     write_json(Path(folder) / "index.json", index)
@@ -91,26 +91,26 @@ def read_rgb(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError as error:
-        raise Qwt2Error(f"{path} does not exist any more; prepare the data again (dvc repro --force data).") from error
+        raise Qwt2Error(f"{path} does not exist any more; prepare the data again (dvc repro --force data)") from error
     # Pillow's decoders report damage as any of these.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise Qwt2Error(
-            f"{path} cannot be decoded ({error}); repair or remove it, or set data.skip_corrupt to true."
+            f"{path} cannot be decoded ({error}); repair or remove it, or set data.skip_corrupt to true"
         ) from error
 
 
 def _root(cfg: Mapping[str, Any]) -> Path:
     if not cfg["path"]:
-        raise Qwt2Error("data.path is not set; it must name a folder that holds train/<class>/ and val/<class>/.")
+        raise Qwt2Error("data.path is not set; it must name a folder that holds train/<class>/ and val/<class>/")
     return Path(cfg["path"]).expanduser()
 
 
 def _class_names(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise Qwt2Error(f"{folder} is not a folder; data.path must name a folder with train/<class>/ and val/<class>/.")
+        raise Qwt2Error(f"{folder} is not a folder; data.path must name a folder with train/<class>/ and val/<class>/")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise Qwt2Error(f"{folder} has no class folders; images belong into {folder}/<class>/.")
+        raise Qwt2Error(f"{folder} has no class folders; images belong into {folder}/<class>/")
     return classes
 
 
@@ -120,7 +120,7 @@ def _files(folder: Path, classes: list[str]) -> list[str]:
     for name in classes:
         names = sorted(entry.name for entry in os.scandir(folder / name) if entry.name.lower().endswith(SUFFIXES))
         if not names:
-            raise Qwt2Error(f"{folder / name} holds no images ({', '.join(SUFFIXES)}); add some or remove the folder.")
+            raise Qwt2Error(f"{folder / name} holds no images ({', '.join(SUFFIXES)}); add some or remove the folder")
         files += [f"{name}/{file}" for file in names]
     return files
 
