@@ -6,8 +6,6 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PYTHONPATH := $(CURDIR)
 export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
-export OPENVINO_TELEMETRY_OPT_OUT := 1
-export WANDB_MODE ?= offline
 PYTHON ?= python3.11
 
 .PHONY: repro test readme lock benchmarks clean

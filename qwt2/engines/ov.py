@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import onnx
 
@@ -19,7 +17,6 @@ class OpenVinoSession:
     """
 
     def __init__(self, model: onnx.ModelProto, threads: int):
-        os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
         import openvino
 
         options = {
