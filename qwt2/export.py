@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import warnings
@@ -20,6 +22,7 @@ from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx
 from qwt2.tracing import evaluation_mode
 
 OPSET = 20
+STRUCTURE_KEY = "qwt2_structure"
 
 
 def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tensor) -> Path:
@@ -68,11 +71,11 @@ class Exporter:
 
     def __init__(self, example_input: Tensor):
         self.example_input = example_input
-        self._templates: dict[tuple, Path] = {}
+        self._templates: dict[str, Path] = {}
 
     def export(self, folded: nn.Module, path: str | os.PathLike) -> Path:
         """As :func:`export_onnx`; the files that were written before must still be there."""
-        structure = tuple((name, tuple(tensor.shape)) for name, tensor in folded.state_dict().items())
+        structure = _structure(folded)
         if structure in self._templates:
             return rewrite_onnx(self._templates[structure], folded, path)
         self._templates[structure] = export_onnx(folded, path, self.example_input)
@@ -89,14 +92,13 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
         Qwt2Error: the file was not exported by this library or from another structure.
     """
     model = load_onnx(template)
+    if _structure(folded) not in {entry.value for entry in model.metadata_props if entry.key == STRUCTURE_KEY}:
+        raise Qwt2Error(f"{template} holds a model of another structure; export this one with qwt2.export_onnx")
     state = folded.state_dict()
     for tensor in model.graph.initializer:
-        if tensor.name not in state:
-            continue
-        values = state[tensor.name]
-        if tuple(values.shape) != tuple(tensor.dims):
-            raise Qwt2Error(f"{template}: {tensor.name} has shape {tuple(tensor.dims)}, the model {tuple(values.shape)}; export it anew")
-        tensor.CopyFrom(numpy_helper.from_array(values.detach().cpu().numpy(), tensor.name))
+        if tensor.name in state:
+            values = state[tensor.name].detach().cpu().numpy()
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     _stamp(model, folded)
     return save_onnx(model, path)
 
@@ -148,7 +150,13 @@ def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:
     del model.metadata_props[:]
     info = getattr(folded, "quantization", None)
     label = "float" if info is None else f"{info.method} W{info.precision.weight_bits}A{info.precision.activation_bits}"
-    onnx.helper.set_model_props(model, {PRODUCER_KEY: label})
+    onnx.helper.set_model_props(model, {PRODUCER_KEY: label, STRUCTURE_KEY: _structure(folded)})
+
+
+def _structure(model: nn.Module) -> str:
+    """A digest of the names, shapes and types of everything a model stores."""
+    stored = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
+    return hashlib.sha256(json.dumps(stored).encode()).hexdigest()
 
 
 def _refuse_unfolded(model: nn.Module) -> None:
