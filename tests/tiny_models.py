@@ -5,8 +5,12 @@ signal on: timm's own initial values (standard deviation 0.02, residual branches
 nothing to quantize in networks this narrow.
 """
 
+import copy
 import functools
+import tempfile
+from pathlib import Path
 
+import pytest
 import torch
 from timm.layers import SqueezeExcite
 from timm.models._efficientnet_blocks import InvertedResidual
@@ -40,9 +44,9 @@ def vit(depth: int = 2, width: int = 16) -> nn.Module:
 
 
 def swin() -> nn.Module:
-    """Two Swin stages with shifted windows and patch merging between them."""
+    """Two Swin stages, the first with shifted windows, and patch merging between them."""
     model = SwinTransformer(
-        img_size=SIZE, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2),
+        img_size=SIZE, patch_size=4, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 2),
         num_classes=CLASSES, drop_path_rate=0.0,
     )  # fmt: skip
     return randomize(model)
@@ -186,6 +190,29 @@ def _quantized(name: str, weight_bits: int, activation_bits: int, variant: str) 
 
 def quantized(name: str, weight_bits: int = 4, activation_bits: int = 4, variant: str = "default") -> nn.Module:
     """A quantized copy of one of `BUILDERS`, the caller's own."""
-    import copy
-
     return copy.deepcopy(_quantized(name, weight_bits, activation_bits, variant))
+
+
+_FILES = tempfile.TemporaryDirectory(prefix="qwt2-tests-")
+
+
+@functools.cache
+def _exporter(name: str):
+    from qwt2.export import Exporter
+
+    return Exporter(images(2))
+
+
+@functools.cache
+def exported(name: str, bits: int = 8, method: str | None = None) -> tuple[nn.Module, Path]:
+    """A folded model, to be read only, and its ONNX file; compensated by every module's fit if `method` says so."""
+    qmodel = quantized(name, bits, bits)
+    if method:
+        qwt2.compensate(qmodel, batches(), method, **({"gate": "none"} if method == "cwac" else {}))
+    folded = qwt2.fold(qmodel)
+    return folded, _exporter(name).export(folded, Path(_FILES.name) / f"{name}-{bits}-{method}.onnx")
+
+
+def exported_models(names=tuple(BUILDERS)):
+    """Parameters of a test over models; tests of one model share its files, hence a worker."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(f"export-{name}")) for name in names]

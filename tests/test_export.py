@@ -1,0 +1,293 @@
+"""Exported files: integer weights, no float copies, equal bytes for equal models, nothing half-written."""
+
+import copy
+import errno
+import logging
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import nn
+
+import qwt2
+import tiny_models as tiny
+from qwt2.export import Exporter, export_onnx, rewrite_onnx
+from qwt2.integer import IntegerLayer
+from qwt2.onnx_file import load_onnx, with_batch_size
+
+MODELS = tiny.exported_models()
+ONE_OF_EACH_KIND = tiny.exported_models(["vit", "resnet"])  # an export takes seconds
+TINY = pytest.mark.xdist_group("export-resnet")  # tests that export small things of their own go with one group
+
+
+def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Every array in the file: initializers and constant nodes."""
+    arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                arrays[f"{node.name}/{attribute.name}"] = numpy_helper.to_array(attribute.t)
+    return arrays
+
+
+def nodes(path: Path) -> list[bytes]:
+    return [node.SerializeToString(deterministic=True) for node in onnx.load(path).graph.node]
+
+
+def integer_layers(folded: nn.Module) -> dict[str, IntegerLayer]:
+    return {name: m for name, m in folded.named_modules() if isinstance(m, IntegerLayer)}
+
+
+def small(bits: int = 8, seed: int = 0) -> nn.Module:
+    """A folded convolution and Linear, quick to export."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(64, tiny.CLASSES))
+    precision = qwt2.Precision(bits, bits, first_last_bits=None)
+    return qwt2.fold(qwt2.quantize(tiny.randomize(model, seed), [tiny.images()], "minmax", precision))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("bits", [8, 4])
+class TestFileContents:
+    def test_weights_are_int8_and_biases_int32(self, name, bits):
+        folded, path = tiny.exported(name, bits)
+        stored = {t.name: t for t in onnx.load(path).graph.initializer}
+        for layer, module in integer_layers(folded).items():
+            for part, kind in (("weight", TensorProto.INT8), ("bias", TensorProto.INT32)):
+                tensor = stored[f"{layer}.{part}"]
+                assert tensor.data_type == kind
+                assert np.array_equal(numpy_helper.to_array(tensor), getattr(module, part).numpy())
+
+    def test_no_float_copy_of_a_quantized_weight(self, name, bits):
+        folded, path = tiny.exported(name, bits)
+        floats = [a for a in constants(onnx.load(path)).values() if a.dtype.kind == "f"]
+        by_size: dict[int, list[np.ndarray]] = {}
+        for array in floats:
+            by_size.setdefault(array.size, []).append(np.sort(array.astype(np.float64).ravel()))
+        for layer, module in integer_layers(folded).items():
+            axis = 1 if module.weight.dim() == 2 else 0
+            shape = [-1 if a == axis else 1 for a in range(module.weight.dim())]
+            for values in (module.weight * module.weight_scale.reshape(shape), module.weight.float()):
+                wanted = np.sort(values.double().numpy().ravel())
+                assert not any(np.allclose(found, wanted) for found in by_size.get(wanted.size, [])), layer
+
+    def test_every_product_reads_dequantized_operands(self, name, bits):
+        model = onnx.load(tiny.exported(name, bits)[1])
+        maker = {output: node for node in model.graph.node for output in node.output}
+        through = ("Reshape", "Transpose")
+        count = Counter()
+        for node in model.graph.node:
+            if node.op_type in ("Conv", "Gemm", "MatMul"):
+                count[node.op_type] += 1
+                for operand in node.input:
+                    source = maker[operand]
+                    while source.op_type in through:
+                        source = maker[source.input[0]]
+                    assert source.op_type == "DequantizeLinear", (node.name, source.op_type)
+        folded, _ = tiny.exported(name, bits)
+        convolutions = sum(m.weight.dim() == 4 for m in integer_layers(folded).values())
+        linears = len(integer_layers(folded)) - convolutions
+        assert count == Counter(Conv=convolutions, Gemm=linears, MatMul=len(folded.quantization.matmuls))
+
+    def test_is_a_valid_file_that_says_nothing_of_where_it_was_made(self, name, bits):
+        path = tiny.exported(name, bits)[1]
+        onnx.checker.check_model(str(path), full_check=True)
+        data = path.read_bytes()
+        for trace in (str(Path.home()), str(Path(__file__).parents[1]), "site-packages", "forward(", ".py"):
+            assert trace.encode() not in data, trace
+
+    def test_compensated_and_plain_files_differ_in_numbers_alone(self, name, bits):
+        """No operator and no byte more: compensation has gone into scales and biases."""
+        _, plain = tiny.exported(name, bits)
+        folded, compensated = tiny.exported(name, bits, "cwac")
+        assert nodes(plain) == nodes(compensated)
+        assert plain.stat().st_size == compensated.stat().st_size
+        assert plain.read_bytes() != compensated.read_bytes()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_rewriting_a_file_equals_exporting_anew(name, tmp_path):
+    """Two independent exports, of plain PTQ and of CWAC; the second must be what rewriting the first gives."""
+    _, plain = tiny.exported(name, 4)
+    folded, rewritten = tiny.exported(name, 4, "cwac")
+    exported = export_onnx(folded, tmp_path / "exported.onnx", tiny.images(2))
+    assert nodes(exported) == nodes(plain)
+    assert exported.read_bytes() == rewritten.read_bytes()
+
+
+@TINY
+def test_equal_models_give_equal_bytes(tmp_path):
+    first, second = small(), small()
+    a = export_onnx(first, tmp_path / "a.onnx", tiny.images(2))
+    b = export_onnx(second, tmp_path / "b.onnx", tiny.images(7, 3))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_is_dynamic(name):
+    import onnxruntime
+
+    path = tiny.exported(name)[1]
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].name == "images" and session.get_outputs()[0].name == "logits"
+    images = tiny.images(5, 2).numpy()
+    together = session.run(None, {"images": images})[0]
+    assert together.shape == (5, tiny.CLASSES)
+    for i in range(5):
+        alone = session.run(None, {"images": images[i : i + 1]})[0]
+        np.testing.assert_allclose(alone[0], together[i], atol=0.05 * np.abs(together).max())
+
+
+@TINY
+def test_an_example_of_one_image_does_not_fix_the_batch(tmp_path):
+    path = export_onnx(small(), tmp_path / "a.onnx", tiny.images(1))
+    for value in (*onnx.load(path).graph.input, *onnx.load(path).graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param
+
+
+@TINY
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_below_8_bits_are_8_bit_codes_of_clipped_values(bits, tmp_path):
+    folded = small(bits)
+    model = onnx.load(export_onnx(folded, tmp_path / "a.onnx", tiny.images(2)))
+    clips = [node for node in model.graph.node if node.op_type == "Clip"]
+    assert len(clips) == (0 if bits == 8 else 2)  # the inputs of both layers
+    stored = constants(model)
+    for node in clips:
+        low, high = (float(stored[name]) for name in node.input[1:])
+        scale = float(stored[node.input[1].replace(".low", ".scale")])
+        assert (high - low) / scale == pytest.approx(2**bits - 1, rel=1e-5)
+        assert low <= 0 <= high
+
+
+@TINY
+def test_with_batch_size_fixes_inputs_and_outputs_of_a_copy():
+    model = load_onnx(tiny.exported("resnet")[1])
+    before = model.SerializeToString(deterministic=True)
+    fixed = with_batch_size(model, 3)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_value == 3
+    assert model.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_qwt_s_layers_stay_in_half_precision_in_the_file(name):
+    folded, path = tiny.exported(name, 8, "qwt")
+    halves = [a for a in constants(onnx.load(path)).values() if a.dtype == np.float16]
+    kept = [m for m in folded.modules() if type(m).__name__ == "WidenedCompensation"]
+    assert kept and len(halves) == len(kept)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+@TINY
+@torch.no_grad()
+def test_float_models_can_be_exported_as_baselines(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(64, tiny.CLASSES))
+    path = export_onnx(model, tmp_path / "float.onnx", tiny.images(2))
+    logits = qwt2.load_engine(path)(tiny.images(3).numpy())
+    np.testing.assert_allclose(logits, model.eval()(tiny.images(3)), atol=1e-5)
+    assert not any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
+
+
+@TINY
+def test_leaves_mode_logging_and_console_alone(tmp_path, capfd):
+    folded = small().train()
+    level = logging.getLogger("torch.onnx").level
+    export_onnx(folded, tmp_path / "a.onnx", tiny.images(2))
+    assert folded.training and folded[0].training
+    assert logging.getLogger("torch.onnx").level == level
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+class Undecided(nn.Module):
+    """Branches on the values of its input, which no graph can hold."""
+
+    def forward(self, x):
+        return x.sum((2, 3)) if x.mean() > 0 else x.mean((2, 3))
+
+
+@TINY
+class TestRefusals:
+    def test_a_quantized_model_that_was_not_folded(self, tmp_path):
+        with pytest.raises(qwt2.Qwt2Error, match="not folded; call qwt2.fold"):
+            export_onnx(tiny.quantized("resnet"), tmp_path / "a.onnx", tiny.images(2))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_model_that_cannot_be_exported(self, tmp_path):
+        (tmp_path / "a.onnx").write_bytes(b"earlier")
+        with pytest.raises(qwt2.Qwt2Error, match="^Undecided cannot be exported: ") as error:
+            export_onnx(Undecided(), tmp_path / "a.onnx", tiny.images(2))
+        assert "\n" not in str(error.value)
+        assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+        assert (tmp_path / "a.onnx").read_bytes() == b"earlier"
+
+    @pytest.mark.parametrize("write", ["export", "rewrite"])
+    def test_a_full_disk_leaves_the_earlier_file(self, write, tmp_path, monkeypatch):
+        folded, path = tiny.exported("resnet")
+        (tmp_path / "a.onnx").write_bytes(b"earlier")
+
+        def full(self, data):
+            with open(self, "wb") as file:
+                file.write(data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            if write == "export":
+                export_onnx(small(), tmp_path / "a.onnx", tiny.images(2))
+            else:
+                rewrite_onnx(path, folded, tmp_path / "a.onnx")
+        monkeypatch.undo()
+        assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+        assert (tmp_path / "a.onnx").read_bytes() == b"earlier"
+
+    @pytest.mark.parametrize("content, message", [(None, "does not exist"), (b"", "not"), (b"\x89PNG nonsense", "is not an ONNX file"), ("foreign", "was not exported by qwt2")])
+    def test_files_that_are_not_ours(self, content, message, tmp_path):
+        path = tmp_path / "other.onnx"
+        if content == "foreign":
+            graph = onnx.helper.make_graph([], "g", [], [])
+            onnx.save(onnx.helper.make_model(graph), path)
+        elif content is not None:
+            path.write_bytes(content)
+        for call in (
+            lambda: load_onnx(path), lambda: qwt2.load_engine(path),
+            lambda: rewrite_onnx(path, tiny.exported("resnet")[0], tmp_path / "new.onnx"),
+        ):  # fmt: skip
+            with pytest.raises(qwt2.Qwt2Error, match=message) as error:
+                call()
+            assert str(path) in str(error.value) and "qwt2.export_onnx" in str(error.value)
+        assert not (tmp_path / "new.onnx").exists()
+
+    def test_a_truncated_file(self, tmp_path):
+        path = tmp_path / "cut.onnx"
+        path.write_bytes(tiny.exported("resnet")[1].read_bytes()[:-1000])
+        with pytest.raises(qwt2.Qwt2Error, match=r"cut\.onnx"):
+            load_onnx(path)
+
+    @pytest.mark.parametrize("change", ["fewer layers", "other shapes", "other bits"])
+    def test_rewriting_a_file_of_another_structure(self, change, tmp_path):
+        template = export_onnx(small(), tmp_path / "template.onnx", tiny.images(2))
+        other = small(4) if change == "other bits" else copy.deepcopy(small())
+        if change == "fewer layers":  # every number it stores is in the file, which holds more
+            other[0] = nn.Identity()
+        elif change == "other shapes":
+            other[0].weight = other[0].weight[:, :, :4]
+        with pytest.raises(qwt2.Qwt2Error, match=r"template\.onnx holds a model of another structure"):
+            rewrite_onnx(template, other, tmp_path / "new.onnx")
+        assert not (tmp_path / "new.onnx").exists()
+
+
+@TINY
+def test_exporter_exports_a_structure_once(tmp_path, monkeypatch):
+    from qwt2 import export
+
+    exports = []
+    monkeypatch.setattr(export, "export_onnx", lambda *args: (exports.append(1), export_onnx(*args))[1])
+    exporter = Exporter(tiny.images(2))
+    models = small(), small(seed=1), small(4), small(4, seed=1)
+    paths = [exporter.export(model, tmp_path / f"{i}.onnx") for i, model in enumerate(models)]
+    assert len(exports) == 2 and len({p.read_bytes() for p in paths}) == 4
