@@ -11,7 +11,7 @@ PYTHON ?= python3.11
 .PHONY: repro test readme lock benchmarks clean
 
 repro: $(STAMP)
-	dvc repro
+	python -m pipeline.warm dvc repro
 
 test: $(STAMP)
 	pytest -n 2 --dist loadgroup

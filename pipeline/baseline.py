@@ -24,4 +24,4 @@ def main(cfg, cell: Cell) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("baseline", main)
+    run_stage("baseline", main, runs_networks=True)

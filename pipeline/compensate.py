@@ -50,4 +50,4 @@ def module_record(module) -> dict:
 
 
 if __name__ == "__main__":
-    run_stage("compensate", main)
+    run_stage("compensate", main, runs_networks=True)

@@ -33,4 +33,4 @@ def main(cfg, cell: Cell) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("fold", main)
+    run_stage("fold", main, runs_networks=True)

@@ -30,4 +30,4 @@ def main(cfg, cell: Cell) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("ptq", main)
+    run_stage("ptq", main, runs_networks=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.warm import delegate
 from qwt2.errors import Qwt2Error
 
 OUT = Path("out")
@@ -53,12 +54,14 @@ class Cell:
         return self.folder("compensate") / f"{variant}+{method}-seed{seed}.safetensors"
 
 
-def run_stage(stage: str, main: Callable[[Declared, Cell], None]) -> None:
+def run_stage(stage: str, main: Callable[[Declared, Cell], None], runs_networks: bool = False) -> None:
     """Run `main` on the configuration of the cell named on the command line, if any.
 
     A user's mistake is printed as one sentence with exit code 2, and what the stage had written so far is
-    removed.
+    removed. A stage that `runs_networks` starts warm where it can (`pipeline.warm`).
     """
+    if runs_networks and (code := delegate()) is not None:
+        raise SystemExit(code)
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     guarded(lambda: _run(stage, name, main))
 
@@ -104,9 +107,11 @@ def config_path(stage: str, cell: str = "") -> Path:
 
 
 def set_threads(count: int) -> None:
-    """Limit every numeric library to `count` threads; must come before their import."""
+    """Limit every numeric library to `count` threads; of those already imported, torch alone obeys."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(count)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
 
 
 def _declared(value: Any) -> Any:
