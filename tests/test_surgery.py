@@ -1,0 +1,239 @@
+"""Tracing and surgery: what is found in a model, and that taking it apart changes no output."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import BUILDERS, images, randomize
+from torch import nn
+
+from qwt2.blocks import execution_units, find_blocks
+from qwt2.errors import Qwt2Error
+from qwt2.modules import QuantizedMatmul
+from qwt2.surgery import expose_matmuls, fold_batchnorms
+from qwt2.tracing import trace
+
+
+def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+class Attention(nn.Module):
+    """Self-attention in one of the ways that people write it; tokens of width 8, two heads."""
+
+    def __init__(self, product, mask=None):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.product, self.mask = product, mask
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = self.mask(q) if self.mask else None
+        return self.proj(self.product(q, k, v, mask).transpose(1, 2).reshape(x.shape))
+
+
+def by_hand(q, k, v, mask):
+    scores = (q * 4**-0.5) @ k.transpose(-2, -1)
+    return (scores if mask is None else scores + mask).softmax(-1) @ v
+
+
+def fused(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def fused_scaled(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+
+
+class Tokens(nn.Module):
+    """Images to tokens of width 8, through `layer`, and back to one row per image."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Conv2d(3, 8, 8, 8), layer, nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def additive(q):
+    return torch.linspace(-1, 1, 16).expand(16, 16)
+
+
+def boolean(q):
+    return torch.ones(16, 16, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("product, mask", [(by_hand, None), (by_hand, additive), (fused, None), (fused, additive),
+                                           (fused, boolean), (fused_scaled, boolean)])  # fmt: skip
+def test_attention_taken_apart_computes_the_same(product, mask):
+    model = randomize(Tokens(Attention(product, mask)))
+    expected = outputs(model, images(4))
+    names, skipped = expose_matmuls(model, trace(model, images(1)))
+    assert names == ["layer.matmul1", "layer.matmul2"] and not skipped
+    first, second = (model.get_submodule(name) for name in names)
+    assert isinstance(first, QuantizedMatmul) and isinstance(second, QuantizedMatmul)
+    assert not first.a_quantizer.is_softmax and second.a_quantizer.is_softmax
+    for matmul in (first, second):
+        matmul.quantized = False
+    assert torch.allclose(outputs(model, images(4)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_whole_networks_taken_apart_compute_the_same(name):
+    model = BUILDERS[name]()
+    expected = outputs(model, images(4))
+    changed = copy.deepcopy(model)
+    fold_batchnorms(changed, trace(changed, images(1)))
+    names, skipped = expose_matmuls(changed, trace(changed, images(1)))
+    assert not skipped
+    for matmul in names:
+        changed.get_submodule(matmul).quantized = False
+    assert torch.allclose(outputs(changed, images(4)), expected, atol=2e-5)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in changed.modules())
+    assert len(names) == {"vit": 4, "swin": 6, "resnet": 0, "mobilenet": 0}[name]
+    assert torch.equal(outputs(model, images(4)), expected)  # the original is as it was
+
+
+def test_attention_that_cannot_be_rewritten_stays_in_float_with_its_reason():
+    class DataDependent(nn.Module):
+        def forward(self, x):
+            return x @ x.transpose(1, 2) @ x if x.sum() > 0 else x
+
+    model = randomize(Tokens(DataDependent()))
+    with torch.no_grad():
+        model.stem.bias.add_(10.0)
+    names, skipped = expose_matmuls(model, trace(model, images(1)))
+    assert not names and "cannot be traced" in skipped["layer"]
+
+
+def test_a_product_in_the_model_s_own_forward_is_refused():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 8, 8)
+
+        def forward(self, x):
+            x = self.stem(x).flatten(2)
+            return x @ x.transpose(1, 2)
+
+    model = Root()
+    with pytest.raises(Qwt2Error, match="move that into a submodule"):
+        expose_matmuls(model, trace(model, images(1)))
+
+
+def test_wiring_of_a_transformer():
+    found = trace(BUILDERS["vit"](), images(1))
+    assert found.layers[0] == "patch_embed.proj" and found.layers[-1] == "head"
+    assert found.layers[1:5] == ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
+    assert set(found.calls.values()) == {1}
+    assert list(found.matmul_sites) == ["blocks.0.attn", "blocks.1.attn"]
+    assert found.norm_consumers["blocks.0.norm1"] == ["blocks.0.attn.qkv"]
+    assert found.norm_consumers["blocks.1.norm2"] == ["blocks.1.mlp.fc1"]
+    assert "norm" not in found.norm_consumers  # the class token is cut out between the norm and the head
+
+
+def test_wiring_of_swin_finds_patch_merging_and_shifted_windows():
+    model = BUILDERS["swin"]()
+    found = trace(model, images(1))
+    assert found.norm_consumers["layers.1.downsample.norm"] == ["layers.1.downsample.reduction"]
+    for block in ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"):
+        assert found.norm_consumers[f"{block}.norm1"] == [f"{block}.attn.qkv"]
+    assert find_blocks(model, found.layers) == ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"]
+
+
+def test_wiring_of_a_residual_network():
+    found = trace(BUILDERS["resnet"](), images(1))
+    assert found.batchnorm_of["layer1.0.conv1"] == "layer1.0.bn1"
+    assert found.batchnorm_of["layer2.0.downsample.0"] == "layer2.0.downsample.1"
+    folded = BUILDERS["resnet"]()
+    fold_batchnorms(folded, trace(folded, images(1)))
+    escaping = trace(folded, images(1)).escaping
+    assert {"layer1.0.conv2", "layer2.0.downsample.0"} <= escaping  # read by the addition
+    assert "layer1.0.conv1" not in escaping  # read, through a ReLU, by the next convolution alone
+
+
+@pytest.mark.parametrize("reader", ["residual", "second linear", "permuted"])
+def test_a_norm_that_something_else_reads_is_left_alone(reader):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(16, 8)
+
+        def forward(self, x):
+            y = self.norm(x)
+            if reader == "residual":
+                return self.fc1(y) + y
+            if reader == "permuted":
+                return self.fc2(y.transpose(1, 2)).transpose(1, 2)
+            return self.fc1(y) + self.fc2(torch.cat([y, x], -1))
+
+    assert "layer.norm" not in trace(Tokens(Block()), images(1)).norm_consumers
+
+
+def test_a_norm_s_readers_are_all_found():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.q, self.k = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return x + self.k(y) + self.q(y.reshape(-1, 8)).reshape(x.shape)
+
+    assert trace(Tokens(Block()), images(1)).norm_consumers["layer.norm"] == ["layer.k", "layer.q"]
+
+
+def test_a_batchnorm_with_a_second_reader_is_not_folded():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y) + y
+
+    assert not trace(Block(), images(1)).batchnorm_of
+
+
+def test_layers_with_arithmetic_of_their_own_stay_in_float():
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean(), self.bias, self.stride)
+
+    class Wrapped(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    found = trace(nn.Sequential(Standardized(3, 4, 8, 8), Wrapped(4, 4, 1)), images(1))
+    assert found.layers == ["1"] and "forward method of its own" in str(found.unsupported["0"])
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(Qwt2Error, match="Flatten runs no Linear or Conv2d layer"):
+        trace(nn.Flatten(), images(1))
+
+
+def test_tracing_leaves_no_mark():
+    model = BUILDERS["resnet"]().train()
+    model.layer1.eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    trace(model, images(2))
+    assert model.training and not model.layer1.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_blocks_and_units():
+    layers = ["stem", "layers.0.a", "layers.0.b", "layers.1.blocks.0.a", "layers.1.blocks.0.b", "layers.1.down", "head"]
+    assert find_blocks(nn.Identity(), layers) == ["layers.0", "layers.1.blocks.0"]
+    assert execution_units(layers, ["layers.0", "layers.1.blocks.0"]) == [
+        "stem", "layers.0", "layers.1.blocks.0", "layers.1.down", "head",
+    ]  # fmt: skip
+    with pytest.raises(Qwt2Error, match="'tail' holds no quantized layer"):
+        execution_units(layers, ["tail"])
+    with pytest.raises(Qwt2Error, match="'layers.1' holds another block"):
+        execution_units(layers, ["layers.1", "layers.1.blocks.0"])
