@@ -73,14 +73,16 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tens
 def _describe(wrapper: nn.Module) -> dict[str, Any]:
     if isinstance(wrapper, AffineBlock):
         return {"kind": "affine", "channel_axis": wrapper.channel_axis}
-    return {"kind": "linear", "stride": wrapper.stride, "groups": wrapper.groups}
+    arithmetic = str(wrapper.arithmetic).removeprefix("torch.")
+    return {"kind": "linear", "stride": wrapper.stride, "groups": wrapper.groups, "arithmetic": arithmetic}
 
 
 def _wrapper(block: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor], name: str) -> nn.Module:
     if settings["kind"] == "affine":
         return AffineBlock(block, tensors[f"{name}.alpha"], tensors[f"{name}.beta"], settings["channel_axis"])
     weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-    return CompensatedBlock(block, weight, bias, settings["stride"], settings["groups"], weight.dtype)
+    arithmetic = getattr(torch, settings["arithmetic"])
+    return CompensatedBlock(block, weight, bias, settings["stride"], settings["groups"], weight.dtype, arithmetic)
 
 
 def _restore(qmodel: nn.Module, tensors: dict[str, torch.Tensor], axes: dict[str, int | None], path) -> None:

@@ -159,25 +159,26 @@ class CompensatedBlock(QuantizedModule):
             (C_out, C_in / groups, k, k) for images.
         bias: (C_out,).
         stride, groups: of the convolution.
-        dtype: torch.float16 stores and multiplies in half precision as the paper does (half result
-            widened, float32 bias added); torch.float32 computes throughout in float32.
+        dtype: torch.float16 or torch.float32, of the stored weight.
+        arithmetic: what it multiplies in. torch.float16 does as the paper's code (half result
+            widened, float32 bias added); CPU engines have no such kernels and need torch.float32.
     """
 
     def __init__(self, block: nn.Module, weight: Tensor, bias: Tensor, stride=1, groups: int = 1,
-                 dtype: torch.dtype = torch.float16):  # fmt: skip
+                 dtype: torch.dtype = torch.float16, arithmetic: torch.dtype = torch.float32):  # fmt: skip
         super().__init__()
-        self.block = block
+        self.block, self.arithmetic = block, arithmetic
         self.register_buffer("weight", weight.to(dtype))
         self.register_buffer("bias", bias.float())
         self.stride, self.groups = stride, groups
 
     def compensation(self, x: Tensor) -> Tensor:
         """The added term, (..., C_out) or (N, C_out, H', W')."""
-        x = x.to(self.weight.dtype)
-        if self.weight.dim() == 2:
-            return F.linear(x, self.weight).float() + self.bias
-        padding = self.weight.shape[-1] // 2
-        y = F.conv2d(x, self.weight, None, self.stride, padding, 1, self.groups)
+        x, weight = x.to(self.arithmetic), self.weight.to(self.arithmetic)
+        if weight.dim() == 2:
+            return F.linear(x, weight).float() + self.bias
+        padding = weight.shape[-1] // 2
+        y = F.conv2d(x, weight, None, self.stride, padding, 1, self.groups)
         return y.float() + self.bias.reshape(1, -1, 1, 1)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:

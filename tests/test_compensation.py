@@ -316,9 +316,10 @@ class TestQwT:
         assert_same_outputs(qmodel, twin)
 
     @pytest.mark.parametrize("name", ["vit", "resnet"])
+    @pytest.mark.parametrize("variant, arithmetic", [("published", torch.float16), ("default", torch.float32)])
     @torch.no_grad()
-    def test_half_precision_stores_and_multiplies_in_half(self, name):
-        half, single = quantized(name), quantized(name)
+    def test_half_precision_as_in_the_paper_s_code_or_as_engines_have_it(self, name, variant, arithmetic):
+        half, single = tiny.quantized(name, variant=variant), tiny.quantized(name, variant=variant)
         qwt2.compensate(half, tiny.batches(), "qwt")
         qwt2.compensate(single, tiny.batches(), "qwt", dtype="float32")
         block = single.quantization.blocks[0]  # later ones are fitted on different networks
@@ -328,7 +329,8 @@ class TestQwT:
         assert torch.equal(layer.weight, exact.weight.half()) and torch.equal(layer.bias, exact.bias)
         [((x,), _)], [y] = record(half, block, [tiny.images(4)])
         operation = nn.functional.linear if name == "vit" else nn.functional.conv2d
-        added = operation(x.half(), layer.weight, *([] if name == "vit" else [None, layer.stride, 0, 1, layer.groups])).float()
+        geometry = [] if name == "vit" else [None, layer.stride, 0, 1, layer.groups]
+        added = operation(x.to(arithmetic), layer.weight.to(arithmetic), *geometry).float()
         bias = layer.bias if name == "vit" else layer.bias.reshape(1, -1, 1, 1)
         torch.testing.assert_close(y, layer.block(x.clone()) + added + bias)
 
@@ -412,7 +414,8 @@ def _wrap(model: nn.Module, name: str, layer: CompensatedBlock) -> None:
     """Put the fitted layer beside the same block of another copy of the network."""
     parent, _, child = name.rpartition(".")
     block = model.get_submodule(name)
-    copied = CompensatedBlock(block, layer.weight, layer.bias, layer.stride, layer.groups, layer.weight.dtype)
+    dtypes = layer.weight.dtype, layer.arithmetic
+    copied = CompensatedBlock(block, layer.weight, layer.bias, layer.stride, layer.groups, *dtypes)
     setattr(model.get_submodule(parent), child, copied)
 
 

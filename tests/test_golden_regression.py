@@ -84,7 +84,7 @@ def test_compensation_term(case, dtype):
     x = vector(f"conv/{case}/X")[:2]
     weight, bias = vector(f"conv/{case}/applied_W"), vector(f"conv/{case}/applied_b")
     stride, groups = int(VECTORS[f"conv/{case}/stride"].item()), int(VECTORS[f"conv/{case}/groups"].item())
-    layer = CompensatedBlock(torch.nn.Identity(), weight, bias, stride, groups, dtype)
+    layer = CompensatedBlock(torch.nn.Identity(), weight, bias, stride, groups, dtype, dtype)
     expected = vector(f"conv/{case}/comp_{'half' if dtype == torch.float16 else 'fp32'}")
     # Half precision has 11 bits; sums may be ordered differently.
     tolerance = 2e-3 if dtype == torch.float16 else 1e-5

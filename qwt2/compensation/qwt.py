@@ -33,7 +33,8 @@ class QwT:
     Args:
         target: "local", the full-precision block on the quantized network's input (the paper);
             "global", the full-precision network's own output of the block.
-        dtype: "float16" (the paper) or "float32" for the added layer.
+        dtype: "float16" (the paper) or "float32" for the added layer's weight. Where integer engines
+            can run the model, the simulation widens it to float32 as they do; else it multiplies in it.
         kernel_size: of the convolution beside image blocks, odd.
         channels_per_group: input channels that one group of that convolution sees, at least.
         damping: share of the Gram matrix' mean diagonal that is added to its diagonal.
@@ -106,7 +107,10 @@ class QwT:
         if kept:
             weight, bias = error.layer(*solution)
             block = qmodel.get_submodule(name)
-            layer = CompensatedBlock(block, weight.float(), bias.float(), error.stride, error.groups, DTYPES[self.dtype])
+            dtype = DTYPES[self.dtype]
+            # What goes to an engine is simulated in the arithmetic that engines have.
+            arithmetic = torch.float32 if quantization_info(qmodel).exportable else dtype
+            layer = CompensatedBlock(block, weight.float(), bias.float(), error.stride, error.groups, dtype, arithmetic)
             wrap_block(qmodel, name, layer)
         after = decibel(signal, error.regression.residual(solution[0])) if kept else before
         return ModuleReport(name, before, after, r2, kept, "" if kept else "R^2 is not positive")
