@@ -16,6 +16,9 @@ repro: $(STAMP)
 test: $(STAMP)
 	pytest -n 2 --dist loadgroup
 
+benchmarks: $(STAMP)
+	python -m benchmarks.architectures
+
 readme: $(STAMP)
 	python -m pipeline.readme
 
