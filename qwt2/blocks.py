@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Iterable
 
 from torch import nn
 
 from qwt2.errors import Qwt2Error
 
+_NUMBERED = re.compile(r"(^|_)\d+$")
+
 
 def find_blocks(model: nn.Module, layers: list[str]) -> list[str]:
     """Names of the model's repeated blocks, in execution order.
 
     A block is a numbered child of a list or sequence (``blocks.3``, ``layer2.0``,
-    ``layers.1.blocks.0``) that holds at least two quantizable layers and no smaller such child.
+    ``layers.1.blocks.0``, ``encoder_layer_5``) that holds at least two quantizable layers and no smaller such child.
 
     Args:
         layers: names of the quantizable layers in execution order.
@@ -52,4 +55,4 @@ def _inside(name: str, prefix: str) -> bool:
 
 def _numbered_prefixes(name: str) -> list[str]:
     parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts) - 1) if parts[i].isdigit()]
+    return [".".join(parts[: i + 1]) for i in range(len(parts) - 1) if _NUMBERED.search(parts[i])]

@@ -9,6 +9,7 @@ from typing import Any, Iterable
 import torch
 from torch import Tensor, nn
 
+from qwt2.attention import make_attention_explicit
 from qwt2.blocks import execution_units, find_blocks
 from qwt2.errors import Qwt2Error
 from qwt2.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatmul
@@ -117,6 +118,7 @@ def prepare(
     ptq: PTQMethod = PTQ_METHODS.get(method)
     recipe = ptq.recipe(variant)
     qmodel = copy.deepcopy(model).eval().requires_grad_(False)
+    left = make_attention_explicit(qmodel, example)
     wiring = trace(qmodel, example)
     if recipe.fold_batchnorm:
         fold_batchnorms(qmodel, wiring)
@@ -127,7 +129,7 @@ def prepare(
         method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=matmuls,
         blocks=found, exportable=recipe.exportable, input_shape=tuple(example.shape[1:]),
         norm_consumers=wiring.norm_consumers,
-        float_modules=skipped | {n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()},
+        float_modules=skipped | left | {n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()},
     )  # fmt: skip
     info.units  # refuses blocks that overlap or hold nothing
     _insert_layers(qmodel, wiring, ptq, recipe, info)

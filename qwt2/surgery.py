@@ -88,8 +88,9 @@ class _ChildrenAreLeaves(fx.Tracer):
 def _rewrite(module: nn.Module, site: MatmulSite) -> fx.GraphModule:
     graph = _ChildrenAreLeaves().trace(module, concrete_args=site.constants)
     _restore_signature(graph, module)
-    rewritten = fx.GraphModule(module, graph, class_name=type(module).__name__)
+    rewritten = _Rewritten(module, graph, class_name=type(module).__name__)
     rewritten.train(module.training)
+    _keep_plain_attributes(module, rewritten)
     masks = iter(site.masks)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
@@ -108,6 +109,22 @@ def _rewrite(module: nn.Module, site: MatmulSite) -> fx.GraphModule:
     graph.eliminate_dead_code()
     rewritten.recompile()
     return rewritten
+
+
+class _Rewritten(fx.GraphModule):
+    """A rewritten module whose copies keep its plain attributes too."""
+
+    def __deepcopy__(self, memo):
+        copied = super().__deepcopy__(memo)
+        _keep_plain_attributes(self, copied)
+        return copied
+
+
+def _keep_plain_attributes(module: nn.Module, rewritten: fx.GraphModule) -> None:
+    """Callers may read them (nn.TransformerEncoderLayer asks its attention for ``batch_first``)."""
+    for name, value in vars(module).items():
+        if not name.startswith("_") and not hasattr(rewritten, name):
+            setattr(rewritten, name, value)
 
 
 def _restore_signature(graph: fx.Graph, module: nn.Module) -> None:
