@@ -1,13 +1,7 @@
 """Stage `compensate`: apply every compensation to every quantized model of one cell."""
 
-import math
-
 from pipeline.parallel import each
 from pipeline.stage import Cell, run_stage
-
-
-# Stands for "no error at all": beyond what float32 can resolve.
-EXACT_DB = 200.0
 
 
 def main(cfg, cell: Cell) -> None:
@@ -30,23 +24,10 @@ def main(cfg, cell: Cell) -> None:
         simulate(qmodel, dataset, path.with_suffix(".npy"))
         run_facts = {"variant": variant, "compensation": name, "seed": seed}
         costs = {"seconds": report.seconds, "peak_memory_mb": memory.megabytes}
-        return run_facts | costs | {"modules": [module_record(m) for m in report.modules]}
+        return run_facts | costs | {"modules": [module.to_dict() for module in report.modules]}
 
     runs = [(v, s, name) for v in cfg["ptq"]["variants"] for s in cfg["seeds"] for name in cfg["compensation"]]
     write_json(cell.folder("compensate") / "report.json", each(compensate_one, runs, cfg["workers"]))
-
-
-def module_record(module) -> dict:
-    """One module's entry of report.json. JSON has no infinity or NaN: an exact output gets EXACT_DB, unknown is null."""
-    figures = {"sqnr_before_db": module.sqnr_before_db, "sqnr_after_db": module.sqnr_after_db, "r2": module.r2}
-    if module.alpha is not None:
-        figures |= {
-            "alpha_mean": float(module.alpha.mean()),
-            "alpha_std": float(module.alpha.std(correction=0)),
-            "beta_rms": float(module.beta.square().mean().sqrt()),
-        }
-    finite = {n: None if math.isnan(v) else min(max(v, -EXACT_DB), EXACT_DB) for n, v in figures.items()}
-    return {"module": module.module, "kept": module.kept, "reason": module.reason, **finite}
 
 
 if __name__ == "__main__":

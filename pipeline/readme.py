@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from pipeline.report import RESULTS
-from pipeline.stage import guarded
-from qwt2.errors import Qwt2Error
+from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
 from qwt2.results import Method, Results, Row, read_rows
 

@@ -14,9 +14,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from pipeline.schema import check
-from pipeline.stage import RESOLVED, config_path, guarded
+from pipeline.stage import RESOLVED, config_path
 from qwt2.engines import ENGINES
-from qwt2.errors import Qwt2Error
+from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
 from qwt2.precision import Precision
 

@@ -1,6 +1,5 @@
 """What every stage shares: its resolved configuration, its folders, and how it fails."""
 
-import errno
 import os
 import shutil
 import sys
@@ -12,12 +11,10 @@ from typing import Any
 import yaml
 
 from pipeline.warm import delegate
-from qwt2.errors import Qwt2Error
+from qwt2.errors import Qwt2Error, guarded
 
 OUT = Path("out")
 RESOLVED = OUT / "resolved"
-# The system's own refusals that a user can do something about.
-_REPAIRABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Declared(dict):
@@ -75,23 +72,6 @@ def _run(stage: str, name: str, main: Callable[[Declared, Cell], None]) -> None:
     except BaseException:
         shutil.rmtree(cell.folder(stage), ignore_errors=True)
         raise
-
-
-def guarded(action: Callable[[], None]) -> None:
-    """Run `action`; turn what a user can repair into one sentence on stderr and exit code 2."""
-    try:
-        action()
-    except Qwt2Error as error:
-        _fail(str(error))
-    except OSError as error:
-        if error.errno not in _REPAIRABLE:
-            raise
-        _fail(f"cannot write {error.filename or 'a result'}: {error.strerror}; make room or give access, then run again")
-
-
-def _fail(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def load_config(stage: str, cell: str = "") -> Declared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from contextlib import nullcontext
@@ -16,6 +17,8 @@ from qwt2.errors import Qwt2Error
 from qwt2.quantization import quantization_info
 from qwt2.registry import Registry
 
+# What stands for an infinite SQNR in JSON.
+EXACT_DB = 200.0
 COMPENSATIONS: Registry = Registry("compensation method", __name__)
 
 
@@ -41,6 +44,18 @@ class ModuleReport:
     reason: str = ""
     alpha: torch.Tensor | None = None
     beta: torch.Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity or NaN: an exact output gets EXACT_DB, what is unknown ``None``."""
+        figures = {"sqnr_before_db": self.sqnr_before_db, "sqnr_after_db": self.sqnr_after_db, "r2": self.r2}
+        if self.alpha is not None:
+            figures |= {
+                "alpha_mean": float(self.alpha.mean()),
+                "alpha_std": float(self.alpha.std(correction=0)),
+                "beta_rms": float(self.beta.square().mean().sqrt()),
+            }
+        finite = {n: None if math.isnan(v) else min(max(v, -EXACT_DB), EXACT_DB) for n, v in figures.items()}
+        return {"module": self.module, "kept": self.kept, "reason": self.reason, **finite}
 
 
 @dataclass

@@ -1,0 +1,232 @@
+"""Command: `python -m qwt2 MODEL --images FOLDER --output model.onnx` makes the integer model of a trained network."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwt2.errors import Qwt2Error, guarded
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# What most classifiers that are not timm's were trained with.
+IMAGENET = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CHECKED_IMAGES = 8
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m qwt2",
+        description="Quantize a trained model, compensate it, fold, and write an ONNX file for integer engines, with a "
+        "report beside it (same name, .json).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("model", help="a timm name, or module:factory for a function that returns the nn.Module")
+    p.add_argument("--images", required=True, type=Path, help="folder of calibration images, searched to any depth")
+    p.add_argument("--output", required=True, type=Path, help="the ONNX file to write")
+    p.add_argument("--checkpoint", type=Path, help="weights: safetensors, or a torch file that holds weights alone")
+    p.add_argument("--pretrained", action="store_true", help="timm's weights of that name (from its cache or a network)")
+    p.add_argument("--num-classes", type=int, default=1000, help="of a timm model")
+    p.add_argument("--method", default="repq", help="PTQ method: repq, percentile, mse, minmax")
+    p.add_argument("--weight-bits", type=int, default=8)
+    p.add_argument("--activation-bits", type=int, default=8)
+    p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
+    p.add_argument("--calibration-images", type=int, default=256)
+    p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    p.add_argument("--image-size", type=int, help="square; default: the model's own, or 224")
+    p.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    p.add_argument("--engines", nargs="*", default=["onnxruntime", "openvino"], help="to check the file on")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    guarded(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """What the command does; see :func:`parser`."""
+    files = _choose_files(arguments)
+
+    import torch
+
+    from qwt2.compensation import COMPENSATIONS, compensate
+    from qwt2.engines import ENGINES
+    from qwt2.export import export_onnx
+    from qwt2.folding import fold
+    from qwt2.io import write_json
+    from qwt2.precision import Precision
+    from qwt2.quantization import quantize
+
+    precision = Precision(arguments.weight_bits, arguments.activation_bits)
+    for engine in arguments.engines:  # a wrong name must not cost the work that comes before
+        ENGINES.get(engine)
+    if arguments.compensation != "none":
+        COMPENSATIONS.get(arguments.compensation)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    model, settings = _build(arguments)
+    batches = list(_batches(files, settings, arguments.batch_size))
+    progress = _Progress(3 + len(arguments.engines))
+    progress.start("quantize")
+    qmodel = quantize(model, batches, arguments.method, precision)
+    modules = []
+    if arguments.compensation != "none":
+        progress.start("compensate")
+        modules = compensate(qmodel, batches, arguments.compensation).modules
+    progress.start("fold and export")
+    folded = fold(qmodel)
+    export_onnx(folded, arguments.output, batches[0][:1])
+    report = {
+        "model": arguments.model, "method": arguments.method, "compensation": arguments.compensation,
+        "precision": vars(precision), "calibration_images": [str(file) for file in files],
+        "file_bytes": arguments.output.stat().st_size, "quantized_layers": qmodel.quantization.layers,
+        "quantized_products": qmodel.quantization.matmuls, "float_modules": qmodel.quantization.float_modules,
+        "modules": [module.to_dict() for module in modules],
+        "engines": _check_engines(arguments, model, folded, batches[0][:CHECKED_IMAGES], progress),
+    }  # fmt: skip
+    progress.close()
+    path = arguments.output.with_suffix(".json")
+    write_json(path, report)
+    _print_summary(arguments.output, path, report)
+
+
+class _Progress:
+    """A progress bar over named steps; silent where nobody watches."""
+
+    def __init__(self, steps: int):
+        from tqdm import tqdm
+
+        self._bar, self._started = tqdm(total=steps, disable=None, leave=False), False
+
+    def start(self, step: str) -> None:
+        """The step before is done, this one begins."""
+        self._bar.update(int(self._started))
+        self._bar.set_description(step)
+        self._started = True
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _choose_files(arguments: argparse.Namespace) -> list[Path]:
+    import numpy as np
+
+    from qwt2.data.imagefolder import SUFFIXES
+
+    for name in ("calibration_images", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise Qwt2Error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; give at least 1")
+    if arguments.output.suffix != ".onnx":
+        raise Qwt2Error(f"--output {arguments.output} must end with .onnx")
+    if not arguments.output.resolve().parent.is_dir():
+        raise Qwt2Error(f"{arguments.output.resolve().parent} is no folder; make it first, or correct --output")
+    if not arguments.images.is_dir():
+        raise Qwt2Error(f"{arguments.images} is no folder; --images must name a folder that holds images")
+    files = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(files) < arguments.calibration_images:
+        raise Qwt2Error(
+            f"{arguments.images} holds {len(files)} images, fewer than --calibration-images "
+            f"{arguments.calibration_images}; add images or ask for fewer"
+        )
+    chosen = np.random.default_rng(arguments.seed).permutation(len(files))[: arguments.calibration_images]
+    return [files[index] for index in chosen]
+
+
+def _build(arguments: argparse.Namespace) -> tuple["nn.Module", dict[str, Any]]:
+    """The model, and the settings of the transform its images need."""
+    from qwt2.models import build_model, load_weights, transform_config
+
+    size = {"input_size": (3, arguments.image_size, arguments.image_size)} if arguments.image_size else {}
+    if ":" in arguments.model:
+        if arguments.pretrained:
+            raise Qwt2Error("--pretrained is for timm's models; let the factory load its weights, or give --checkpoint")
+        model = _call_factory(arguments.model)
+        if arguments.checkpoint:
+            load_weights(model, arguments.checkpoint)
+        return model.eval(), IMAGENET | size
+    if not (arguments.checkpoint or arguments.pretrained):
+        raise Qwt2Error("a timm model needs weights: give --checkpoint FILE or --pretrained")
+    cfg = {
+        "name": arguments.model, "timm": arguments.model, "kwargs": {}, "num_classes": arguments.num_classes,
+        "pretrained": arguments.pretrained, "checkpoint": arguments.checkpoint,
+    }  # fmt: skip
+    model = build_model(cfg)
+    return model, transform_config(cfg) | size
+
+
+def _call_factory(spec: str) -> "nn.Module":
+    from torch import nn
+
+    module_name, _, name = spec.partition(":")
+    sys.path.insert(0, "")  # as `python -m` has it, whatever started this
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise Qwt2Error(f"{module_name} cannot be imported ({error}); give module:factory as Python would find it") from error
+    except AttributeError as error:
+        raise Qwt2Error(f"{module_name} has no {name!r}; give the name of a function that returns the model") from error
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise Qwt2Error(f"{spec} returned a {type(model).__name__}; it must return an nn.Module")
+    return model
+
+
+def _batches(files: list[Path], settings: dict[str, Any], batch_size: int) -> Iterator["torch.Tensor"]:
+    import torch
+    from timm.data import create_transform
+    from tqdm import tqdm
+
+    from qwt2.data.imagefolder import read_rgb
+
+    transform = create_transform(**settings, is_training=False)
+    images = torch.stack([transform(read_rgb(file)) for file in tqdm(files, "images", disable=None, leave=False)])
+    yield from images.split(batch_size)
+
+
+def _check_engines(arguments, model: "nn.Module", folded: "nn.Module", images: "torch.Tensor", progress) -> dict[str, Any]:
+    """Per engine: how far its modules and its logits are from the simulation and from full precision."""
+    import torch
+
+    from qwt2.engines import load_engine
+    from qwt2.metrics import agreement_percent, sqnr_db
+    from qwt2.mismatch import engine_mismatch, record_modules
+    from qwt2.onnx_file import load_onnx
+
+    with torch.no_grad():
+        exact = model(images).numpy()
+    records, checked = record_modules(folded, images[:1]), {}
+    for name in arguments.engines:
+        progress.start(f"check on {name}")
+        logits = load_engine(arguments.output, name)(images.numpy())
+        mismatches = engine_mismatch(load_onnx(arguments.output), name, records)
+        worst = max(mismatches, key=lambda module: mismatches[module].steps)
+        checked[name] = {
+            "agreement_with_fp32_percent": agreement_percent(logits, exact),
+            "logits_sqnr_db": sqnr_db(logits, exact),
+            "images": len(images),
+            "worst_module": worst,
+            "mismatch_steps": mismatches[worst].steps,
+            "mismatch_fraction": max(m.fraction for m in mismatches.values()),
+        }
+    return checked
+
+
+def _print_summary(output: Path, report_path: Path, report: dict[str, Any]) -> None:
+    print(f"{output}: {report['file_bytes'] / 1e6:.1f} MB, {len(report['quantized_layers'])} layers and "
+          f"{len(report['quantized_products'])} products in integers")  # fmt: skip
+    for name, reason in report["float_modules"].items():
+        print(f"in float: {name or 'the model itself'} ({reason})")
+    for name, figures in report["engines"].items():
+        print(f"{name}: logits SQNR {figures['logits_sqnr_db']:.1f} dB against fp32 on {figures['images']} images; "
+              f"modules within {figures['mismatch_steps']:.2f} steps of the simulation")  # fmt: skip
+    print(f"report: {report_path}")
+
+
+if __name__ == "__main__":
+    main()
