@@ -13,7 +13,7 @@ from qwt2.io import load_arrays, save_arrays
 from qwt2.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
 from qwt2.onnx_file import load_onnx
 
-NAMES = ["onnxruntime", "openvino"]
+NAMES = ["onnxruntime", "openvino", "torch_int8"]
 NETWORKS = ["vit", "swin", "resnet", "mobilenet"]
 
 

@@ -69,7 +69,7 @@ def load_engine(path: str | os.PathLike, name: str = "onnxruntime", threads: int
 
     Args:
         path: a file from :func:`qwt2.export_onnx`.
-        name: "onnxruntime" or "openvino".
+        name: "onnxruntime", "openvino" or "torch_int8" (exact and slow: the oracle for the others).
         threads: CPU threads.
 
     Raises:
