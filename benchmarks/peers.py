@@ -1,0 +1,248 @@
+"""int8 files of this library against those of ONNX Runtime's `quantize_static` and of NNCF, interleaved in one run.
+
+Random weights, and calibration on crops of two real photographs: neither latency nor the distance from the float model's
+logits needs trained weights, and accuracy is not claimed here. Latency is taken with one thread, on batches of 1 and 8.
+"""
+
+import copy
+import csv
+import gc
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import timm
+import torch
+from sklearn.datasets import load_sample_images
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from pipeline.resources import PeakMemory
+from qwt2 import Precision, compensate, export_onnx, fold, machine, quantize
+from qwt2.io import atomic_path
+from qwt2.latency import measure_latency
+from qwt2.metrics import agreement_percent, sqnr_db
+from qwt2.onnx_file import with_batch_size
+
+# timm name -> our PTQ method, the same as in conf/model
+MODELS = {
+    "vit_small_patch16_224": "repq",
+    "deit_small_patch16_224": "repq",
+    "swin_tiny_patch4_window7_224": "repq",
+    "resnet50": "percentile",
+    "mobilenetv3_large_100": "percentile",
+}
+RESULTS = Path("results/benchmarks")
+CALIBRATION_IMAGES, TEST_IMAGES = 64, 32
+ROUNDS = {1: 30, 8: 8}  # batch size -> rounds
+THREADS = 1
+BASE = "ptq"
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    logging.disable(logging.WARNING)
+    os.environ["OPENVINO_TELEMETRY"] = "0"
+    described = machine.describe()
+    rows = []
+    for name, method in tqdm(MODELS.items(), desc="peers"):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += Comparison(name, method, Path(folder)).rows()
+        gc.collect()
+        write(rows, described)
+
+
+class Comparison:
+    """One model, made into files by every tool, and measured."""
+
+    def __init__(self, name: str, method: str, folder: Path):
+        self.name, self.method, self.folder = name, method, folder
+        self.model = timm.create_model(name, pretrained=False).eval()
+        crops = photo_crops(self.model, CALIBRATION_IMAGES + TEST_IMAGES)
+        self.calibration, self.test = crops[:CALIBRATION_IMAGES], crops[CALIBRATION_IMAGES:]
+        with torch.no_grad():
+            self.exact = self.model(self.test).numpy()
+        self.costs: dict[str, dict] = {}
+        self.make_files()
+
+    def make_files(self) -> None:
+        """<variant>.onnx or nncf.xml in the folder, and what each took to make."""
+        export_onnx(self.model, self.path("fp32"), self.test[:1])
+        batches = list(self.calibration.split(16))
+        ptq = self.measured("ptq", lambda: quantize(self.model, batches, self.method, Precision(8, 8)))
+        qmodels = {"ptq": ptq}
+        for compensation in ("cwac", "qwt"):
+            qmodels[compensation] = copy.deepcopy(ptq)
+            self.measured(compensation, lambda: compensate(qmodels[compensation], batches, compensation))
+            for key in self.costs[compensation]:  # on top of plain PTQ's
+                combine = sum if key == "seconds" else max
+                self.costs[compensation][key] = combine((self.costs[compensation][key], self.costs["ptq"][key]))
+        for variant, qmodel in qmodels.items():
+            export_onnx(fold(qmodel), self.path(variant), self.test[:1])
+        export_onnx(unfolded(ptq, qmodels["cwac"]), self.path("cwac_unfolded"), self.test[:1])
+        self.measured("quantize_static", self.quantize_static)
+        self.measured("nncf", self.nncf)
+
+    def path(self, variant: str) -> Path:
+        return self.folder / f"{variant}.{'xml' if variant == 'nncf' else 'onnx'}"
+
+    def measured(self, variant: str, work: Callable):
+        started = time.perf_counter()
+        with PeakMemory() as memory:
+            result = work()
+        self.costs[variant] = {"seconds": time.perf_counter() - started, "peak_memory_mb": memory.megabytes}
+        return result
+
+    def quantize_static(self) -> None:
+        """ONNX Runtime's tool as its documentation recommends for the CPU: QDQ, per channel, after preprocessing."""
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(CalibrationDataReader):
+            def __init__(self, images: torch.Tensor):
+                self.images = iter(images.split(1))
+
+            def get_next(self):
+                image = next(self.images, None)
+                return None if image is None else {"images": image.numpy()}
+
+        prepared = self.folder / "prepared.onnx"
+        quant_pre_process(self.path("fp32"), prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared, self.path("quantize_static"), Reader(self.calibration), quant_format=QuantFormat.QDQ,
+            per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+
+    def nncf(self) -> None:
+        """NNCF's post-training quantization of OpenVINO models, told where the model is a transformer."""
+        import nncf
+        import openvino
+
+        nncf.set_log_level(logging.ERROR)
+        kind = nncf.ModelType.TRANSFORMER if self.method == "repq" else None
+        dataset = nncf.Dataset([image.numpy() for image in self.calibration.split(1)])
+        model = openvino.Core().read_model(self.path("fp32"))
+        quantized = nncf.quantize(model, dataset, subset_size=CALIBRATION_IMAGES, model_type=kind)
+        openvino.save_model(quantized, self.path("nncf"), compress_to_fp16=False)
+
+    def rows(self) -> list[dict]:
+        rows = []
+        for batch, rounds in ROUNDS.items():
+            sessions = self.sessions(batch)
+            image_batches = [images.numpy() for images in self.test.split(batch)]
+            calls = {key: [partial(session, image_batches[0])] for key, session in sessions.items()}
+            for engine in ("onnxruntime", "openvino"):
+                own = {variant: call for (e, variant), call in calls.items() if e == engine}
+                measured = measure_latency(own, BASE, rounds, warmup=2)
+                for variant, latency in measured.items():
+                    logits = np.concatenate([sessions[engine, variant](images) for images in image_batches])
+                    rows.append(self.row(engine, variant, batch, rounds, latency, logits))
+        return rows
+
+    def row(self, engine: str, variant: str, batch: int, rounds: int, latency, logits: np.ndarray) -> dict:
+        source = {"bf16": "fp32"}.get(variant, variant)
+        files = [self.path(source), self.path(source).with_suffix(".bin")]
+        costs = self.costs.get(variant, {})
+        return {
+            "model": self.name, "engine": engine, "variant": variant, "batch": batch,
+            "latency_ms": round(latency.wall_ms, 3), "latency_cpu_ms": round(latency.cpu_ms, 3),
+            "latency_ratio_to_ptq": round(latency.ratio, 4), "rounds": rounds, "threads": THREADS,
+            "file_bytes": sum(file.stat().st_size for file in files if file.is_file()),
+            "logits_sqnr_db": round(sqnr_db(logits, self.exact), 2),
+            "agreement_percent": round(agreement_percent(logits, self.exact), 1), "images": TEST_IMAGES,
+            "quantize_seconds": round(costs["seconds"], 1) if costs else "",
+            "quantize_peak_memory_mb": round(costs["peak_memory_mb"]) if costs else "",
+            "calibration_images": CALIBRATION_IMAGES if costs else "",
+        }  # fmt: skip
+
+    def sessions(self, batch: int) -> dict[tuple[str, str], Callable[[np.ndarray], np.ndarray]]:
+        """(engine, variant) -> compiled model."""
+        from qwt2.engines.ort import OnnxRuntimeSession
+        from qwt2.engines.ov import OpenVinoSession
+
+        def compiled(session, variant):
+            model = session(with_batch_size(onnx.load(self.path(variant)), batch), THREADS)
+            return lambda images: next(iter(model({"images": images}).values()))
+
+        own = ["fp32", "ptq", "cwac_unfolded", "cwac", "qwt"]
+        sessions = {("onnxruntime", variant): compiled(OnnxRuntimeSession, variant) for variant in [*own, "quantize_static"]}
+        sessions |= {("openvino", variant): compiled(OpenVinoSession, variant) for variant in own}
+        fixed = with_batch_size(onnx.load(self.path("fp32")), batch).SerializeToString()
+        sessions["openvino", "bf16"] = openvino_default(fixed, batch, {})
+        # as our files run: what stays in float in float32
+        sessions["openvino", "nncf"] = openvino_default(self.path("nncf"), batch, {"INFERENCE_PRECISION_HINT": "f32"})
+        return sessions
+
+
+def openvino_default(source: bytes | Path, batch: int, options: dict) -> Callable[[np.ndarray], np.ndarray]:
+    """OpenVINO with the settings it comes with, but for the threads."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(source)
+    model.reshape([batch, *[d.get_length() for d in list(model.input().partial_shape)[1:]]])
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", **options})
+    return lambda images: next(iter(compiled(images).values()))
+
+
+class Affine(nn.Module):
+    """alpha * y + beta a channel, then whatever quantized the output before: CWAC left as an operation."""
+
+    def __init__(self, alpha: torch.Tensor, beta: torch.Tensor, dims: int, output: nn.Module):
+        super().__init__()
+        shape = (-1, 1, 1) if dims == 4 else (-1,)
+        self.register_buffer("alpha", alpha.reshape(shape))
+        self.register_buffer("beta", beta.reshape(shape))
+        self.output = output
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.output(y * self.alpha + self.beta)
+
+
+def unfolded(ptq: nn.Module, compensated: nn.Module) -> nn.Module:
+    """The integer model of plain PTQ with CWAC's scale and offset as operations behind every layer."""
+    integer = fold(ptq)
+    for name in ptq.quantization.layers:
+        layer, target = compensated.get_submodule(name), integer.get_submodule(name)
+        if layer.alpha is not None:
+            target.output = Affine(layer.alpha, layer.beta, layer.weight.dim(), target.output)
+    return integer
+
+
+def photo_crops(model: nn.Module, count: int) -> torch.Tensor:
+    """Random crops of scikit-learn's two photographs, normalized as the model wants them: (count, 3, H, W)."""
+    config = resolve_model_data_config(model)
+    normalize = create_transform(**config, is_training=False).transforms[-1]
+    crop = v2.RandomResizedCrop(config["input_size"][1:], scale=(0.1, 0.6), antialias=True)
+    photos = [torch.from_numpy(photo.copy()).permute(2, 0, 1) for photo in load_sample_images().images]
+    return torch.stack([normalize(crop(photos[i % len(photos)]).float() / 255) for i in range(count)])
+
+
+def write(rows: list[dict], described: dict) -> None:
+    """One file a machine: its name tells the CPU and the engines' versions."""
+    versions = described["versions"]
+    cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
+    path = RESULTS / f"peers-{cpu}-ort{versions['onnxruntime']}-ov{versions['openvino']}.csv"
+    facts = {
+        "cpu": described["cpu"], "instruction_sets": " ".join(described["instruction_sets"]),
+        "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | facts for row in rows)
+
+
+if __name__ == "__main__":
+    main()
