@@ -1,6 +1,7 @@
 # `make repro` rebuilds the results, `make test` tests. Both set up the environment on first use.
 VENV := .venv
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PYTHONPATH := $(CURDIR)
@@ -16,8 +17,9 @@ repro: $(STAMP)
 test: $(STAMP)
 	pytest -n 2 --dist loadgroup
 
-benchmarks: $(STAMP)
+benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.architectures
+	$(PEERS)/bin/python -m benchmarks.peers
 
 readme: $(STAMP)
 	python -m pipeline.readme
@@ -28,9 +30,17 @@ $(STAMP): requirements.lock
 	$(VENV)/bin/uv pip sync --quiet requirements.lock
 	touch $(STAMP)
 
+# The tools that the benchmarks compare with have an environment of their own.
+$(PEERS)/.installed: requirements-peers.lock $(STAMP)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	VIRTUAL_ENV=$(CURDIR)/$(PEERS) uv pip sync --quiet requirements-peers.lock
+	touch $@
+
+LOCK := uv pip compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --python-version 3.11
+
 lock: $(STAMP)
-	uv pip compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --python-version 3.11 \
-	  requirements.in -o requirements.lock
+	$(LOCK) requirements.in -o requirements.lock
+	$(LOCK) requirements-peers.in -o requirements-peers.lock
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(PEERS) out
