@@ -197,13 +197,15 @@ def _check_engines(arguments, model: "nn.Module", folded: "nn.Module", images: "
     from qwt2.metrics import agreement_percent, sqnr_db
     from qwt2.mismatch import engine_mismatch, record_modules
     from qwt2.onnx_file import load_onnx
+    from qwt2.operations import count_operations
 
     with torch.no_grad():
         exact = model(images).numpy()
     records, checked = record_modules(folded, images[:1]), {}
     for name in arguments.engines:
         progress.start(f"check on {name}")
-        logits = load_engine(arguments.output, name)(images.numpy())
+        engine = load_engine(arguments.output, name)
+        logits = engine(images.numpy())
         mismatches = engine_mismatch(load_onnx(arguments.output), name, records)
         worst = max(mismatches, key=lambda module: mismatches[module].steps)
         checked[name] = {
@@ -213,6 +215,7 @@ def _check_engines(arguments, model: "nn.Module", folded: "nn.Module", images: "
             "worst_module": worst,
             "mismatch_steps": mismatches[worst].steps,
             "mismatch_fraction": max(m.fraction for m in mismatches.values()),
+            "operations": count_operations(engine.session(len(images)).operations()),
         }
     return checked
 
@@ -225,6 +228,8 @@ def _print_summary(output: Path, report_path: Path, report: dict[str, Any]) -> N
     for name, figures in report["engines"].items():
         print(f"{name}: logits SQNR {figures['logits_sqnr_db']:.1f} dB against fp32 on {figures['images']} images; "
               f"modules within {figures['mismatch_steps']:.2f} steps of the simulation")  # fmt: skip
+        for kind, counts in figures["operations"].items():
+            print(f"  {kind}: {', '.join(f'{count} {operation}' for operation, count in counts.items())}")
     print(f"report: {report_path}")
 
 

@@ -302,6 +302,11 @@ def _cast(attributes, x):
     return x.to(torch.from_numpy(np.empty(0, helper.tensor_dtype_to_np_dtype(attributes["to"]))).dtype)
 
 
+@_op("CastLike")
+def _cast_like(attributes, x, like):
+    return x.to(like.dtype)
+
+
 @_op("Shape")
 def _shape(attributes, x):
     return torch.tensor(x.shape[attributes.get("start", 0) : attributes.get("end", x.dim())], dtype=torch.int64)

@@ -60,6 +60,8 @@ def test_a_timm_model_with_a_checkpoint(folder):
     command("test_vit", "--checkpoint", "weights.safetensors", "--num-classes", "7", "--engines", "onnxruntime")
     report = json.loads((folder / "out.json").read_text())
     assert list(report["engines"]) == ["onnxruntime"] and not report["float_modules"]
+    operations = report["engines"]["onnxruntime"]["operations"]
+    assert operations["integer"]["QGemm"] and operations["float"]["Softmax"] and "MatMul" not in operations["float"]
 
 
 def test_the_same_seed_gives_the_same_file(folder):

@@ -10,6 +10,7 @@ import onnx
 
 from qwt2.errors import Qwt2Error
 from qwt2.onnx_file import load_onnx, with_batch_size
+from qwt2.operations import Operation
 from qwt2.registry import Registry
 
 ENGINES: Registry = Registry("engine", __name__)
@@ -19,6 +20,10 @@ class Session(Protocol):
     """A model compiled for fixed input shapes: feeds by name in, outputs by name out."""
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+
+    def operations(self) -> list[Operation]:
+        """The nodes that run, as the engine itself reports them after its optimizations."""
+        ...
 
 
 class Engine:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
+from qwt2.operations import Operation
+
+_INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention")
 
 
 @ENGINES.register("onnxruntime")
@@ -16,12 +22,21 @@ class OnnxRuntimeSession:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(3)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self.model = model.SerializeToString()
+        self.options = onnxruntime.SessionOptions()
+        self.options.intra_op_num_threads, self.options.inter_op_num_threads = threads, 1
+        self.session = onnxruntime.InferenceSession(self.model, self.options, providers=["CPUExecutionProvider"])
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(self.outputs, self.session.run(None, feeds)))
+
+    def operations(self) -> list[Operation]:
+        """See :meth:`qwt2.engines.Session.operations`; integer kernels have names of their own."""
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+            onnxruntime.InferenceSession(self.model, self.options, providers=["CPUExecutionProvider"])
+            nodes = onnx.load(self.options.optimized_model_filepath).graph.node
+        return [Operation(node.op_type, node.op_type.startswith(_INTEGER_KERNELS)) for node in nodes]

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
+from qwt2.operations import Operation
 
 
 @ENGINES.register("openvino")
@@ -30,3 +31,11 @@ class OpenVinoSession:
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(self.outputs, self.compiled(feeds).values()))
+
+    def operations(self) -> list[Operation]:
+        """See :meth:`qwt2.engines.Session.operations`; OpenVINO tells every node's run-time precision."""
+        facts = [node.get_rt_info() for node in self.compiled.get_runtime_model().get_ordered_ops()]
+        return [
+            Operation(fact["layerType"].astype(str), fact["runtimePrecision"].astype(str) in ("i8", "u8"))
+            for fact in facts
+        ]

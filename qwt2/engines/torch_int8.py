@@ -6,6 +6,10 @@ import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
+from qwt2.operations import Operation
+
+# What TorchGraph moves as codes.
+KEEP_CODES = ("Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Expand")
 
 
 @ENGINES.register("torch_int8")
@@ -30,3 +34,14 @@ class TorchInt8Session:
             return self.graph(feeds)
         finally:
             torch.set_num_threads(before)
+
+    def operations(self) -> list[Operation]:
+        """See :meth:`qwt2.engines.Session.operations`; a product is integer where both operands are dequantized codes."""
+        codes = {name for node in self.graph.nodes if node.op_type == "DequantizeLinear" for name in node.output}
+        operations = []
+        for node in self.graph.nodes:
+            if node.op_type in KEEP_CODES and node.input[0] in codes:
+                codes.update(node.output)
+            integer = node.op_type in ("Conv", "Gemm", "MatMul") and set(node.input[:2]) <= codes
+            operations.append(Operation(node.op_type, integer))
+        return operations

@@ -1,0 +1,41 @@
+"""Which operations an engine computes in integers and which in float, read off the graph that it really runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Iterable
+
+# Movement and conversion: no arithmetic that anybody would want in integers.
+_MOVES = {
+    "Input", "Output", "Const", "Constant", "Reshape", "Transpose", "Concat", "Concatenation", "Split", "Squeeze",
+    "Unsqueeze", "Gather", "GatherND", "Slice", "StridedSlice", "Expand", "Pad", "Shape", "Cast", "Convert", "Identity",
+    "Reorder", "ReorderInput", "ReorderOutput", "QuantizeLinear", "DequantizeLinear", "FakeQuantize", "ShapeOf",
+    "Broadcast", "Tile", "Roll",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One node of an engine's optimized graph.
+
+    Attributes:
+        kind: the engine's own name of it ("QLinearConv", "FullyConnected").
+        integer: whether it takes codes of at most 8 bits.
+    """
+
+    kind: str
+    integer: bool
+
+
+def count_operations(operations: Iterable[Operation]) -> dict[str, dict[str, int]]:
+    """How many nodes of each kind compute in integers and in float; what only moves values is left out.
+
+    Returns:
+        {"integer": {kind: count}, "float": {kind: count}}, kinds in alphabetical order.
+    """
+    counted = Counter(operation for operation in operations if operation.kind not in _MOVES)
+    return {
+        name: {o.kind: n for o, n in sorted(counted.items(), key=lambda item: item[0].kind) if o.integer == integer}
+        for name, integer in (("integer", True), ("float", False))
+    }
