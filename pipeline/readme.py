@@ -1,5 +1,6 @@
-"""Command: rewrite the README's result table from results/summary.csv (`python -m pipeline.readme`)."""
+"""Command: rewrite the README's tables from results/summary.csv and results/benchmarks (`python -m pipeline.readme`)."""
 
+import csv
 from pathlib import Path
 
 from pipeline.report import RESULTS
@@ -13,14 +14,63 @@ ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _MISSING = "–"
 
 
+PEERS_BEGIN = "<!-- peers:begin (written by `make readme`) -->"
+PEERS_END = "<!-- peers:end -->"
+
+
 def update(readme: Path, summary: Path) -> None:
-    """Replace what stands between the markers of `readme` by the table of `summary`; Qwt2Error without markers."""
+    """Replace what stands between the result markers of `readme` by the table of `summary`; Qwt2Error without markers."""
+    replace_between(readme, BEGIN, END, table(Results(read_rows(summary))))
+
+
+def update_peers(readme: Path, benchmarks: Path) -> None:
+    """The same for the comparison with other tools: a table for every machine that measured one."""
+    files = sorted(benchmarks.glob("peers-*.csv"))
+    if files:
+        replace_between(readme, PEERS_BEGIN, PEERS_END, "\n\n".join(peers_table(read_dicts(file)) for file in files))
+
+
+def replace_between(readme: Path, begin: str, end: str, content: str) -> None:
+    """Raises Qwt2Error where the two markers are not there once each, in this order."""
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise Qwt2Error(f"{readme} must hold the line {BEGIN} once and {END} once after it; put them where it belongs.")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    write_text(readme, f"{before}{BEGIN}\n{table(Results(read_rows(summary)))}\n{END}{after}")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise Qwt2Error(f"{readme} must hold the line {begin} once and {end} once after it; put them where it belongs.")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    write_text(readme, f"{before}{begin}\n{content}\n{end}{after}")
+
+
+def read_dicts(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def peers_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: per engine, model and batch, how often folded CWAC's time the others take, and all SQNRs."""
+    ratios = {"fp32": "fp32", "bf16": "bf16", "ptq": "PTQ", "cwac_unfolded": "CWAC unfolded", "qwt": "QwT",
+              "quantize_static": "quantize_static", "nncf": "NNCF"}  # fmt: skip
+    accuracies = {"ptq": "PTQ", "cwac": "CWAC", "quantize_static": "quantize_static", "nncf": "NNCF"}
+    headings = ["Engine", "Model", "Batch", "CWAC, ms", *(f"{name} ÷ CWAC" for name in ratios.values())]
+    headings += [f"SQNR {name}, dB" for name in accuracies.values()]
+    lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
+    cells = {(r["engine"], r["model"], r["batch"], r["variant"]): r for r in rows}
+    for engine, model, batch in sorted({key[:3] for key in cells}):
+        own = cells[engine, model, batch, "cwac"]
+
+        def other(variant: str, column: str) -> float | None:
+            row = cells.get((engine, model, batch, variant))
+            return float(row[column]) if row else None
+
+        times = [other(variant, "latency_ratio_to_ptq") for variant in ratios]
+        base = float(own["latency_ratio_to_ptq"])
+        lines.append(
+            [ENGINES[engine], model, batch, f"{float(own['latency_ms']):.1f}"]
+            + [_MISSING if value is None else f"{value / base:.2f}" for value in times]
+            + [_MISSING if value is None else f"{value:.1f}" for value in (other(v, "logits_sqnr_db") for v in accuracies)]
+        )
+    facts = f"{rows[0]['cpu']} ({rows[0]['instruction_sets']}), {rows[0]['threads']} thread; {rows[0]['versions']}"
+    return f"{facts}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table(results: Results) -> str:
@@ -54,5 +104,11 @@ def _percent(row: Row | None) -> str:
     return f"{row.value:.1f} ± {row.std:.1f}" if row.std is not None and row.n > 1 else f"{row.value:.1f}"
 
 
+def main() -> None:
+    readme = Path("README.md")
+    update(readme, RESULTS / "summary.csv")
+    update_peers(readme, RESULTS / "benchmarks")
+
+
 if __name__ == "__main__":
-    guarded(lambda: update(Path("README.md"), RESULTS / "summary.csv"))
+    guarded(main)

@@ -368,6 +368,32 @@ def test_readme_without_markers_is_left_alone(built, tmp_path, text):
     assert path.read_text() == text
 
 
+def peer(variant: str, ratio: str, sqnr: str) -> dict[str, str]:
+    return {
+        "engine": "openvino", "model": "vit", "batch": "8", "variant": variant, "latency_ms": "20.04",
+        "latency_ratio_to_ptq": ratio, "logits_sqnr_db": sqnr, "cpu": "CPU", "instruction_sets": "avx2", "threads": "1",
+        "versions": "openvino=1",
+    }  # fmt: skip
+
+
+def test_peers_table_by_hand():
+    rows = [peer("ptq", "1.0", "30.04"), peer("cwac", "1.25", "31.06"), peer("nncf", "1.5", "29"), peer("fp32", "3", "120")]
+    facts, _, _, _, line = readme.peers_table(rows).splitlines()
+    assert facts == "CPU (avx2), 1 thread; openvino=1"
+    assert line == "| OpenVINO | vit | 8 | 20.0 | 2.40 | – | 0.80 | – | – | – | 1.20 | 30.0 | 31.1 | – | 29.0 |"
+
+
+def test_peers_go_between_their_own_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"a\n{readme.PEERS_BEGIN}\n{readme.PEERS_END}\nb\n")
+    readme.update_peers(path, tmp_path)
+    assert path.read_text() == f"a\n{readme.PEERS_BEGIN}\n{readme.PEERS_END}\nb\n"  # nothing measured, nothing written
+    row = peer("cwac", "1", "30")
+    (tmp_path / "peers-x.csv").write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
+    readme.update_peers(path, tmp_path)
+    assert path.read_text().startswith(f"a\n{readme.PEERS_BEGIN}\nCPU (avx2)") and path.read_text().endswith(f"{readme.PEERS_END}\nb\n")
+
+
 def committed(path: str) -> str | None:
     """A file's last committed content: a new run's latencies differ, and must not fail the tests."""
     shown = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True)
