@@ -179,19 +179,20 @@ class Comparison:
         sessions = {("onnxruntime", variant): compiled(OnnxRuntimeSession, variant) for variant in [*own, "quantize_static"]}
         sessions |= {("openvino", variant): compiled(OpenVinoSession, variant) for variant in own}
         fixed = with_batch_size(onnx.load(self.path("fp32")), batch).SerializeToString()
-        sessions["openvino", "bf16"] = openvino_default(fixed, batch, {})
+        shape = [batch, *self.test.shape[1:]]
+        sessions["openvino", "bf16"] = openvino_default(fixed, shape, {})
         # as our files run: what stays in float in float32
-        sessions["openvino", "nncf"] = openvino_default(self.path("nncf"), batch, {"INFERENCE_PRECISION_HINT": "f32"})
+        sessions["openvino", "nncf"] = openvino_default(self.path("nncf"), shape, {"INFERENCE_PRECISION_HINT": "f32"})
         return sessions
 
 
-def openvino_default(source: bytes | Path, batch: int, options: dict) -> Callable[[np.ndarray], np.ndarray]:
+def openvino_default(source: bytes | Path, shape: list[int], options: dict) -> Callable[[np.ndarray], np.ndarray]:
     """OpenVINO with the settings it comes with, but for the threads."""
     import openvino
 
     core = openvino.Core()
     model = core.read_model(source)
-    model.reshape([batch, *[d.get_length() for d in list(model.input().partial_shape)[1:]]])
+    model.reshape(shape)
     compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", **options})
     return lambda images: next(iter(compiled(images).values()))
 
