@@ -55,7 +55,10 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
-            raise Qwt2Error(f"{type(folded).__name__} cannot be exported: {reason}") from error
+            raise Qwt2Error(
+                f"{type(folded).__name__} cannot be exported: {reason}; torch.export must be able to trace its forward, "
+                "which excludes branches on the values of tensors"
+            ) from error
     model = program.model_proto
     _strip(model)
     _stamp(model, folded)
@@ -123,7 +126,7 @@ def _translations() -> dict:
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """The exporter reports its progress on the console and through warnings; a library must not."""
-    names = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter")
+    names = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.fx.experimental.symbolic_shapes")
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)

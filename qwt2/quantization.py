@@ -94,6 +94,7 @@ def quantize(
             (the module is named), or a model without quantizable layers.
     """
     images = first_images(calibration, observer_images)
+    check_images(model, images)
     ptq: PTQMethod = PTQ_METHODS.get(method)
     qmodel = prepare(model, images[:1], method, precision, variant, blocks)
     with torch.no_grad():
@@ -150,6 +151,21 @@ def check_weights(model: nn.Module) -> None:
             raise Qwt2Error(f"{name} is {parameter.dtype}; convert the model with model.float() before quantizing")
         if not torch.isfinite(parameter).all():
             raise Qwt2Error(f"{name} holds NaN or infinity; load a sound checkpoint")
+
+
+def check_images(model: nn.Module, images: Tensor) -> None:
+    """Refuse images that the model cannot take.
+
+    Raises:
+        Qwt2Error: they are not float32, or not on the device of the model's parameters (one is named).
+    """
+    if images.dtype != torch.float32:
+        raise Qwt2Error(f"the calibration images are {images.dtype}; convert them to float32 and normalize them")
+    for name, parameter in model.named_parameters():
+        if parameter.device != images.device:
+            raise Qwt2Error(
+                f"the calibration images are on {images.device}, but {name} is on {parameter.device}; move one to the other"
+            )
 
 
 def batch_images(batch: Any) -> Tensor:

@@ -88,11 +88,18 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         example: one input batch, on the model's device.
 
     Raises:
-        Qwt2Error: the model calls no Linear or Conv2d.
+        Qwt2Error: the model calls no Linear or Conv2d, or cannot run on the example (the module that fails is named).
     """
     recorder = _Recorder(model)
     with evaluation_mode(model), torch.no_grad(), recorder.hooks(), recorder:
-        model(example)
+        try:
+            model(example)
+        except RuntimeError as error:
+            name = recorder.stack[-1][0] if recorder.stack else ""
+            raise Qwt2Error(
+                f"{name or type(model).__name__} cannot run on images of shape {tuple(example.shape)} "
+                f"({str(error).splitlines()[0]}); give images as the model takes them"
+            ) from error
     result = recorder.result()
     if not result.layers:
         raise Qwt2Error(

@@ -186,6 +186,9 @@ NAN_IMAGE[2, 0, 5, 5] = math.nan
         ([images(2), torch.zeros(2, 3, 24, 24)], r"differ in image shape \[\(3, 24, 24\), \(3, 32, 32\)\]; resize"),
         ([{"images": images(2)}], "calibration batch is a dict; give tensors"),
         ([torch.tensor(1.0)], "calibration batch is a Tensor"),
+        ([images(2).double()], r"images are torch.float64; convert them to float32"),
+        ([images(2).to("meta")], r"images are on meta, but 2.weight is on cpu; move one to the other"),
+        ([torch.zeros(2, 5, 32, 32)], r"2 cannot run on images of shape \(1, 5, 32, 32\) \(.*\); give images as the model"),
         ([NAN_IMAGE], "2.input_quantizer: saw NaN or infinity in calibration"),
     ],
 )

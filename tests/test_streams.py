@@ -194,19 +194,28 @@ class TestReplacedForward:
 class TestCalibrationBatches:
     def test_takes_tensors_and_labelled_pairs(self):
         x = tiny.images(2)
-        assert all(torch.equal(b, x) for b in calibration_batches([x, (x, 1), [x, 2]]))
+        assert all(torch.equal(b, x) for b in calibration_batches(tiny.quantized("vit"), [x, (x, 1), [x, 2]]))
 
-    @pytest.mark.parametrize("batches, message", [([], "empty"), ([torch.zeros(0, 3, 4, 4)], "empty"), (["x"], "str")])
+    @pytest.mark.parametrize(
+        "batches, message",
+        [
+            ([], "empty"),
+            ([torch.zeros(0, 3, 4, 4)], "empty"),
+            (["x"], "str"),
+            ([tiny.images(2), torch.zeros(1, 3, 4, 4)], r"calibration batch 1 holds images of shape \(3, 4, 4\), but the model"),
+            ([tiny.images(2).half()], "torch.float16; convert them to float32"),
+        ],
+    )
     def test_refuses_what_is_no_batch(self, batches, message):
         with pytest.raises(qwt2.Qwt2Error, match=message):
-            calibration_batches(batches)
+            calibration_batches(tiny.quantized("vit"), batches)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_names_the_batch_that_is_not_finite(self, bad):
         broken = tiny.images(2)
         broken[1, 2, 3, 4] = bad
         with pytest.raises(qwt2.Qwt2Error, match="calibration batch 1 holds NaN or infinity"):
-            calibration_batches([tiny.images(2), broken])
+            calibration_batches(tiny.quantized("vit"), [tiny.images(2), broken])
 
 
 class Branching(nn.Module):

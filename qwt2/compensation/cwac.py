@@ -63,7 +63,7 @@ class CWAC:
 
     def fit(self, qmodel: nn.Module, calibration: Iterable[Any], offload_dir: str | None) -> list[ModuleReport]:
         """Fit and apply, in place; see :func:`qwt2.compensate`. What an earlier fit left in the layers is removed."""
-        batches = calibration_batches(calibration)
+        batches = calibration_batches(qmodel, calibration)
         if self.gate != "none" and len(batches) < 2:
             raise Qwt2Error("cwac: the gate holds out whole batches; give at least two calibration batches or gate='none'")
         info = quantization_info(qmodel)

@@ -63,7 +63,7 @@ class QwT:
         info = quantization_info(qmodel)
         if not info.blocks:
             raise Qwt2Error("qwt: the model has no blocks to put a layer beside; name them with quantize(blocks=[...])")
-        batches = calibration_batches(calibration)
+        batches = calibration_batches(qmodel, calibration)
         quantized = UnitStream(qmodel, batches, reference=False, offload_dir=offload_dir)
         reference = None
         if self.target == "global":

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from qwt2.errors import Qwt2Error
 from qwt2.modules import full_precision
-from qwt2.quantization import batch_images, quantization_info
+from qwt2.quantization import batch_images, check_images, quantization_info
 
 
 class _Stop(Exception):
@@ -185,16 +185,24 @@ class UnitStream:
         return captured[0]
 
 
-def calibration_batches(calibration: Iterable[Any]) -> list[Tensor]:
-    """The image tensors of a calibration set.
+def calibration_batches(qmodel: nn.Module, calibration: Iterable[Any]) -> list[Tensor]:
+    """The image tensors of a calibration set for a quantized model.
 
     Raises:
-        Qwt2Error: no batches, an empty batch, or NaN/infinity in the images.
+        Qwt2Error: no batches, an empty batch, images of another shape, type or device than the model takes, or
+            NaN/infinity in them.
     """
     batches = [batch_images(batch) for batch in calibration]
     if not batches:
         raise Qwt2Error("the calibration set is empty; give at least one batch of images")
+    shape = quantization_info(qmodel).input_shape
     for number, batch in enumerate(batches):
+        check_images(qmodel, batch)
+        if tuple(batch.shape[1:]) != shape:
+            raise Qwt2Error(
+                f"calibration batch {number} holds images of shape {tuple(batch.shape[1:])}, but the model was quantized "
+                f"with {shape}; resize them to that"
+            )
         if not torch.isfinite(batch).all():
             raise Qwt2Error(f"calibration batch {number} holds NaN or infinity; check the images and their transform")
     return batches
