@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
-from qwt2.observers import Grid, observe
+from qwt2.observers import QUANTILE_LIMIT, Grid, observe, quantiles
 
 SQRT2 = math.sqrt(2.0)
 
@@ -149,4 +149,4 @@ class LogSqrt2Quantizer(Quantizer):
 
 
 def _upper_quantile(values: Tensor, p: float) -> Tensor:
-    return torch.quantile(values[:: -(-values.numel() // 2**24)], p)
+    return quantiles(values[None, :: -(-values.numel() // QUANTILE_LIMIT)], [p])[0, 0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qwt2.errors import Qwt2Error
-from qwt2.observers import MSE_SHRINKS, OBSERVERS, PERCENTILES, Grid, observe
+from qwt2.observers import MSE_SHRINKS, OBSERVERS, PERCENTILES, Grid, observe, quantiles
 from qwt2.quantizers import LogSqrt2Quantizer, UniformQuantizer
 
 VALUES = st.floats(-1e3, 1e3, width=32).map(lambda v: 0.0 if abs(v) < 1e-3 else v)
@@ -180,3 +180,11 @@ def test_logarithmic_quantizer_keeps_zero_and_powers_of_sqrt_2():
     quantizer.scale, quantizer.calibrated = torch.tensor(1.0), True
     assert torch.allclose(quantizer(x), x, rtol=1e-6)
     assert torch.equal(quantizer(torch.tensor([0.0, 2**-8.5])), torch.zeros(2))
+
+
+@FAST
+@given(st.integers(1, 3), st.integers(1, 4000), st.integers(0, 2**31))
+def test_quantiles_are_those_of_torch(rows, count, seed):
+    x = torch.randn(rows, count, generator=torch.Generator().manual_seed(seed))
+    points = [0.0, 0.001, 0.00001, 0.37, 0.999, 0.99999, 1.0]
+    assert torch.equal(quantiles(x, points), torch.quantile(x, torch.tensor(points), dim=1))
