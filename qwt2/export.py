@@ -9,7 +9,7 @@ import os
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import onnx
 import torch
@@ -25,7 +25,9 @@ OPSET = 20
 STRUCTURE_KEY = "qwt2_structure"
 
 
-def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tensor) -> Path:
+def export_onnx(
+    folded: nn.Module, path: str | os.PathLike, example_input: Tensor, output_names: Sequence[str] = ("logits",)
+) -> Path:
     """Write a folded model as an ONNX file with a dynamic batch dimension.
 
     Weights are int8 and biases int32 in the file; activations pass through QuantizeLinear and
@@ -36,6 +38,7 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
         folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks).
         path: the file; written atomically.
         example_input: one input batch.
+        output_names: names of what the model returns, in order.
 
     Returns:
         ``path``.
@@ -50,7 +53,7 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
         try:
             program = torch.onnx.export(
                 folded, (example,), dynamo=True, opset_version=OPSET, input_names=["images"],
-                output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+                output_names=list(output_names), dynamic_shapes=({0: torch.export.Dim("batch")},),
                 custom_translation_table=_translations(), verbose=False, optimize=False,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
@@ -69,11 +72,11 @@ class Exporter:
     """Exports many models; one whose structure was exported before is written into a copy of that file.
 
     Args:
-        example_input: one input batch.
+        example_input, output_names: as in :func:`export_onnx`.
     """
 
-    def __init__(self, example_input: Tensor):
-        self.example_input = example_input
+    def __init__(self, example_input: Tensor, output_names: Sequence[str] = ("logits",)):
+        self.example_input, self.output_names = example_input, output_names
         self._templates: dict[str, Path] = {}
 
     def export(self, folded: nn.Module, path: str | os.PathLike) -> Path:
@@ -81,7 +84,7 @@ class Exporter:
         structure = _structure(folded)
         if structure in self._templates:
             return rewrite_onnx(self._templates[structure], folded, path)
-        self._templates[structure] = export_onnx(folded, path, self.example_input)
+        self._templates[structure] = export_onnx(folded, path, self.example_input, self.output_names)
         return Path(path)
 
 

@@ -135,9 +135,9 @@ class _Graph:
         """Nodes of one module's slice, its output tensor, and the part after the module itself."""
         if f"{module}.weight" in self.constants:
             roles = ["input"]
-            [weight] = self.readers[f"{module}.weight"]
+            weight, *_ = self.readers[f"{module}.weight"]  # of the first call, where the module runs several times
             [operation] = self.readers[weight.output[0]]
-            [bias] = self.readers[f"{module}.bias"]
+            bias, *_ = self.readers[f"{module}.bias"]
             nodes = [weight, bias]
         else:
             roles = ["a", "b"]

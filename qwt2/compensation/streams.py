@@ -10,6 +10,7 @@ pyramids, dense connections); the prefix is then run in full, once per batch.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -19,22 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from qwt2.errors import Qwt2Error
-from qwt2.modules import full_precision
-from qwt2.quantization import batch_images, check_images, quantization_info
-
-
-class _Stop(Exception):
-    """Ends a forward pass once what was wanted has been captured."""
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let ``module`` run ``forward`` instead of its own method inside the ``with`` block."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
+from qwt2.inputs import Inputs, as_inputs, call, shapes, tensors
+from qwt2.modules import Stop, full_precision, replaced_forward
+from qwt2.quantization import check_images, quantization_info
 
 
 class ActivationStore:
@@ -79,17 +67,17 @@ class UnitStream:
 
     Args:
         model: the quantized model.
-        batches: image tensors.
+        batches: the network's inputs.
         reference: True follows the full-precision network, False the quantized one.
         offload_dir: folder for the stored inputs, or ``None``.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Tensor], reference: bool, offload_dir: str | None):
+    def __init__(self, model: nn.Module, batches: list[Inputs], reference: bool, offload_dir: str | None):
         self.model, self.batches, self.reference = model, batches, reference
         self.units = quantization_info(model).units
         self.position = 0
         self.inputs = ActivationStore(offload_dir, "reference" if reference else "quantized")
-        self.output_shapes: dict[tuple[str, int], torch.Size] = {}
+        self.output_shapes: dict[tuple[str, int], Any] = {}
         self.needs_prefix: set[int] = set()
         for index in range(len(batches)):
             self.inputs[index] = self._run_to(index, 0, {})
@@ -103,34 +91,35 @@ class UnitStream:
     def unit(self) -> nn.Module:
         return self.model.get_submodule(self.units[self.position])
 
-    def run(self, index: int) -> Tensor:
-        """The current unit's output for one batch."""
+    def run(self, index: int) -> Any:
+        """The current unit's output for one batch: a tensor, or a tree of them."""
         args, kwargs = self.inputs[index]
         with self.mode():
             return self.unit(*args, **kwargs)
 
-    def layer_inputs(self, index: int, names: list[str]) -> dict[str, Tensor]:
-        """Inputs of layers inside the current unit for one batch; runs no further than it must."""
+    def layer_inputs(self, index: int, names: list[str]) -> dict[str, list[Tensor]]:
+        """Inputs of layers inside the current unit for one batch, one a call; runs no further than it must."""
         args, kwargs = self.inputs[index]
-        captured: dict[str, Tensor] = {}
+        captured: dict[str, list[Tensor]] = {name: [] for name in names}
+        wanted = sum(quantization_info(self.model).calls.get(name, 1) for name in names)
         with ExitStack() as stack:
             stack.enter_context(self.mode())
             for name in names:
-                stack.enter_context(self._capturing(name, captured, stop=name == names[-1]))
+                stack.enter_context(self._capturing(name, captured, wanted))
             try:
                 self.unit(*args, **kwargs)
-            except _Stop:
+            except Stop:
                 pass
         return captured
 
-    def _capturing(self, name: str, captured: dict[str, Tensor], stop: bool):
+    def _capturing(self, name: str, captured: dict[str, list[Tensor]], wanted: int):
         module = self.model.get_submodule(name)
         own = module.forward
 
         def forward(x: Tensor) -> Tensor:
-            captured[name] = x.clone()  # later in-place operations must not reach it
-            if stop:
-                raise _Stop
+            captured[name].append(x.clone())  # later in-place operations must not reach it
+            if sum(map(len, captured.values())) == wanted:
+                raise Stop
             return own(x)
 
         return replaced_forward(module, forward)
@@ -139,19 +128,19 @@ class UnitStream:
         """Run the current unit on every batch and move on to the next one."""
         for index in range(len(self.batches)):
             output = self.run(index)
-            if not torch.isfinite(output).all():
+            if not _is_finite(output):
                 raise Qwt2Error(f"{self.units[self.position]} gives NaN or infinity on the calibration images")
-            self.output_shapes[self.units[self.position], index] = output.shape
+            self.output_shapes[self.units[self.position], index] = tree_map(_shape_of, output)
             if self.position + 1 < len(self.units):
                 self.inputs[index] = self._next_inputs(index, output)
         self.position += 1
         if self.position == len(self.units):
             self.inputs.clear()
 
-    def _next_inputs(self, index: int, output: Tensor) -> Any:
+    def _next_inputs(self, index: int, output: Any) -> Any:
         target = self.position + 1
         if target not in self.needs_prefix:
-            stubs = {name: self._poison(name, index, output) for name in self.units[: self.position]}
+            stubs = {name: self._poison(name, index) for name in self.units[: self.position]}
             stubs[self.units[self.position]] = lambda *args, **kwargs: output
             captured = self._run_to(index, target, stubs)
             if not _has_nan(captured):
@@ -159,9 +148,9 @@ class UnitStream:
             self.needs_prefix.add(target)
         return self._run_to(index, target, {})
 
-    def _poison(self, name: str, index: int, like: Tensor) -> Callable:
+    def _poison(self, name: str, index: int) -> Callable:
         shape = self.output_shapes[name, index]
-        return lambda *args, **kwargs: like.new_full(shape, float("nan"))
+        return lambda *args, **kwargs: tree_map(_poisoned, shape)
 
     def _run_to(self, index: int, position: int, stubs: dict[str, Callable]) -> Any:
         """Arguments of the unit at ``position``, with other units replaced as ``stubs`` says."""
@@ -169,7 +158,7 @@ class UnitStream:
 
         def stop(*args, **kwargs):
             captured.append(_cloned((args, kwargs)))
-            raise _Stop
+            raise Stop
 
         with ExitStack() as stack:
             stack.enter_context(self.mode())
@@ -177,35 +166,55 @@ class UnitStream:
                 stack.enter_context(replaced_forward(self.model.get_submodule(name), stub))
             stack.enter_context(replaced_forward(self.model.get_submodule(self.units[position]), stop))
             try:
-                self.model(self.batches[index])
-            except _Stop:
+                call(self.model, self.batches[index])
+            except Stop:
                 pass
         if not captured:
             raise Qwt2Error(f"{self.units[position]} was not run on a calibration batch; give images of one kind")
         return captured[0]
 
 
-def calibration_batches(qmodel: nn.Module, calibration: Iterable[Any]) -> list[Tensor]:
-    """The image tensors of a calibration set for a quantized model.
+def calibration_batches(qmodel: nn.Module, calibration: Iterable[Any]) -> list[Inputs]:
+    """The inputs of a calibration set for a quantized model. Images of a detector may differ in size.
 
     Raises:
         Qwt2Error: no batches, an empty batch, images of another shape, type or device than the model takes, or
             NaN/infinity in them.
     """
-    batches = [batch_images(batch) for batch in calibration]
+    batches = [as_inputs(batch) for batch in calibration]
     if not batches:
         raise Qwt2Error("the calibration set is empty; give at least one batch of images")
     shape = quantization_info(qmodel).input_shape
     for number, batch in enumerate(batches):
         check_images(qmodel, batch)
-        if tuple(batch.shape[1:]) != shape:
+        if isinstance(batch, Tensor) != isinstance(shape, tuple) or (isinstance(batch, Tensor) and shapes(batch) != shape):
             raise Qwt2Error(
-                f"calibration batch {number} holds images of shape {tuple(batch.shape[1:])}, but the model was quantized "
+                f"calibration batch {number} holds images of shape {shapes(batch)}, but the model was quantized "
                 f"with {shape}; resize them to that"
             )
-        if not torch.isfinite(batch).all():
+        if not _is_finite(tensors(batch)):
             raise Qwt2Error(f"calibration batch {number} holds NaN or infinity; check the images and their transform")
     return batches
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is kept of a tensor that a unit returned."""
+
+    size: torch.Size
+    like: Tensor
+
+
+def _shape_of(leaf: Any) -> Any:
+    return _Shape(leaf.shape, leaf.new_empty(())) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _poisoned(leaf: Any) -> Any:
+    return leaf.like.new_full(leaf.size, float("nan")) if isinstance(leaf, _Shape) else leaf
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(bool(torch.isfinite(leaf).all()) for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
 
 
 def _cloned(tree: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
@@ -35,7 +36,9 @@ def ensure_operators() -> str:
 class _Bridge(ModuleType):
     """Stands for mmcv's extension module; operators it has not can be imported, and refuse to run."""
 
-    __spec__ = importlib.util.spec_from_loader(_EXTENSION, loader=None)
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, loader=None)  # who looks for the extension looks for this
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
