@@ -1,6 +1,6 @@
 """Stage `report`: gather the evaluated cells into results/summary.csv and results/report.html."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from qwt2.report import Conditions, render
 from qwt2.results import UNITS, Layer, Results, Row, read_layers, read_rows, write_rows
 
 RESULTS = Path("results")
+_NEEDED = {"classification": ("top1", "top5"), "detection": ("bbox_ap", "bbox_ap50")}
 
 
 def main(config: Mapping[str, Any], _cell: Cell) -> None:
@@ -25,29 +26,34 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
     """
     models, precisions = config["grid"]["model"], config["grid"]["precision"]
     cells = [(model, precision) for model in models for precision in precisions]
-    rows = collect(out, models, cells, config["data"]["name"])
+    rows = collect(out, {model: config["models"][model] for model in models}, cells)
     layers = [layer for model, precision in cells for layer in cell_layers(out, model, precision)]
     page = render(Results(rows), layers, _conditions(config, out, cells))
     write_rows(results / "summary.csv", rows)
     write_text(results / "report.html", page)
 
 
-def collect(out: Path, models: Sequence[str], cells: Iterable[tuple[str, str]], dataset: str) -> list[Row]:
-    """The figures of the baselines and of exactly these (model, precision) cells."""
-    rows = [row for model in models for row in baseline_rows(out, model, dataset)]
-    return rows + [row for model, precision in cells for row in cell_rows(out, model, precision, dataset)]
+def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[tuple[str, str]]) -> list[Row]:
+    """The figures of the baselines and of exactly these (model, precision) cells.
+
+    `models` holds the ``task`` and ``dataset`` of every model.
+    """
+    rows = [row for model, facts in models.items() for row in baseline_rows(out, model, **facts)]
+    return rows + [
+        row for model, precision in cells for row in cell_rows(out, model, precision, models[model]["dataset"])
+    ]
 
 
-def baseline_rows(out: Path, model: str, dataset: str) -> list[Row]:
+def baseline_rows(out: Path, model: str, task: str, dataset: str) -> list[Row]:
     """Accuracy of the fp32 network, from ``baseline/<model>/metrics.json``."""
     path = out / "baseline" / model / "metrics.json"
     metrics = read_json(path)
-    missing = {"top1", "top5"} - set(metrics)
+    missing = set(_NEEDED[task]) - set(metrics)
     if missing:
         raise Qwt2Error(f"{path} has no {' and no '.join(sorted(missing))}; run `dvc repro -f baseline@{model}`.")
     return [
-        Row("classification", dataset, model, "fp32", "fp32", "torch", name, metrics[name], None, UNITS[name], 1)
-        for name in ("top1", "top5")
+        Row(task, dataset, model, "fp32", "fp32", "torch", name, metrics[name], None, UNITS[name], 1)
+        for name in metrics if name in UNITS
     ]
 
 
@@ -75,14 +81,14 @@ def _check_cell(path: Path, found: tuple[str, ...], expected: tuple[str, ...]) -
 
 
 def _conditions(config: Mapping[str, Any], out: Path, cells: Iterable[tuple[str, str]]) -> Conditions:
+    used = dict.fromkeys(config["models"][model]["dataset"] for model in config["grid"]["model"])
     machines = []
     for cell in cells:
         machine = read_json(_cell_folder(out, *cell) / "machine.json")
         if machine not in machines:
             machines.append(machine)
     return Conditions(
-        dataset=config["data"]["name"],
-        val_images=config["data"]["val_images"],
+        datasets={name: config["datasets"][name]["val_images"] for name in used},
         calibration_images=config["calibration"]["images"],
         latency=config["evaluate"]["latency"],
         machines=machines,

@@ -22,19 +22,24 @@ from qwt2.precision import Precision
 
 CONF = Path("conf")
 
-_ARCHITECTURE = ("model.name", "model.timm", "model.kwargs")
+# By the task: what builds the network, without where its weights come from.
+_ARCHITECTURES = {
+    "classification": ("model.name", "model.timm", "model.kwargs"),
+    "detection": tuple(f"model.{key}" for key in ("name", "mmdet", "options", "parts", "boxes", "mask_boxes")),
+}
+_ARCHITECTURE = "the keys of the task in _ARCHITECTURES"
 # What each stage reads: dotted keys of the composed configuration.
 KEYS = {
-    "data": ("data",),
+    "data": ("datasets",),
     "baseline": ("threads", "data", "model"),
-    "ptq": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq", "precision"),
-    "compensate": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq.variants", "compensation"),
-    "fold": ("threads", "seeds", "data", *_ARCHITECTURE, "compensations", "evaluate.mismatch_images"),
+    "ptq": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision"),
+    "compensate": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq.variants", "compensation"),
+    "fold": ("threads", "seeds", "data", _ARCHITECTURE, "compensations", "evaluate.mismatch_images"),
     "evaluate": (
-        *("threads", "seeds", "data", *_ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
+        *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
         *("compensations", "evaluate"),
     ),
-    "report": ("grid", "data", "calibration", "evaluate"),
+    "report": ("grid", "datasets", "models", "calibration", "evaluate"),
 }
 
 
@@ -47,17 +52,28 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
     grid = OmegaConf.to_container(OmegaConf.load(CONF / "grid.yaml"))["grid"]
     overrides = overrides or []
     files: dict[Path, str] = {}
-    shared: dict[str, Any] = {}
+    shared: dict[str, Any] = {"datasets": {}, "models": {}}
     for model in grid["model"]:
         for precision in grid["precision"]:
             cfg = compose_cell([f"model={model}", f"precision={precision}", *overrides])
-            shared = cfg | {"grid": grid}
-            files[config_path("baseline", model)] = _select(shared, "baseline")
+            shared["datasets"][cfg["data"]["name"]] = cfg["data"]
+            shared["models"][model] = {"task": cfg["task"], "dataset": cfg["data"]["name"]}
+            shared |= {"calibration": cfg["calibration"], "evaluate": cfg["evaluate"]}
+            files[config_path("baseline", model)] = _select(cfg, "baseline")
             for stage in ("ptq", "compensate", "fold", "evaluate"):
                 files[config_path(stage, f"{model}-{precision}")] = _select(cfg, stage)
-    for stage in ("data", "report"):
-        files[config_path(stage)] = _select(shared, stage)
+    files[config_path("data")] = _select(shared, "data")
+    files[config_path("report")] = _select(shared | {"grid": grid}, "report")
+    for task in {facts["task"] for facts in shared["models"].values()}:
+        models = [model for model in grid["model"] if shared["models"][model]["task"] == task]
+        files[config_path("report", task)] = _select(shared | {"grid": grid | {"model": models}}, "report")
     return files
+
+
+def cells_of(task: str) -> list[str]:
+    """The grid's cells whose models are of `task`, from the resolved configuration."""
+    grid = yaml.safe_load(resolve()[config_path("report", task)])["grid"]
+    return [f"{model}-{precision}" for model in grid["model"] for precision in grid["precision"]]
 
 
 def compose_cell(overrides: list[str]) -> dict[str, Any]:
@@ -71,7 +87,7 @@ def compose_cell(overrides: list[str]) -> dict[str, Any]:
     Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
     for engine in cfg["evaluate"]["engines"]:
         ENGINES.get(engine)
-    return cfg | {"compensations": list(cfg["compensation"])}
+    return cfg | {"compensations": list(cfg["compensation"]), "task": "detection" if "mmdet" in cfg["model"] else "classification"}
 
 
 def _one_sentence(error: Exception, overrides: list[str]) -> str:
@@ -86,7 +102,8 @@ def _one_sentence(error: Exception, overrides: list[str]) -> str:
 
 def _select(cfg: dict[str, Any], stage: str) -> str:
     chosen: dict[str, Any] = {}
-    for key in KEYS[stage]:
+    keys = [key for entry in KEYS[stage] for key in (_ARCHITECTURES[cfg["task"]] if entry is _ARCHITECTURE else (entry,))]
+    for key in keys:
         *parents, last = key.split(".")
         source, target = cfg, chosen
         for parent in parents:

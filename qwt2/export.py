@@ -26,7 +26,7 @@ STRUCTURE_KEY = "qwt2_structure"
 
 
 def export_onnx(
-    folded: nn.Module, path: str | os.PathLike, example_input: Tensor, output_names: Sequence[str] = ("logits",)
+    folded: nn.Module, path: str | os.PathLike, example_input: Tensor, output_names: Sequence[str] | None = ("logits",)
 ) -> Path:
     """Write a folded model as an ONNX file with a dynamic batch dimension.
 
@@ -38,7 +38,7 @@ def export_onnx(
         folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks).
         path: the file; written atomically.
         example_input: one input batch.
-        output_names: names of what the model returns, in order.
+        output_names: names of what the model returns, in order; ``None`` leaves them to the exporter.
 
     Returns:
         ``path``.
@@ -53,7 +53,7 @@ def export_onnx(
         try:
             program = torch.onnx.export(
                 folded, (example,), dynamo=True, opset_version=OPSET, input_names=["images"],
-                output_names=list(output_names), dynamic_shapes=({0: torch.export.Dim("batch")},),
+                output_names=output_names and list(output_names), dynamic_shapes=({0: torch.export.Dim("batch")},),
                 custom_translation_table=_translations(), verbose=False, optimize=False,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
@@ -75,7 +75,7 @@ class Exporter:
         example_input, output_names: as in :func:`export_onnx`.
     """
 
-    def __init__(self, example_input: Tensor, output_names: Sequence[str] = ("logits",)):
+    def __init__(self, example_input: Tensor, output_names: Sequence[str] | None = ("logits",)):
         self.example_input, self.output_names = example_input, output_names
         self._templates: dict[str, Path] = {}
 

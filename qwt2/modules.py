@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -237,20 +237,6 @@ def bias_grid(layer: QuantizedLayer, alpha: Tensor | None, bias: Tensor) -> Tens
         grid = grid * alpha.double().abs()
     smallest = torch.finfo(torch.float32).tiny
     return torch.maximum(grid, bias.double().abs() / BIAS_LIMIT).clamp(min=smallest)
-
-
-class Stop(Exception):
-    """Ends a forward pass once what was wanted has been captured."""
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let ``module`` run ``forward`` instead of its own method inside the ``with`` block."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 @contextmanager

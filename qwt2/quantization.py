@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from qwt2.attention import make_attention_explicit
 from qwt2.blocks import execution_units, find_blocks, is_inside
 from qwt2.errors import Qwt2Error
+from qwt2.hooks import Stop, replaced_forward
 from qwt2.inputs import Inputs, as_inputs, call, first, image_count, joined, shapes, tensors
-from qwt2.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatmul, Stop, replaced_forward
+from qwt2.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatmul
 from qwt2.observers import Grid
 from qwt2.precision import Precision
 from qwt2.ptq import PTQ_METHODS

@@ -23,7 +23,8 @@ MACHINE = {
 
 CONFIG = {
     "grid": {"model": list(MODELS), "precision": list(PRECISIONS)},
-    "data": {"name": "digits", "val_images": 2000},
+    "datasets": {"digits": {"name": "digits", "val_images": 2000}},
+    "models": {model: {"task": "classification", "dataset": "digits"} for model in MODELS},
     "calibration": {"images": 256},
     "evaluate": {"latency": {"batch_size": 1, "repeats": 200, "threads": 1}},
 }

@@ -7,7 +7,7 @@ from torch import nn
 import qwt2
 import tiny_models as tiny
 from oracles import full_precision_copy, record
-from qwt2.compensation.streams import ActivationStore, UnitStream, calibration_batches, replaced_forward
+from qwt2.compensation.streams import ActivationStore, UnitStream, calibration_batches
 from qwt2.quantization import quantization_info
 
 CHAINS = ["vit", "swin", "resnet", "mobilenet"]

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from qwt2.errors import Qwt2Error
+from qwt2.hooks import Stop, replaced_forward
 from qwt2.inputs import Inputs, as_inputs, call, shapes, tensors
-from qwt2.modules import Stop, full_precision, replaced_forward
+from qwt2.modules import full_precision
 from qwt2.quantization import check_images, quantization_info
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,7 @@ def build_detector(cfg: Mapping[str, Any], seed: int = 0) -> nn.Module:
 
     register_all_modules(init_default_scope=True)
     _remove_downloads(config.model)
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         try:
             detector = MODELS.build(config.model)
@@ -84,12 +87,11 @@ def convert_swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights in the names and layout of Swin-Transformer-Object-Detection, as mmdet 3's Swin wants them.
 
     Its patch merging takes the four pixels of a patch one after the other, mmdet's takes them channel by channel (as
-    `nn.Unfold` does) and the two middle ones in the other order; fixed index tables are numbered otherwise, too, and
-    left to mmdet's own.
+    `nn.Unfold` does) and the two middle ones in the other order. Attention masks are computed, not stored.
     """
     result = {}
     for name, tensor in state.items():
-        if name.endswith(("relative_position_index", "attn_mask")):
+        if name.endswith(".attn_mask"):
             continue
         if name.startswith("backbone."):
             for old, new in _SWIN_NAMES:
@@ -127,35 +129,22 @@ def _divide_windows_exactly(detector: nn.Module) -> None:
     from mmdet.models.backbones.swin import ShiftWindowMSA
 
     for module in detector.modules():
-        if type(module) is ShiftWindowMSA:
-            module.__class__ = _exact_windows()
+        if isinstance(module, ShiftWindowMSA):
+            module.window_reverse = partial(window_reverse, module.window_size)
 
 
-def _exact_windows() -> type:
-    from mmdet.models.backbones.swin import ShiftWindowMSA
-
-    class ExactWindows(ShiftWindowMSA):
-        def window_reverse(self, windows: Tensor, H: int, W: int) -> Tensor:
-            """(windows * N, size, size, C) -> (N, H, W, C)."""
-            size = self.window_size
-            x = windows.view(-1, H // size, W // size, size, size, windows.shape[-1])
-            return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
-
-    return ExactWindows
+def window_reverse(size: int, windows: Tensor, height: int, width: int) -> Tensor:
+    """Windows (windows * N, size, size, C) put together again, (N, height, width, C)."""
+    x = windows.view(-1, height // size, width // size, size, size, windows.shape[-1])
+    return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
-def _quiet():
+@contextmanager
+def quiet() -> Iterator[None]:
     """mmengine logs every weight that it draws."""
-    import logging
-    from contextlib import contextmanager
-
-    @contextmanager
-    def quiet():
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-
-    return quiet()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from typing import Any, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qwt2.data.coco import Scenes
-from qwt2.detection.network import regions
+from qwt2.detection.models import quiet
 from qwt2.errors import Qwt2Error
-from qwt2.inputs import Inputs
 
+_KEEP_BYTES = 2**28
 METRICS = {"bbox_ap": "coco/bbox_mAP", "bbox_ap50": "coco/bbox_mAP_50", "segm_ap": "coco/segm_mAP"}
 
 
@@ -43,46 +43,72 @@ def build_dataset(config: Any, scenes: Scenes, split: str) -> Any:
         return DATASETS.build(dataset_config(config, scenes, split))
 
 
-def batches(detector: nn.Module, dataset: Any, indices: Any, batch_size: int) -> Iterator[tuple[Tensor, list[Any]]]:
-    """Images (N, 3, H, W) as the detector wants them, and their data samples."""
-    indices = list(indices)
-    for start in range(0, len(indices), batch_size):
-        items = [dataset[int(index)] for index in indices[start : start + batch_size]]
-        data = {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
-        prepared = detector.data_preprocessor(data, False)
-        yield prepared["inputs"], prepared["data_samples"]
+class Batches:
+    """Images (N, 3, H, W), padded to one size, and their data samples, as a detector takes them, batch by batch.
 
-
-def calibration(
-    detector: nn.Module, dataset: Any, count: int, seed: int, batch_size: int, boxes: int, mask_boxes: int
-) -> list[Inputs]:
-    """Inputs of `qwt2.detection.network.Detector` for ``count`` images drawn by ``seed``, in batches.
+    Small sets are kept in memory, because they are gone through many times.
 
     Args:
-        detector: the full-precision detector, which chooses the regions.
-        boxes, mask_boxes: regions an image for the box and the mask heads.
-
-    Raises:
-        Qwt2Error: fewer images than asked for.
+        config: the detector's configuration.
+        dataset: mmdet's.
+        batch_size: images; the last batch may be smaller.
+        indices: which images in which order; all, if not given.
     """
-    if not 0 < count <= len(dataset):
-        raise Qwt2Error(f"calibration asks for {count} images, but must be between 1 and the {len(dataset)} training images")
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
-    return [
-        regions(detector, images, samples, boxes, mask_boxes)
-        for images, samples in batches(detector, dataset, chosen, batch_size)
-    ]
+
+    def __init__(self, config: Any, dataset: Any, batch_size: int, indices: np.ndarray | None = None):
+        from mmdet.registry import MODELS
+
+        self.dataset, self.batch_size = dataset, batch_size
+        self.indices = np.arange(len(dataset)) if indices is None else indices
+        self._preprocess = MODELS.build(config.model.data_preprocessor)
+        self._kept: list[tuple[Tensor, list[Any]]] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Any]]]:
+        yield from self._kept
+        kept = sum(images.nbytes for images, _ in self._kept)
+        for start in range(len(self._kept) * self.batch_size, len(self.indices), self.batch_size):
+            batch = self._load(self.indices[start : start + self.batch_size])
+            kept += batch[0].nbytes
+            if kept <= _KEEP_BYTES:
+                self._kept.append(batch)
+            yield batch
+
+    def _load(self, indices: np.ndarray) -> tuple[Tensor, list[Any]]:
+        items = [self.dataset[int(index)] for index in indices]
+        data = self._preprocess({key: [item[key] for item in items] for key in ("inputs", "data_samples")}, False)
+        return data["inputs"], data["data_samples"]
+
+
+def draw_calibration(available: int, count: int, seed: int) -> np.ndarray:
+    """Which of the training images calibrate; a larger count with the same seed starts with those of the smaller one.
+
+    Raises `Qwt2Error` for fewer images than asked for.
+    """
+    if not 0 < count <= available:
+        raise Qwt2Error(f"calibration asks for {count} images, but must be between 1 and the {available} training images")
+    return np.random.default_rng(seed).permutation(available)[:count]
 
 
 @torch.no_grad()
-def detect(detector: nn.Module, dataset: Any, batch_size: int, progress: bool = False) -> list[Any]:
-    """mmdet's data samples of a whole dataset with what the detector finds (`pred_instances`)."""
-    found = []
-    bar = tqdm(total=len(dataset), desc="detect", unit="image", disable=None if progress else True)
-    for images, samples in batches(detector, dataset, range(len(dataset)), batch_size):
-        found += detector.predict(images, samples)
-        bar.update(len(samples))
-    return found
+def detect(detector: nn.Module, batches: Batches) -> list[Any]:
+    """mmdet's data samples of all images with what the detector finds (`pred_instances`)."""
+    return [sample for images, samples in batches for sample in detector.predict(images, samples)]
+
+
+def shown(sample: Any, least_score: float = 0.3) -> dict[str, Any]:
+    """What a picture of one image shows: file, boxes, labels, scores and masks (COCO run lengths) of sure detections."""
+    from pycocotools import mask as coco_mask
+
+    found = sample.pred_instances[sample.pred_instances.scores >= least_score].to_dict()
+    masks = found.get("masks")
+    encoded = [] if masks is None else [coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in masks]
+    return {
+        "file": os.path.basename(sample.img_path),
+        "boxes": found["bboxes"].tolist(),
+        "labels": found["labels"].tolist(),
+        "scores": found["scores"].tolist(),
+        "masks": [{"size": list(mask["size"]), "counts": mask["counts"].decode()} for mask in encoded],
+    }
 
 
 def score(found: list[Any], scenes: Scenes, split: str = "val") -> dict[str, float]:
@@ -97,22 +123,10 @@ def score(found: list[Any], scenes: Scenes, split: str = "val") -> dict[str, flo
         if not (torch.isfinite(instances.scores).all() and torch.isfinite(instances.bboxes).all()):
             raise Qwt2Error("the detector's boxes or scores hold NaN or infinity; check the weights and the precision")
     kinds = ["bbox", "segm"] if any("masks" in sample.pred_instances for sample in found) else ["bbox"]
-    with contextlib.redirect_stdout(io.StringIO()), _no_log():
+    with contextlib.redirect_stdout(io.StringIO()), quiet():
         metric = CocoMetric(ann_file=str(scenes.annotations[split]), metric=kinds)
         metric.dataset_meta = {"classes": tuple(scenes.classes)}
         metric.process({}, [sample.to_dict() for sample in found])
         figures = metric.evaluate(len(found))
-    # Where nothing at all is found, mmdet gives no figures.
-    return {name: 100.0 * float(figures.get(key, 0.0)) for name, key in METRICS.items() if key.partition("/")[2][:4] in kinds}
-
-
-@contextlib.contextmanager
-def _no_log() -> Iterator[None]:
-    import logging
-
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    # mmdet rounds to three digits, and gives no figures where nothing at all is found.
+    return {name: round(100.0 * figures.get(key, 0.0), 1) for name, key in METRICS.items() if key.partition("/")[2][:4] in kinds}

@@ -18,15 +18,13 @@ class Conditions:
     """What the figures were measured on and under, for the captions.
 
     Args:
-        dataset: name of the dataset.
-        val_images: number of validation images, None for all there are.
+        datasets: name of each dataset -> number of validation images, None for all there are.
         calibration_images: number of images of one calibration seed.
         latency: settings of the timing: ``batch_size``, ``repeats``, ``threads``.
         machines: the different `qwt2.machine.describe` records of the evaluated cells.
     """
 
-    dataset: str
-    val_images: int | None
+    datasets: Mapping[str, int | None]
     calibration_images: int
     latency: Mapping[str, int]
     machines: Sequence[Mapping[str, Any]]

@@ -1,0 +1,58 @@
+"""Figures of one cell of detection: mmdet's detectors with engines inside them."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pipeline.detection import Detection as Task
+from pipeline.evaluation import Evaluation, Figures
+from pipeline.parallel import each
+from pipeline.stage import Cell
+from qwt2.detection.parts import DENSE, part_names, running_on
+from qwt2.engines import Engine, load_engine
+from qwt2.io import read_json
+
+
+class Detection(Evaluation):
+    """COCO's average precision; the dense part is timed."""
+
+    TASK = "detection"
+    DELTAS = {"bbox_ap": "engine_bbox_ap_delta", "segm_ap": "engine_segm_ap_delta"}
+    TIMED = DENSE
+
+    def __init__(self, cfg: Any, cell: Cell):
+        super().__init__(cfg, cell)
+        self.task = Task(cfg)
+        self.network = self.task.baseline(cell)
+        self.parts = part_names(self.network)
+
+    def simulated_figures(self, method: str, variant: str) -> Figures:
+        paths = [self.cell.quantized(variant, method, seed).with_suffix(".json") for seed in self.seeds]
+        return by_metric([read_json(path)["metrics"] for path in paths])
+
+    def engine_figures(self, method: str, engine: str) -> Figures:
+        return by_metric(each(lambda seed: self.on_engine_with(method, engine, seed), self.seeds, self.cfg["workers"]))
+
+    def on_engine_with(self, method: str, engine: str, seed: int) -> dict[str, float]:
+        runs = {p: load_engine(self.cell.onnx(method, seed, p), engine, self.cfg["threads"]) for p in self.parts}
+        with running_on(self.network, runs, image_size(runs[DENSE])) as detector:
+            return self.task.measure(detector)["metrics"]
+
+    def latency_input(self, batch_size: int) -> np.ndarray:
+        return np.resize(self.images, (batch_size, *self.images.shape[1:]))
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        images, _ = next(iter(self.task.validation))
+        return images.numpy()
+
+
+def by_metric(records: list[dict[str, float]]) -> Figures:
+    return {metric: [record[metric] for record in records] for metric in records[0]}
+
+
+def image_size(engine: Engine) -> tuple[int, int]:
+    """Height and width that an exported file takes."""
+    *_, height, width = (dim.dim_value for dim in engine.input.type.tensor_type.shape.dim)
+    return height, width
