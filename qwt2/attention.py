@@ -47,7 +47,7 @@ class ExplicitAttention(nn.Module):
         is_causal=False,
     ):  # fmt: skip
         """See ``nn.MultiheadAttention``; ``key_padding_mask`` must be ``None``."""
-        q, k, v = self.qkv(query).chunk(3, -1) if self.fused else (self.q(query), self.k(key), self.v(value))
+        q, k, v = self.qkv(query).unflatten(-1, (3, -1)).unbind(-2) if self.fused else (self.q(query), self.k(key), self.v(value))
         q, k, v = self._split(q * self.scale), self._split(k), self._split(v)
         scores = q @ k.transpose(-2, -1)
         if attn_mask is not None:

@@ -132,12 +132,14 @@ class _Graph:
                 self.readers.setdefault(name, []).append(node)
 
     def piece(self, module: str) -> tuple[list[onnx.NodeProto], str, list[onnx.NodeProto]]:
-        """Nodes of one module's slice, its output tensor, and the part after the module itself."""
+        """Nodes of one module's slice, its output tensor, and the part after the module itself.
+
+        Of a module that runs several times in one pass, the first run is taken.
+        """
         if f"{module}.weight" in self.constants:
             roles = ["input"]
-            [weight] = self.readers[f"{module}.weight"]
-            [operation] = self.readers[weight.output[0]]
-            [bias] = self.readers[f"{module}.bias"]
+            weight, bias = (self.readers[f"{module}.{name}"][0] for name in ("weight", "bias"))
+            operation = self.readers[weight.output[0]][0]
             nodes = [weight, bias]
         else:
             roles = ["a", "b"]

@@ -130,7 +130,7 @@ def prepare(
         method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=matmuls,
         blocks=found, exportable=recipe.exportable, input_shape=tuple(example.shape[1:]),
         norm_consumers=wiring.norm_consumers,
-        float_modules=skipped | left | {n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()},
+        float_modules={n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()} | skipped | left,
     )  # fmt: skip
     info.units  # refuses blocks that overlap or hold nothing
     _insert_layers(qmodel, wiring, ptq, recipe, info)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from typing import Any
 
@@ -21,9 +22,12 @@ _MATMUL_METHODS = {"matmul", "bmm", "__matmul__"}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where ``model`` has the submodule ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    """Put ``new`` where ``model`` has the submodule ``name``, under every name that it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):  # named_children leaves second names out
+            if module is old:
+                setattr(parent, child, new)
 
 
 def fold_batchnorms(model: nn.Module, trace: Trace) -> None:
@@ -55,9 +59,10 @@ class PendingMatmul(Quantizer):
 def expose_matmuls(model: nn.Module, trace: Trace) -> tuple[list[str], dict[str, str]]:
     """Make every product of activations a :class:`QuantizedMatmul` module of its own, in place.
 
-    The forward method of each module that multiplies activations is rewritten with ``torch.fx``
-    (its children stay as they are): ``a @ b`` becomes a call of ``matmul1``, ``matmul2``, ...;
-    ``scaled_dot_product_attention`` is taken apart into scaling, product, mask, softmax and product.
+    The forward method of each module that multiplies activations, ``model`` itself included, is
+    rewritten with ``torch.fx`` (its children stay as they are): ``a @ b`` becomes a call of
+    ``matmul1``, ``matmul2``, ...; ``scaled_dot_product_attention`` is taken apart into scaling,
+    product, mask, softmax and product.
 
     Returns:
         Names of the new modules in execution order, and module name -> reason for those whose
@@ -71,10 +76,8 @@ def expose_matmuls(model: nn.Module, trace: Trace) -> tuple[list[str], dict[str,
         except Exception as error:  # fx raises whatever the traced code raises on a proxy
             skipped[name] = f"its forward method cannot be traced ({str(error).splitlines()[0][:120]})"
             continue
-        if not name:
-            raise Qwt2Error("the model multiplies activations in its own forward method; move that into a submodule")
-        replace_module(model, name, rewritten)
-        names += [f"{name}.{child}" for child, m in rewritten.named_children() if isinstance(m, QuantizedMatmul)]
+        children = _adopt(module, rewritten)
+        names += [f"{name}.{child}".lstrip(".") for child in children]
     return names, skipped
 
 
@@ -88,43 +91,39 @@ class _ChildrenAreLeaves(fx.Tracer):
 def _rewrite(module: nn.Module, site: MatmulSite) -> fx.GraphModule:
     graph = _ChildrenAreLeaves().trace(module, concrete_args=site.constants)
     _restore_signature(graph, module)
-    rewritten = _Rewritten(module, graph, class_name=type(module).__name__)
-    rewritten.train(module.training)
-    _keep_plain_attributes(module, rewritten)
+    rewritten = fx.GraphModule(module, graph)
     masks = iter(site.masks)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
             _decompose_attention(graph, node, next(masks))
-    softmaxes = 0
-    for node in list(graph.nodes):
-        if _is_matmul(node):
-            softmaxes += 1
-            child = f"matmul{softmaxes}"
-            is_softmax = _comes_from_softmax(rewritten, node.args[0])
-            rewritten.add_submodule(child, QuantizedMatmul(PendingMatmul(is_softmax), PendingMatmul()))
-            with graph.inserting_before(node):
-                call = graph.call_module(child, node.args[:2])
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
+    free = (f"matmul{number}" for number in itertools.count(1) if not hasattr(module, f"matmul{number}"))
+    for node, child in zip([n for n in graph.nodes if _is_matmul(n)], free):
+        is_softmax = _comes_from_softmax(rewritten, node.args[0])
+        rewritten.add_submodule(child, QuantizedMatmul(PendingMatmul(is_softmax), PendingMatmul()))
+        with graph.inserting_before(node):
+            call = graph.call_module(child, node.args[:2])
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
     graph.eliminate_dead_code()
     rewritten.recompile()
     return rewritten
 
 
-class _Rewritten(fx.GraphModule):
-    """A rewritten module whose copies keep its plain attributes too."""
+def _adopt(module: nn.Module, rewritten: fx.GraphModule) -> list[str]:
+    """Give ``module`` the rewritten forward method and the products it calls; returns their names.
 
-    def __deepcopy__(self, memo):
-        copied = super().__deepcopy__(memo)
-        _keep_plain_attributes(self, copied)
-        return copied
-
-
-def _keep_plain_attributes(module: nn.Module, rewritten: fx.GraphModule) -> None:
-    """Callers may read them (nn.TransformerEncoderLayer asks its attention for ``batch_first``)."""
-    for name, value in vars(module).items():
-        if not name.startswith("_") and not hasattr(rewritten, name):
-            setattr(rewritten, name, value)
+    The object stays what it was, with all its children, attributes and methods; a class of its own
+    overrides the method, so that copies have it too.
+    """
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"forward": type(rewritten).forward, "__module__": kind.__module__})
+    for name, buffer in rewritten.named_buffers(recurse=False):  # tensors that the forward method makes
+        if not hasattr(module, name):
+            module.register_buffer(name, buffer)
+    children = [name for name, child in rewritten.named_children() if isinstance(child, QuantizedMatmul)]
+    for name in children:
+        module.add_module(name, rewritten.get_submodule(name))
+    return children
 
 
 def _restore_signature(graph: fx.Graph, module: nn.Module) -> None:

@@ -27,7 +27,11 @@ NORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
 
 _MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _ATTENTIONS = {F.scaled_dot_product_attention}
-_UNSUPPORTED = {torch.einsum, torch.baddbmm, Tensor.baddbmm, F.conv1d, F.conv3d, F.bilinear}
+# Outside a Linear or Conv2d module.
+_UNSUPPORTED = {
+    torch.einsum, torch.baddbmm, Tensor.baddbmm, torch.addmm, Tensor.addmm, F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+}  # fmt: skip
 
 # Functions that move values without changing them, as long as the last axis stays the last axis.
 _MOVES = {
@@ -88,18 +92,25 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         example: one input batch, on the model's device.
 
     Raises:
-        Qwt2Error: the model calls no Linear or Conv2d, or cannot run on the example (the module that fails is named).
+        Qwt2Error: the model calls no Linear or Conv2d, returns something else than one tensor, or cannot run on the
+            example (the module that fails is named).
     """
+    if isinstance(model, LAYER_TYPES):
+        raise Qwt2Error(f"the model is nothing but one {type(model).__name__}; put it into an nn.Sequential")
     recorder = _Recorder(model)
     with evaluation_mode(model), torch.no_grad(), recorder.hooks(), recorder:
         try:
-            model(example)
+            output = model(example)
         except RuntimeError as error:
             name = recorder.stack[-1][0] if recorder.stack else ""
             raise Qwt2Error(
                 f"{name or type(model).__name__} cannot run on images of shape {tuple(example.shape)} "
                 f"({str(error).splitlines()[0]}); give images as the model takes them"
             ) from error
+    if not isinstance(output, Tensor):
+        raise Qwt2Error(
+            f"{type(model).__name__} returns a {type(output).__name__}; quantize a module whose forward returns one tensor"
+        )
     result = recorder.result()
     if not result.layers:
         raise Qwt2Error(
@@ -151,6 +162,8 @@ class _Recorder(TorchFunctionMode):
                 self._read(args, ("module", name))
             elif isinstance(module, nn.LayerNorm):
                 self._read(args, ("function", "layer_norm"))
+            elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+                self.trace.unsupported[name].add(type(module).__name__)
             self.stack.append((name, module))
             self.calls.append((args, kwargs))
 
