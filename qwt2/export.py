@@ -61,6 +61,7 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
             ) from error
     model = program.model_proto
     _strip(model)
+    _use_first_names(model, folded)
     _stamp(model, folded)
     return save_onnx(model, path)
 
@@ -147,6 +148,17 @@ def _strip(model: onnx.ModelProto) -> None:
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
+
+
+def _use_first_names(model: onnx.ModelProto, folded: nn.Module) -> None:
+    """Name a stored tensor as `named_modules` does: the exporter may use another name of a shared module."""
+    first = {id(tensor): name for name, tensor in (*folded.named_parameters(), *folded.named_buffers())}
+    state = folded.state_dict(keep_vars=True)
+    new = {name: first[id(state[name])] for t in model.graph.initializer if (name := t.name) in state}
+    for tensor in model.graph.initializer:
+        tensor.name = new.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
 
 
 def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from qwt2.errors import Qwt2Error
@@ -28,6 +29,18 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         for child, module in list(parent._modules.items()):  # named_children leaves second names out
             if module is old:
                 setattr(parent, child, new)
+
+
+def merge_parametrizations(model: nn.Module) -> None:
+    """Make plain parameters of computed ones (weight norm, spectral norm), in place."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            # torch's remove_parametrizations would change the class, which copies of the model share.
+            values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+            module.__class__ = type(module).__bases__[0]
+            del module.parametrizations
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def fold_batchnorms(model: nn.Module, trace: Trace) -> None:

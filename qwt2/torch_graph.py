@@ -250,7 +250,8 @@ def _slice(attributes, x, starts, ends, axes=None, steps=None):
     for axis, start, end, step in zip(axes, starts.tolist(), ends.tolist(), steps):
         if step < 1:
             raise Qwt2Error("torch_int8 cannot slice backwards; run this file on another engine")
-        index[axis] = slice(start, min(end, x.shape[axis]), step)
+        size = x.shape[axis]
+        index[axis] = slice(*(max(-size, min(bound, size)) for bound in (start, end)), step)
     return x[tuple(index)]
 
 

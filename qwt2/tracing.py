@@ -143,6 +143,7 @@ class _Recorder(TorchFunctionMode):
         # Tensors are kept alive so that an id stands for one tensor during the whole pass.
         self.tags: dict[int, tuple[Tensor, str]] = {}
         self.readers: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        self.sources: dict[str, set[str | None]] = defaultdict(set)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -160,6 +161,7 @@ class _Recorder(TorchFunctionMode):
         def hook(module, args, kwargs):
             if isinstance(module, (*LAYER_TYPES, *NORM_TYPES)):
                 self._read(args, ("module", name))
+                self.sources[name].add(self._tag_of(args[0]) if args else None)
             elif isinstance(module, nn.LayerNorm):
                 self._read(args, ("function", "layer_norm"))
             elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -257,7 +259,7 @@ class _Recorder(TorchFunctionMode):
             modules = [n for kind, n in readers if kind == "module"]
             only_modules = len(modules) == len(readers)
             if isinstance(layer, nn.LayerNorm):
-                if only_modules and all(isinstance(self._get(n), nn.Linear) for n in modules):
+                if only_modules and all(isinstance(self._get(n), nn.Linear) and self.sources[n] == {source} for n in modules):
                     self.trace.norm_consumers[source] = sorted(modules, key=self.trace.layers.index)
             elif only_modules and len(modules) == 1 and isinstance(self._get(modules[0]), NORM_TYPES):
                 self.trace.batchnorm_of[source] = modules[0]
@@ -265,6 +267,13 @@ class _Recorder(TorchFunctionMode):
                 only_modules and all(isinstance(self._get(n), LAYER_TYPES) for n in modules)
             ):
                 self.trace.escaping.add(source)
+        # A BatchNorm that reads something else as well must stay.
+        folded = defaultdict(set)
+        for layer, norm in self.trace.batchnorm_of.items():
+            folded[norm].add(layer)
+        self.trace.batchnorm_of = {
+            layer: norm for layer, norm in self.trace.batchnorm_of.items() if self.sources[norm] == folded[norm]
+        }
         return self.trace
 
     def _get(self, name: str) -> nn.Module:

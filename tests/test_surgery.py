@@ -109,21 +109,6 @@ def test_attention_that_cannot_be_rewritten_stays_in_float_with_its_reason():
     assert not names and "cannot be traced" in skipped["layer"]
 
 
-def test_a_product_in_the_model_s_own_forward_is_refused():
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 8, 8, 8)
-
-        def forward(self, x):
-            x = self.stem(x).flatten(2)
-            return x @ x.transpose(1, 2)
-
-    model = Root()
-    with pytest.raises(Qwt2Error, match="move that into a submodule"):
-        expose_matmuls(model, trace(model, images(1)))
-
-
 def test_wiring_of_a_transformer():
     found = trace(BUILDERS["vit"](), images(1))
     assert found.layers[0] == "patch_embed.proj" and found.layers[-1] == "head"
@@ -210,6 +195,31 @@ def test_layers_with_arithmetic_of_their_own_stay_in_float():
 
     found = trace(nn.Sequential(Standardized(3, 4, 8, 8), Wrapped(4, 4, 1)), images(1))
     assert found.layers == ["1"] and "forward method of its own" in str(found.unsupported["0"])
+
+
+def test_a_linear_that_other_than_the_norm_feeds_is_not_the_norm_s():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(self.norm(x)) + self.fc(x)
+
+    assert not trace(Tokens(Block()), images(1)).norm_consumers
+
+
+def test_a_batchnorm_with_a_second_input_is_not_folded():
+    class Block(nn.Module):
+        def __init__(self, second):
+            super().__init__()
+            self.conv, self.other, self.bn, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), second
+
+        def forward(self, x):
+            return self.bn(self.conv(x)) + self.bn(self.second(self, x))
+
+    assert not trace(Block(lambda block, x: x), images(1)).batchnorm_of
+    assert trace(Block(lambda block, x: block.other(x)), images(1)).batchnorm_of == {"conv": "bn", "other": "bn"}
 
 
 def test_a_model_without_layers_is_refused():

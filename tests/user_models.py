@@ -105,7 +105,7 @@ class Separable(nn.Module):
         x = F.hardswish(self.bn(self.depthwise(F.silu(self.stem(x)))))
         x = self.pointwise(x)
         x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
-        return self.fc(torch.relu(self.multiplied(x)).amax((2, 3)))
+        return self.fc(torch.relu(self.multiplied(x)).mean((2, 3)))
 
 
 class Conv1dNet(nn.Module):
@@ -131,6 +131,34 @@ class SharedLinear(nn.Module):
         x = torch.relu(self.embed(x))
         for _ in range(3):
             x = x + torch.tanh(self.shared(x))
+        return self.head(x.mean(1))
+
+
+class SharedBehindNorms(nn.Module):
+    """One Linear behind two LayerNorms: their scales cannot move into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2, self.shared, self.head = nn.LayerNorm(16), nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        x = x + self.shared(self.norm1(x))
+        x = x + self.shared(self.norm2(x))
+        return self.head((x + self.shared(x)).mean(1))
+
+
+class RepeatedBlock(nn.Module):
+    """The same encoder block three times over, as in ALBERT."""
+
+    def __init__(self):
+        super().__init__()
+        block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+        self.blocks = nn.ModuleList([block, block, block])
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
         return self.head(x.mean(1))
 
 
@@ -184,6 +212,18 @@ class AnyRank(nn.Module):
         return self.two(torch.relu(self.three(x)).mean(1))
 
 
+class Padded(nn.Module):
+    """Attention that is told which tokens are padding, and stays in float; the Linears around it do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.layer(x, src_key_padding_mask=x[:, :, 0] < -2.5).mean(1))
+
+
 class ListAttention(nn.Module):
     """`nn.MultiheadAttention` in the root's forward, residuals and LayerNorms around it."""
 
@@ -202,6 +242,12 @@ def sequential() -> nn.Module:
         nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1),
         nn.ReLU6(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, CLASSES),
     )  # fmt: skip
+
+
+def weight_norm() -> nn.Module:
+    from torch.nn.utils.parametrizations import weight_norm
+
+    return nn.Sequential(weight_norm(nn.Conv2d(3, 8, 8, 8)), nn.ReLU(), nn.Flatten(), weight_norm(nn.Linear(128, CLASSES)))
 
 
 def batchnorm1d() -> nn.Module:
@@ -226,18 +272,22 @@ MODELS = {
     "transformer_encoder_norm_first": (lambda: TransformerClassifier(norm_first=True), "repq", set()),
     "vit_b_16_small": (vit_b_16_small, "repq", set()),
     "multihead_attention": (ListAttention, "repq", set()),
+    "padded_attention": (Padded, "repq", {"layer.self_attn"}),
     "functional_convnet": (FunctionalConvNet, "percentile", set()),
     "separable": (Separable, "percentile", set()),
     "sequential": (sequential, "percentile", set()),
     "batchnorm1d": (batchnorm1d, "minmax", set()),
     "any_rank": (AnyRank, "mse", set()),
     "shared_linear": (SharedLinear, "minmax", set()),
+    "shared_behind_norms": (SharedBehindNorms, "repq", set()),
+    "repeated_block": (RepeatedBlock, "repq", set()),
+    "weight_norm": (weight_norm, "minmax", set()),
     "tied_weights": (TiedWeights, "minmax", set()),
     "functional_linear": (FunctionalLinear, "minmax", {""}),
     "conv1d": (Conv1dNet, "minmax", {"conv"}),
     "recurrent": (Recurrent, "minmax", {"rnn"}),
 }
-ON_TOKENS = {"multihead_attention", "shared_linear", "tied_weights", "functional_linear", "conv1d", "recurrent"}
+ON_TOKENS = {"multihead_attention", "shared_behind_norms", "repeated_block", "padded_attention", "shared_linear", "tied_weights", "functional_linear", "conv1d", "recurrent"}
 
 
 def make(name: str) -> nn.Module:
