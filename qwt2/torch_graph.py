@@ -3,7 +3,8 @@
 QuantizeLinear makes codes, and DequantizeLinear keeps them as codes with their scale until something needs the
 values. A product of two such tensors is accumulated exactly, gets the bias in integers, and is scaled once at the
 end: y = s_a s_w (sum_k (a_k - z_a) w_k + b). Nothing is fused or approximated, so that the accumulators are those
-that an int8 x int8 -> int32 kernel must have.
+that an int8 x int8 -> int32 kernel must have. Float operations that are not written here run in ONNX's own reference
+implementation.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class TorchGraph:
         device: where tensors live; shapes and indices stay on the CPU.
 
     Raises:
-        Qwt2Error: an operation that is not implemented here.
+        Qwt2Error: an operation that neither this module nor ONNX's reference implementation has.
     """
 
     def __init__(self, model: onnx.ModelProto, device: str = "cpu"):
