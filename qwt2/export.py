@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qwt2.errors import Qwt2Error
 from qwt2.integer import IntegerLayer, dequantize, quantize_dequantize
 from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx
+from qwt2.onnx_passes import quantize_before_pooling, rewrite_for_engines
 from qwt2.tracing import evaluation_mode
 
 OPSET = 20
@@ -64,6 +65,8 @@ def export_onnx(
             ) from error
     model = program.model_proto
     _strip(model)
+    _use_first_names(model, folded)
+    rewrite_for_engines(model)
     _stamp(model, folded)
     return save_onnx(model, path)
 
@@ -105,6 +108,7 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
         if tensor.name in state:
             values = state[tensor.name].detach().cpu().numpy()
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    quantize_before_pooling(model)
     _stamp(model, folded)
     return save_onnx(model, path)
 
@@ -150,6 +154,17 @@ def _strip(model: onnx.ModelProto) -> None:
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
+
+
+def _use_first_names(model: onnx.ModelProto, folded: nn.Module) -> None:
+    """Name a stored tensor as `named_modules` does: the exporter may use another name of a shared module."""
+    first = {id(tensor): name for name, tensor in (*folded.named_parameters(), *folded.named_buffers())}
+    state = folded.state_dict(keep_vars=True)
+    new = {name: first[id(state[name])] for t in model.graph.initializer if (name := t.name) in state}
+    for tensor in model.graph.initializer:
+        tensor.name = new.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
 
 
 def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:

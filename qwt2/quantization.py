@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Iterable
 
@@ -14,15 +13,27 @@ from torch import Tensor, nn
 from qwt2.attention import make_attention_explicit
 from qwt2.blocks import execution_units, find_blocks, is_inside
 from qwt2.errors import Qwt2Error
-from qwt2.hooks import Stop, replaced_forward
 from qwt2.inputs import Inputs, as_inputs, call, first, image_count, joined, shapes, tensors
-from qwt2.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatmul
+from qwt2.modules import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedMatmul,
+    QuantizedModule,
+    full_precision,
+)
 from qwt2.observers import Grid
 from qwt2.precision import Precision
 from qwt2.ptq import PTQ_METHODS
 from qwt2.ptq.recipe import PTQMethod, Recipe
 from qwt2.quantizers import LogSqrt2Quantizer, Quantizer, UniformQuantizer
-from qwt2.surgery import expose_matmuls, expose_transposed_convolutions, fold_batchnorms, replace_module
+from qwt2.surgery import (
+    expose_operations,
+    expose_transposed_convolutions,
+    fold_batchnorms,
+    merge_parametrizations,
+    replace_module,
+)
 from qwt2.tracing import Trace, trace
 
 
@@ -33,8 +44,8 @@ class QuantizationInfo:
     Attributes:
         layers: quantized Linear and Conv2d modules in execution order.
         matmuls: quantized products of activations.
+        additions: residual additions with quantized operands.
         edges: the first layer and the last ones, which have bits of their own.
-        calls: how often a layer runs on one batch, where that is more than once.
         blocks: the blocks that compensation works on.
         sections: modules outside the blocks whose layers are executed, and compensated, together.
         parts: the modules that were to be quantized; ``None``, all.
@@ -42,6 +53,7 @@ class QuantizationInfo:
         exportable: whether integer engines can run the quantizers.
         input_shape: shape of one calibration image, or of each of its inputs by name.
         norm_consumers: LayerNorm -> the Linears that alone read its output.
+        repeated: layers that run several times in one pass.
     """
 
     method: str
@@ -50,7 +62,6 @@ class QuantizationInfo:
     layers: list[str] = field(default_factory=list)
     matmuls: list[str] = field(default_factory=list)
     edges: list[str] = field(default_factory=list)
-    calls: dict[str, int] = field(default_factory=dict)
     blocks: list[str] = field(default_factory=list)
     sections: list[str] = field(default_factory=list)
     parts: list[str] | None = None
@@ -58,6 +69,8 @@ class QuantizationInfo:
     exportable: bool = True
     input_shape: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
     norm_consumers: dict[str, list[str]] = field(default_factory=dict)
+    repeated: list[str] = field(default_factory=list)
+    additions: list[str] = field(default_factory=list)
 
     @property
     def units(self) -> list[str]:
@@ -129,6 +142,32 @@ def quantize(
     return qmodel
 
 
+def _calibrate_repeated(qmodel: nn.Module, inputs: Inputs) -> None:
+    """Calibrate what runs several times in one pass on the full-precision values of all its runs."""
+    runs: dict[str, list] = {name: [] for name, m in qmodel.named_modules() if isinstance(m, QuantizedModule)}
+    with full_precision(qmodel):
+        _record_runs(qmodel, runs, first(inputs, 1), values=False)
+        runs = {name: [] for name, calls in runs.items() if len(calls) > 1}
+        if runs:
+            _record_runs(qmodel, runs, inputs, values=True)
+    for name, calls in runs.items():
+        qmodel.get_submodule(name).calibrate(*zip(*calls))
+
+
+def _record_runs(qmodel: nn.Module, runs: dict[str, list], inputs: Inputs, values: bool) -> None:
+    """Add an entry for every run of the named modules: its arguments and output, or nothing but the entry."""
+
+    def recorder(name: str):
+        return lambda module, args, output: runs[name].append([x.clone() for x in (*args, output)] if values else None)
+
+    handles = [qmodel.get_submodule(name).register_forward_hook(recorder(name)) for name in runs]
+    try:
+        call(qmodel, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def prepare(
     model: nn.Module, example: Inputs, method: str, precision: Precision, variant: str,
     blocks: Iterable[str] | None = None, sections: Iterable[str] = (), parts: Iterable[str] | None = None,
@@ -142,6 +181,7 @@ def prepare(
     ptq: PTQMethod = PTQ_METHODS.get(method)
     recipe = ptq.recipe(variant)
     qmodel = copy.deepcopy(model).eval().requires_grad_(False)
+    merge_parametrizations(qmodel)
     left = make_attention_explicit(qmodel, example) | expose_transposed_convolutions(qmodel)
     wiring = trace(qmodel, example)
     if recipe.fold_batchnorm:
@@ -152,18 +192,19 @@ def prepare(
     edges = first_and_last(qmodel, wiring, found, bool(sections))
     left |= _leave_out(wiring, parts)
     found = [block for block in found if parts is None or any(is_inside(block, part) for part in parts)]
-    matmuls, skipped = expose_matmuls(qmodel, wiring)
+    exposed = expose_operations(qmodel, wiring, residual=recipe.output_bits is not None)
     info = QuantizationInfo(
-        method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=matmuls,
-        edges=[name for name in wiring.layers if name in edges],
-        calls={name: wiring.calls[name] for name in wiring.layers if wiring.calls[name] > 1},
-        blocks=found, sections=sections, parts=parts, exportable=recipe.exportable, input_shape=shapes(example),
-        norm_consumers=wiring.norm_consumers,
-        float_modules=skipped | left | {n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()},
+        method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=exposed.matmuls,
+        additions=exposed.additions, edges=[name for name in wiring.layers if name in edges], blocks=found,
+        sections=sections, parts=parts, exportable=recipe.exportable, input_shape=shapes(example),
+        norm_consumers=wiring.norm_consumers, repeated=[name for name in wiring.layers if wiring.calls[name] > 1],
+        float_modules={n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()}
+        | exposed.skipped | left,
     )  # fmt: skip
     info.units  # refuses blocks that overlap or hold nothing
     _insert_layers(qmodel, wiring, ptq, recipe, info)
     _insert_matmul_quantizers(qmodel, recipe, info)
+    _insert_addition_quantizers(qmodel, recipe, info)
     _name_quantizers(qmodel)
     qmodel.quantization = info
     return qmodel
@@ -217,43 +258,6 @@ def first_inputs(calibration: Iterable[Any], count: int) -> Inputs:
     return first(joined(collected), count)
 
 
-def _calibrate_repeated(qmodel: nn.Module, inputs: Inputs) -> None:
-    """Calibrate the quantizers of layers that run several times, one after the other, each on all its calls."""
-    info = quantization_info(qmodel)
-    waiting = {
-        quantizer: info.calls[name]
-        for name in info.layers if name in info.calls
-        for quantizer in (qmodel.get_submodule(name).input_quantizer, qmodel.get_submodule(name).output_quantizer)
-        if quantizer is not None
-    }  # fmt: skip
-    for quantizer, calls in waiting.items():
-        with ExitStack() as stack:
-            for other in waiting:
-                if not other.calibrated:
-                    stack.enter_context(replaced_forward(other, lambda x: x))
-            seen = _collect(qmodel, inputs, quantizer, calls)
-        quantizer.calibrate(seen)
-
-
-def _collect(qmodel: nn.Module, inputs: Inputs, quantizer: UniformQuantizer, calls: int) -> Tensor:
-    """Everything one quantizer sees in all its calls: flat, or (values, channels) for a scale a channel."""
-    seen: list[Tensor] = []
-
-    def collect(x: Tensor) -> Tensor:
-        axis = quantizer.channel_axis
-        seen.append(x.flatten() if axis is None else x.movedim(axis, -1).flatten(0, -2))
-        if len(seen) == calls:
-            raise Stop
-        return x
-
-    quantizer.forward = collect  # the stack of the caller takes it away again
-    try:
-        call(qmodel, inputs)
-    except Stop:
-        pass
-    return torch.cat(seen)
-
-
 def _leave_out(wiring: Trace, parts: list[str] | None) -> dict[str, str]:
     """Take what lies outside ``parts`` off the wiring; returns name -> reason.
 
@@ -269,9 +273,9 @@ def _leave_out(wiring: Trace, parts: list[str] | None) -> dict[str, str]:
     def kept(name: str) -> bool:
         return any(is_inside(name, part) for part in parts)
 
-    left = [name for name in [*wiring.layers, *wiring.matmul_sites] if not kept(name)]
+    left = [name for name in [*wiring.layers, *wiring.sites] if not kept(name)]
     wiring.layers = [name for name in wiring.layers if kept(name)]
-    wiring.matmul_sites = {name: site for name, site in wiring.matmul_sites.items() if kept(name)}
+    wiring.sites = {name: site for name, site in wiring.sites.items() if kept(name)}
     wiring.norm_consumers = {n: readers for n, readers in wiring.norm_consumers.items() if all(map(kept, readers))}
     wiring.escaping |= {n for n, readers in wiring.layer_readers.items() if not all(map(kept, readers))}
     return dict.fromkeys(left, "is not among the parts to quantize")
@@ -322,6 +326,13 @@ def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantizat
             matmul.a_quantizer = LogSqrt2Quantizer(info.precision.activation_bits, recipe.log_floor)
         else:
             matmul.a_quantizer = UniformQuantizer(Grid(info.precision.softmax_bits), recipe.observer)
+
+
+def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
+    for name in info.additions:
+        addition = qmodel.get_submodule(name)
+        for role in addition.quantizers():
+            setattr(addition, role, _activation_quantizer(recipe, recipe.output_bits, None))
 
 
 def first_and_last(qmodel: nn.Module, wiring: Trace, blocks: list[str], many_outputs: bool) -> set[str]:
@@ -377,8 +388,9 @@ def wrap_block(qmodel: nn.Module, name: str, wrapper: nn.Module) -> None:
 
     info.layers = [moved(n) for n in info.layers]
     info.matmuls = [moved(n) for n in info.matmuls]
+    info.additions = [moved(n) for n in info.additions]
     info.edges = [moved(n) for n in info.edges]
-    info.calls = {moved(n): calls for n, calls in info.calls.items()}
     info.float_modules = {moved(n): reason for n, reason in info.float_modules.items()}
+    info.repeated = [moved(n) for n in info.repeated]
     info.norm_consumers = {moved(k): [moved(n) for n in v] for k, v in info.norm_consumers.items()}
     _name_quantizers(qmodel)

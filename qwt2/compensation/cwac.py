@@ -108,7 +108,7 @@ class CWAC:
         return list(fits.values())
 
     def _layer_outputs(self, qmodel, names, index, quantized, reference) -> Iterator[tuple[str, Tensor, Tensor, int]]:
-        """Name, outputs and channel axis for every call of every layer."""
+        """(layer, quantized output, target, channel axis), once for each run of each layer."""
         inputs = quantized.layer_inputs(index, names)
         targets = inputs if reference is None else reference.layer_inputs(index, names)
         for name in names:

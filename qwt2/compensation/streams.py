@@ -4,7 +4,9 @@ A unit is a block, or a layer outside all blocks. After unit k has run, the inpu
 found by running the model with unit k replaced by its stored outputs, every earlier unit replaced
 by NaN, and a stop at unit k + 1: this runs only the cheap code between the two, whatever it is. If
 NaN shows up in the captured inputs, an earlier unit's output is used beyond its successor (feature
-pyramids, dense connections); the prefix is then run in full, once per batch.
+pyramids, dense connections); the prefix is then run in full, once per batch. So it is throughout
+where a layer runs several times in one pass, as one stored output cannot stand for all of them,
+unless all its runs are inside one section, which is a unit then.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from qwt2.blocks import is_inside
 from qwt2.errors import Qwt2Error
 from qwt2.hooks import Stop, replaced_forward
 from qwt2.inputs import Inputs, as_inputs, call, shapes, tensors
 from qwt2.modules import full_precision
-from qwt2.quantization import check_images, quantization_info
+from qwt2.quantization import QuantizationInfo, check_images, quantization_info
 
 
 class ActivationStore:
@@ -71,6 +74,9 @@ class UnitStream:
         batches: the network's inputs.
         reference: True follows the full-precision network, False the quantized one.
         offload_dir: folder for the stored inputs, or ``None``.
+
+    Attributes:
+        repeated: layers outside sections that run several times in one pass.
     """
 
     def __init__(self, model: nn.Module, batches: list[Inputs], reference: bool, offload_dir: str | None):
@@ -79,7 +85,8 @@ class UnitStream:
         self.position = 0
         self.inputs = ActivationStore(offload_dir, "reference" if reference else "quantized")
         self.output_shapes: dict[tuple[str, int], Any] = {}
-        self.needs_prefix: set[int] = set()
+        self.repeated = repeated_outside_sections(quantization_info(model))
+        self.needs_prefix: set[int] = set(range(len(self.units))) if self.repeated else set()
         for index in range(len(batches)):
             self.inputs[index] = self._run_to(index, 0, {})
 
@@ -99,27 +106,31 @@ class UnitStream:
             return self.unit(*args, **kwargs)
 
     def layer_inputs(self, index: int, names: list[str]) -> dict[str, list[Tensor]]:
-        """Inputs of layers inside the current unit for one batch, one a call; runs no further than it must."""
-        args, kwargs = self.inputs[index]
+        """Inputs of layers inside the current unit for one batch, one for each run; runs no further than it must."""
         captured: dict[str, list[Tensor]] = {name: [] for name in names}
-        wanted = sum(quantization_info(self.model).calls.get(name, 1) for name in names)
+        elsewhere = not self.repeated.isdisjoint(names)
+        last = None if elsewhere or names[-1] in quantization_info(self.model).repeated else names[-1]
         with ExitStack() as stack:
             stack.enter_context(self.mode())
             for name in names:
-                stack.enter_context(self._capturing(name, captured, wanted))
+                stack.enter_context(self._capturing(name, captured[name], stop=name == last))
             try:
-                self.unit(*args, **kwargs)
+                if elsewhere:
+                    call(self.model, self.batches[index])
+                else:
+                    args, kwargs = self.inputs[index]
+                    self.unit(*args, **kwargs)
             except Stop:
                 pass
         return captured
 
-    def _capturing(self, name: str, captured: dict[str, list[Tensor]], wanted: int):
+    def _capturing(self, name: str, captured: list[Tensor], stop: bool):
         module = self.model.get_submodule(name)
         own = module.forward
 
         def forward(x: Tensor) -> Tensor:
-            captured[name].append(x.clone())  # later in-place operations must not reach it
-            if sum(map(len, captured.values())) == wanted:
+            captured.append(x.clone())  # later in-place operations must not reach it
+            if stop:
                 raise Stop
             return own(x)
 
@@ -216,6 +227,11 @@ def _poisoned(leaf: Any) -> Any:
 
 def _is_finite(tree: Any) -> bool:
     return all(bool(torch.isfinite(leaf).all()) for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
+
+
+def repeated_outside_sections(info: QuantizationInfo) -> set[str]:
+    """Layers whose runs do not all lie in one unit."""
+    return {name for name in info.repeated if not any(is_inside(name, section) for section in info.sections)}
 
 
 def _cloned(tree: Any) -> Any:
