@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from pipeline.stage import Cell
-from pipeline.tasks import Task
+from pipeline.tasks import Task, calibration_size
 from qwt2.data.coco import open_scenes
 from qwt2.detection.models import build_detector, detector_config
 from qwt2.detection.network import Detector, parts, regions, sections
@@ -60,7 +60,7 @@ class Detection(Task):
         return Batches(self.config, build_dataset(self.config, self.scenes, "val"), _DETECT_AT_ONCE)
 
     def calibration(self, network: nn.Module, seed: int) -> list[Inputs]:
-        images, batch_size = self.check_calibration()
+        images, batch_size = calibration_size(self.cfg)
         dataset = build_dataset(self.config, self.scenes, "train")
         batches = Batches(self.config, dataset, batch_size, draw_calibration(len(dataset), images, seed))
         return [self._with_regions(network, *batch) for batch in batches]

@@ -10,8 +10,9 @@ from pipeline.evaluation import Evaluation, Figures
 from pipeline.parallel import each
 from pipeline.stage import Cell
 from qwt2.detection.parts import DENSE, part_names, running_on
+from qwt2.detection.pictures import draw_grid
 from qwt2.engines import Engine, load_engine
-from qwt2.io import read_json
+from qwt2.io import atomic_path, read_json
 
 
 class Detection(Evaluation):
@@ -38,6 +39,17 @@ class Detection(Evaluation):
         runs = {p: load_engine(self.cell.onnx(method, seed, p), engine, self.cfg["threads"]) for p in self.parts}
         with running_on(self.network, runs, image_size(runs[DENSE])) as detector:
             return self.task.measure(detector)["metrics"]
+
+    def write_pictures(self, path: Path) -> None:
+        """What fp32, plain PTQ and CWAC find, side by side."""
+        seed, known = self.seeds[0], {"ptq": "PTQ", "cwac": "PTQ + CWAC"}
+        files = {"fp32": self.cell.predictions} | {
+            heading: self.cell.quantized("default", method, seed) for method, heading in known.items() if method in self.methods
+        }
+        found = {heading: read_json(file.with_suffix(".json"))["pictures"] for heading, file in files.items()}
+        scenes = self.task.scenes
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(draw_grid(found, scenes.images["val"], scenes.classes))
 
     def latency_input(self, batch_size: int) -> np.ndarray:
         return np.resize(self.images, (batch_size, *self.images.shape[1:]))

@@ -13,6 +13,7 @@ def main(cfg, cell: Cell) -> None:
         rows += evaluation.on_engine(engine) + evaluation.latency(engine)
     write_rows(cell.folder("evaluate") / "rows.csv", rows)
     evaluation.write_layers(cell.folder("evaluate") / "layers.csv")
+    evaluation.write_pictures(cell.folder("evaluate") / "pictures.png")
     write_json(cell.folder("evaluate") / "machine.json", machine.describe())
 
 

@@ -153,6 +153,9 @@ class Evaluation(ABC):
     def records(self) -> list[dict]:
         return read_json(self.cell.folder("compensate") / "report.json")
 
+    def write_pictures(self, path: Path) -> None:
+        """Where a task's predictions can be looked at, they are drawn."""
+
     def write_layers(self, path) -> None:
         """The per-layer table, one line a module, method and seed.
 

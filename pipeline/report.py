@@ -8,6 +8,7 @@ from pipeline.stage import OUT, Cell, run_stage
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_text
 from qwt2.report import Conditions, render
+from qwt2.report.detection import Line, lines
 from qwt2.results import UNITS, Layer, Results, Row, read_layers, read_rows, write_rows
 
 RESULTS = Path("results")
@@ -28,7 +29,8 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
     cells = [(model, precision) for model in models for precision in precisions]
     rows = collect(out, {model: config["models"][model] for model in models}, cells)
     layers = [layer for model, precision in cells for layer in cell_layers(out, model, precision)]
-    page = render(Results(rows), layers, _conditions(config, out, cells))
+    results_table = Results(rows)
+    page = render(results_table, layers, _conditions(config, out, cells), _pictures(out, results_table))
     write_rows(results / "summary.csv", rows)
     write_text(results / "report.html", page)
 
@@ -73,6 +75,17 @@ def cell_layers(out: Path, model: str, precision: str) -> list[Layer]:
     for layer in layers:
         _check_cell(path, (layer.model, layer.precision), (model, precision))
     return layers
+
+
+def _pictures(out: Path, results: Results) -> dict[str, bytes]:
+    """Of every detector, what it finds at the precision where plain PTQ loses most."""
+    worst: dict[str, Line] = {}
+    for line in lines(results.of_task("detection")):
+        worst[line.model] = max(worst.get(line.model, line), line, key=lambda one: one.loss)
+    return {
+        f"{line.model}-{line.precision}": (_cell_folder(out, line.model, line.precision) / "pictures.png").read_bytes()
+        for line in worst.values()
+    }
 
 
 def _check_cell(path: Path, found: tuple[str, ...], expected: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ that read it and no others.
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,11 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
 
 
 def cells_of(task: str) -> list[str]:
-    """The grid's cells whose models are of `task`, from the resolved configuration."""
-    grid = yaml.safe_load(resolve()[config_path("report", task)])["grid"]
+    """The grid's cells whose models are of `task`; Qwt2Error where there are none."""
+    files = resolve()
+    if config_path("report", task) not in files:
+        raise Qwt2Error(f"the grid has no model of task {task!r}; use classification or detection")
+    grid = yaml.safe_load(files[config_path("report", task)])["grid"]
     return [f"{model}-{precision}" for model in grid["model"] for precision in grid["precision"]]
 
 
@@ -113,7 +117,13 @@ def _select(cfg: dict[str, Any], stage: str) -> str:
 
 
 def main() -> None:
-    """Write the resolved files, and remove those that no cell of the grid has any more."""
+    """Write the resolved files, and remove those that no cell of the grid has any more.
+
+    With the name of a task as argument, print the stages that evaluate its cells instead.
+    """
+    if len(sys.argv) > 1:
+        print(*(f"evaluate@{cell}" for cell in cells_of(sys.argv[1])))
+        return
     files = resolve()
     for path in set(RESOLVED.glob("*.yaml")) - set(files):
         path.unlink()

@@ -53,16 +53,6 @@ class Task(ABC):
     def calibration(self, network: nn.Module, seed: int) -> list[Inputs]:
         """The calibration set of one seed in batches; `network` is the full-precision one."""
 
-    def check_calibration(self) -> tuple[int, int]:
-        """Number of calibration images and batch size."""
-        images, batch_size = self.cfg["calibration"]["images"], self.cfg["calibration"]["batch_size"]
-        if images < batch_size:
-            raise Qwt2Error(
-                f"calibration.images is {images}, less than one batch of calibration.batch_size {batch_size}; "
-                "give more images or smaller batches."
-            )
-        return images, batch_size
-
     def structure(self, network: nn.Module) -> dict[str, Any]:
         """Arguments of `qwt2.quantize` that say how the network is to be taken apart."""
         return {}
@@ -70,6 +60,23 @@ class Task(ABC):
     @abstractmethod
     def mismatch_inputs(self, network: nn.Module) -> Inputs:
         """Inputs on which modules are compared one by one."""
+
+
+def calibration_size(cfg: Any) -> tuple[int, int]:
+    """Number of calibration images and batch size; the remainder that fills no batch makes a smaller one."""
+    images, batch_size = cfg["calibration"]["images"], cfg["calibration"]["batch_size"]
+    if images < batch_size:
+        raise Qwt2Error(
+            f"calibration.images is {images}, less than one batch of calibration.batch_size {batch_size}; "
+            "give more images or smaller batches."
+        )
+    return images, batch_size
+
+
+def calibration_batches(cfg: Any, dataset: Any, seed: int) -> list[Inputs]:
+    """The calibration set of one seed in batches."""
+    images, batch_size = calibration_size(cfg)
+    return list(dataset.calibration(images, seed).split(batch_size))
 
 
 class Classification(Task):
@@ -116,8 +123,7 @@ class Classification(Task):
         return {f"top{k}": topk_percent(logits, labels, k) for k in (1, 5)}
 
     def calibration(self, network: nn.Module, seed: int) -> list[Inputs]:
-        images, batch_size = self.check_calibration()
-        return list(self.dataset.calibration(images, seed).split(batch_size))
+        return calibration_batches(self.cfg, self.dataset, seed)
 
     def mismatch_inputs(self, network: nn.Module) -> Inputs:
         images, _ = next(self.dataset.batches("val", self.cfg["evaluate"]["mismatch_images"]))

@@ -121,6 +121,10 @@ class Results:
         """The figure, or None where it was not measured."""
         return self._by_key.get((model, precision, method, engine, metric))
 
+    def of_task(self, task: str) -> "Results":
+        """The rows of one task alone."""
+        return Results(row for row in self.rows if row.task == task)
+
     def fp32_top1(self, model: str) -> Row | None:
         return self.get(model, "fp32", "fp32", "torch", "top1")
 

@@ -1,5 +1,6 @@
 """The results as one self-contained HTML page: words, tables and charts, nothing loaded from anywhere."""
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import altair as alt
 import jinja2
 import vl_convert
 
-from qwt2.report import charts, findings, tables
+from qwt2.report import charts, detection, findings, tables
 from qwt2.results import Layer, Results, precision_order
 
 
@@ -30,9 +31,16 @@ class Conditions:
     machines: Sequence[Mapping[str, Any]]
 
 
-def render(results: Results, layers: Sequence[Layer], conditions: Conditions) -> str:
-    """The page. Equal arguments give equal bytes (of one Altair and vl-convert release)."""
-    specs = _specs(results, layers)
+def render(
+    results: Results, layers: Sequence[Layer], conditions: Conditions, pictures: Mapping[str, bytes] | None = None
+) -> str:
+    """The page. Equal arguments give equal bytes (of one Altair and vl-convert release).
+
+    Args:
+        pictures: PNG files of what detectors find, by the name of the cell.
+    """
+    classifiers, detectors = results.of_task("classification"), results.of_task("detection")
+    specs = _specs(results, classifiers.models, layers)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -40,28 +48,31 @@ def render(results: Results, layers: Sequence[Layer], conditions: Conditions) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    compared = findings.comparisons(results, "cwac")
+    compared = findings.comparisons(classifiers, "cwac")
     return environment.get_template("page.html").render(
         vega=_vega_bundle(),
         specs=specs,
-        headline=findings.headline(results),
-        model_sentences={model: findings.model_sentence(results, model) for model in results.models},
+        headline=findings.headline(classifiers),
+        model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
         compared=len(compared),
         not_improved=findings.not_improved(compared),
-        targets=findings.targets(results),
+        targets=findings.targets(classifiers) if classifiers.rows else [],
+        detection=detection.lines(detectors),
+        detection_targets=detection.targets(detectors) if detectors.rows else [],
+        pictures={cell: base64.b64encode(file).decode() for cell, file in (pictures or {}).items()},
         tables=[tables.build(results, model) for model in results.models],
         precisions=sorted({row.precision for row in results.rows} - {"fp32"}, key=precision_order),
         kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
-        seeds=sorted({row.n for row in results.rows if (row.metric, row.engine) == ("top1", "torch")} - {1}),
+        seeds=sorted({row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}),
         explanations=_explanations(results),
         colours=[(tables.COMPENSATION_NAMES[name], colour) for name, colour in charts.COLOURS.items()],
         conditions=conditions,
     )
 
 
-def _specs(results: Results, layers: Sequence[Layer]) -> dict[str, charts.Spec]:
+def _specs(results: Results, classifiers: Sequence[str], layers: Sequence[Layer]) -> dict[str, charts.Spec]:
     """Every chart by the id of its element: ``accuracy-<model>``, ``latency-<engine>-<model>``, ``size-<model>``."""
-    specs = {f"accuracy-{model}": charts.accuracy(results, model) for model in results.models}
+    specs = {f"accuracy-{model}": charts.accuracy(results, model) for model in classifiers}
     for model in results.models:
         for engine in results.engines(model):
             if any((row.model, row.engine, row.metric) == (model, engine, "latency_ms") for row in results.rows):
