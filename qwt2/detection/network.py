@@ -89,7 +89,8 @@ def parts(detector: nn.Module, names: list[str]) -> list[str]:
     """
     if unknown := set(names) - set(PARTS) or (not names and {""}):
         raise Qwt2Error(f"model.parts names {sorted(unknown)[0]!r}; choose some of {', '.join(PARTS)}")
-    children = {name for name, child in detector.named_children() if any(True for _ in child.parameters())}
+    layers = (nn.Linear, nn.Conv2d)
+    children = {name for name, child in detector.named_children() if any(isinstance(m, layers) for m in child.modules())}
     members = {"backbone": ["backbone"], "neck": ["neck"], "heads": sorted(children - {"backbone", "neck"})}
     return [f"detector.{child}" for name in PARTS if name in names for child in members[name] if child in children]
 
