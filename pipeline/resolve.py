@@ -116,13 +116,13 @@ def _select(cfg: dict[str, Any], stage: str) -> str:
     return yaml.safe_dump(chosen, sort_keys=True)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Write the resolved files, and remove those that no cell of the grid has any more.
 
     With the name of a task as argument, print the stages that evaluate its cells instead.
     """
-    if len(sys.argv) > 1:
-        print(*(f"evaluate@{cell}" for cell in cells_of(sys.argv[1])))
+    if arguments:
+        print(*(f"evaluate@{cell}" for cell in cells_of(arguments[0])))
         return
     files = resolve()
     for path in set(RESOLVED.glob("*.yaml")) - set(files):
@@ -132,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(lambda: main(sys.argv[1:]))

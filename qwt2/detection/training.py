@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +47,8 @@ def train(detector: nn.Module, config: Any, scenes: Scenes, cfg: Mapping[str, An
             log_level="ERROR",
             experiment_name="qwt2",
         )
-        runner.train()
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long it took to read the annotations
+            runner.train()
     return detector.eval()
 
 
