@@ -10,6 +10,7 @@ without objects is a validation image but not a training image.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or not isinstance(content.get(part), list) or not content[part]:
             raise Qwt2Error(f"{path} has no {part}; give a COCO instances file")
         for number, entry in enumerate(content[part]):
-            if missing := [key for key in keys if key not in entry]:
+            if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
                 raise Qwt2Error(f"{path}: entry {number} of {part} has no {missing[0]!r}; give a COCO instances file")
     images, categories = ({entry["id"] for entry in content[part]} for part in ("images", "categories"))
     for annotation in content["annotations"]:
@@ -102,9 +103,13 @@ def read_annotations(path: Path) -> dict[str, Any]:
         if annotation["image_id"] not in images:
             raise Qwt2Error(f"{where} is of image {annotation['image_id']}, which the file does not list; add or remove it")
         box = annotation["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite_number, box)):
             raise Qwt2Error(f"{where} has the box {box}; give four numbers: left, top, width and height")
     return content
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _check_images(path: Path, content: dict[str, Any], folder: Path) -> None:

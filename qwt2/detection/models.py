@@ -27,8 +27,10 @@ def detector_config(cfg: Mapping[str, Any]) -> Any:
     """
     ensure_operators()
     import mmdet
+    from mmdet.utils import register_all_modules
     from mmengine.config import Config
 
+    register_all_modules(init_default_scope=True)
     own = Path(mmdet.__file__).parent / ".mim" / "configs" / cfg["mmdet"]
     path = Path(cfg["mmdet"]) if Path(cfg["mmdet"]).is_file() else own
     if not path.is_file():
@@ -50,9 +52,7 @@ def build_detector(cfg: Mapping[str, Any], seed: int = 0) -> nn.Module:
     """
     config = detector_config(cfg)
     from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
 
-    register_all_modules(init_default_scope=True)
     _remove_downloads(config.model)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
