@@ -151,7 +151,7 @@ def original_swin(seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     model = SwinTransformer(
-        img_size=64, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2, 2), num_heads=(1, 2, 4), drop_path_rate=0.0
+        img_size=128, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2, 2), num_heads=(1, 2, 4), drop_path_rate=0.0
     ).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -206,7 +206,7 @@ def test_original_swin_checkpoint_computes_the_same_after_conversion(tmp_path):
     state |= {"backbone.layers.0.blocks.1.attn_mask": torch.zeros(16, 16, 16)}  # older files store it
     torch.save({"state_dict": state, "meta": {"epoch": 36}}, tmp_path / "published.pth")
     load_detector(detector, tmp_path / "published.pth")
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         converted = detector.backbone(images)
     for before, after in zip(original_features(model, norms, images), converted, strict=True):
