@@ -17,7 +17,7 @@ def main(cfg, cell: Cell) -> None:
         variant, seed, name = run
         options = dict(cfg["compensation"][name])
         qmodel = load_quantized(network, cell.quantized(variant, "ptq", seed))
-        batches = task.calibration(network, seed)
+        batches = list(task.calibration(network, seed))
         with PeakMemory() as memory:
             report = compensate(qmodel, batches, options.pop("method"), **options)
         path = cell.quantized(variant, name, seed)

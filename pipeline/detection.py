@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from pipeline.tasks import Task, calibration_size
 from qwt2.data.coco import open_scenes
 from qwt2.detection.models import build_detector, detector_config
 from qwt2.detection.network import Detector, parts, regions, sections
+from qwt2.detection.parts import padded
 from qwt2.detection.scenes import Batches, build_dataset, detect, draw_calibration, score, shown
 from qwt2.inputs import Inputs
 from qwt2.io import read_json, write_json
 
 PICTURES = 6  # validation scenes in the report
-_DETECT_AT_ONCE = 20  # images
 
 
 class Detection(Task):
@@ -57,23 +58,33 @@ class Detection(Task):
 
     @cached_property
     def validation(self) -> Batches:
-        return Batches(self.config, build_dataset(self.config, self.scenes, "val"), _DETECT_AT_ONCE)
+        """In the batches that the detector's configuration tests with."""
+        dataset = build_dataset(self.config, self.scenes, "val")
+        return Batches(self.config, dataset, self.config.test_dataloader.batch_size)
 
-    def calibration(self, network: nn.Module, seed: int) -> list[Inputs]:
+    def calibration(self, network: nn.Module, seed: int) -> Iterator[Inputs]:
         images, batch_size = calibration_size(self.cfg)
         dataset = build_dataset(self.config, self.scenes, "train")
         batches = Batches(self.config, dataset, batch_size, draw_calibration(len(dataset), images, seed))
-        return [self._with_regions(network, *batch) for batch in batches]
+        return (self._with_regions(network, *batch) for batch in batches)
 
     def structure(self, network: nn.Module) -> dict[str, Any]:
         detector = network.detector
         return {"sections": sections(detector), "parts": parts(detector, self.cfg["model"]["parts"])}
 
     def mismatch_inputs(self, network: nn.Module) -> Inputs:
+        """Of the size of the largest validation image, which is what files are exported for."""
         count = self.cfg["evaluate"]["mismatch_images"]
         dataset = self.validation.dataset
         [batch] = Batches(self.config, dataset, count, np.arange(min(count, len(dataset))))
-        return self._with_regions(network, *batch)
+        inputs = self._with_regions(network, *batch)
+        return inputs | {"images": padded(inputs["images"], self.largest_image)}
+
+    @cached_property
+    def largest_image(self) -> tuple[int, int]:
+        """Height and width that hold every validation image."""
+        sizes = [images.shape[-2:] for images, _ in self.validation]
+        return max(height for height, _ in sizes), max(width for _, width in sizes)
 
     def _with_regions(self, network: nn.Module, images, samples) -> Inputs:
         counts = self.cfg["model"]["boxes"], self.cfg["model"]["mask_boxes"]

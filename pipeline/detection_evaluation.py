@@ -1,6 +1,7 @@
 """Figures of one cell of detection: mmdet's detectors with engines inside them."""
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Task(ABC):
         """Metrics of what `predict` stored."""
 
     @abstractmethod
-    def calibration(self, network: nn.Module, seed: int) -> list[Inputs]:
+    def calibration(self, network: nn.Module, seed: int) -> Iterable[Inputs]:
         """The calibration set of one seed in batches; `network` is the full-precision one."""
 
     def structure(self, network: nn.Module) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def test_every_option_of_every_group_composes(group):
     for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
         needs_path = "data: coco" in path.read_text()
         cfg = stage.compose_cell([f"{group}={path.stem}", *["data.path=some/folder"] * needs_path])
-        assert cfg[group].get("name", cfg[group].get("method")) == path.stem
+        assert cfg[group].get("name", cfg[group].get("method")) == path.stem.removesuffix("_integer")
 
 
 def test_compensations_are_added_under_a_name_of_their_own():
@@ -154,7 +154,7 @@ def test_full_size_models_compose_with_a_folder_of_images():
         (["precision=w4a9"], "options of group 'precision' are: .*w4a4.*w8a8"),
         (["model=vit_huge"], "options of group 'model' are: .*vit_base"),
         (["data=imagenet"], "options of group 'data' are: coco, digits, digits_coco, imagefolder"),
-        (["ptq=gptq"], "options of group 'ptq' are: minmax, mse, percentile, repq"),
+        (["ptq=gptq"], "options of group 'ptq' are: minmax, mse, percentile, percentile_integer, repq, repq_integer"),
         (["compensation@compensation.qwt=qwt3"], "options of group 'compensation' are: cwac, qwt"),
         (["data=imagefolder"], "'data.path' is not set"),
         (["+calibration.image=3"], "no key 'calibration.image'; the keys there are: images, batch_size, observer_images"),

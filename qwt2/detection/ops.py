@@ -29,6 +29,8 @@ def ensure_operators() -> str:
         return "torchvision"
     if importlib.util.find_spec(_EXTENSION) is not None:
         return "mmcv"
+    import torchvision  # noqa: F401  # registers the operators
+
     sys.modules[_EXTENSION] = _Bridge(_EXTENSION)
     return "torchvision"
 

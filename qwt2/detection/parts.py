@@ -6,7 +6,7 @@ pasting of masks stay in PyTorch, so that mmdet's own code makes detections of w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -85,7 +85,8 @@ def running_on(network: Detector, runs: Mapping[str, Run], size: tuple[int, int]
     Args:
         network: its parts are not run.
         runs: for every part, arrays in and arrays out (:class:`qwt2.engines.Engine`).
-        size: height and width that the dense part takes; smaller images are padded, as mmdet pads those of a batch.
+        size: height and width that the dense part takes; smaller images are padded, as mmdet pads those of a batch. A
+            transformer would take padding for a part of the image, so its images must have this size.
     """
     detector = network.detector
     dense = _Dense(detector, runs[DENSE], size)
@@ -114,11 +115,12 @@ class _Dense:
             yield head, "forward", lambda *args, **kwargs: self.by_kind()
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        height, width = images.shape[-2:]
-        if height > self.size[0] or width > self.size[1]:
-            raise Qwt2Error(f"an image of {height} x {width} pixels is larger than the exported {self.size[0]} x {self.size[1]}")
-        padded = F.pad(images, (0, self.size[1] - width, 0, self.size[0] - height))
-        outputs = [torch.from_numpy(array) for array in self.run(padded.numpy())]
+        if hasattr(self.detector, "forward_transformer") and images.shape[-2:] != torch.Size(self.size):
+            raise Qwt2Error(
+                f"an image of {_times(images.shape[-2:])} pixels does not have the exported size {_times(self.size)}; "
+                "resize all images to one size, without keeping their ratio"
+            )
+        outputs = [torch.from_numpy(array) for array in self.run(padded(images, self.size).numpy())]
         levels = len(outputs) // 3 if _is_two_stage(self.detector) else 0
         self.outputs = outputs[levels:]
         return tuple(outputs[:levels])
@@ -127,6 +129,21 @@ class _Dense:
         """Scores and box offsets, each a list over the levels."""
         levels = len(self.outputs) // 2
         return self.outputs[:levels], self.outputs[levels:]
+
+
+def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images with zeros at the bottom and on the right, up to a height and width.
+
+    Raises `Qwt2Error` for larger ones.
+    """
+    height, width = images.shape[-2:]
+    if height > size[0] or width > size[1]:
+        raise Qwt2Error(f"an image of {height} x {width} pixels is larger than the exported {_times(size)}")
+    return F.pad(images, (0, size[1] - width, 0, size[0] - height))
+
+
+def _times(size: Sequence[int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def _on_regions(run: Run) -> Callable[[Tensor], Any]:
