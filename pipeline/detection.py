@@ -39,6 +39,8 @@ class Detection(Task):
         return Detector(train(detector, self.config, self.scenes, training) if training else detector)
 
     def baseline(self, cell: Cell) -> nn.Module:
+        for _ in self.validation:  # kept, so that the processes of a stage share it
+            pass
         return Detector(build_detector({**self.cfg["model"], "checkpoint": cell.baseline / "model.safetensors"}))
 
     def weights(self, network: nn.Module) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[
 
     `models` holds the ``task`` and ``dataset`` of every model.
     """
-    rows = [row for model, facts in models.items() for row in baseline_rows(out, model, **facts)]
+    rows = [row for model, facts in models.items() for row in baseline_rows(out, model, facts["task"], facts["dataset"])]
     return rows + [
         row for model, precision in cells for row in cell_rows(out, model, precision, models[model]["dataset"])
     ]
@@ -102,7 +102,7 @@ def _conditions(config: Mapping[str, Any], out: Path, cells: Iterable[tuple[str,
             machines.append(machine)
     return Conditions(
         datasets={name: config["datasets"][name]["val_images"] for name in used},
-        calibration_images=config["calibration"]["images"],
+        calibration_images=sorted({config["models"][model]["calibration_images"] for model in config["grid"]["model"]}),
         latency=config["evaluate"]["latency"],
         machines=machines,
     )

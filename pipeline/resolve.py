@@ -40,7 +40,7 @@ KEYS = {
         *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
         *("compensations", "evaluate"),
     ),
-    "report": ("grid", "datasets", "models", "calibration", "evaluate"),
+    "report": ("grid", "datasets", "models", "evaluate"),
 }
 
 
@@ -58,8 +58,10 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
         for precision in grid["precision"]:
             cfg = compose_cell([f"model={model}", f"precision={precision}", *overrides])
             shared["datasets"][cfg["data"]["name"]] = cfg["data"]
-            shared["models"][model] = {"task": cfg["task"], "dataset": cfg["data"]["name"]}
-            shared |= {"calibration": cfg["calibration"], "evaluate": cfg["evaluate"]}
+            shared["models"][model] = {
+                "task": cfg["task"], "dataset": cfg["data"]["name"], "calibration_images": cfg["calibration"]["images"]
+            }  # fmt: skip
+            shared["evaluate"] = cfg["evaluate"]
             files[config_path("baseline", model)] = _select(cfg, "baseline")
             for stage in ("ptq", "compensate", "fold", "evaluate"):
                 files[config_path(stage, f"{model}-{precision}")] = _select(cfg, stage)

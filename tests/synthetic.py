@@ -24,8 +24,7 @@ MACHINE = {
 CONFIG = {
     "grid": {"model": list(MODELS), "precision": list(PRECISIONS)},
     "datasets": {"digits": {"name": "digits", "val_images": 2000}},
-    "models": {model: {"task": "classification", "dataset": "digits"} for model in MODELS},
-    "calibration": {"images": 256},
+    "models": {model: {"task": "classification", "dataset": "digits", "calibration_images": 256} for model in MODELS},
     "evaluate": {"latency": {"batch_size": 1, "repeats": 200, "threads": 1}},
 }
 

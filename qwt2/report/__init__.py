@@ -20,13 +20,13 @@ class Conditions:
 
     Args:
         datasets: name of each dataset -> number of validation images, None for all there are.
-        calibration_images: number of images of one calibration seed.
+        calibration_images: numbers of images of one calibration seed, over the models.
         latency: settings of the timing: ``batch_size``, ``repeats``, ``threads``.
         machines: the different `qwt2.machine.describe` records of the evaluated cells.
     """
 
     datasets: Mapping[str, int | None]
-    calibration_images: int
+    calibration_images: Sequence[int]
     latency: Mapping[str, int]
     machines: Sequence[Mapping[str, Any]]
 
