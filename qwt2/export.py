@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 import onnx
 import torch
@@ -18,11 +14,14 @@ from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
 from qwt2.integer import IntegerLayer, dequantize, quantize_dequantize
+from qwt2.io import quiet
 from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx
 from qwt2.tracing import evaluation_mode
 
 OPSET = 20
 STRUCTURE_KEY = "qwt2_structure"
+# The exporter reports its progress on the console and through warnings; a library must not.
+_LOGGERS = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.fx.experimental.symbolic_shapes")
 
 
 def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tensor) -> Path:
@@ -46,7 +45,7 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
     _refuse_unfolded(folded)
     # A batch of one would be specialized to a constant.
     example = example_input.expand(2, *example_input.shape[1:]) if len(example_input) == 1 else example_input
-    with evaluation_mode(folded), _quiet_exporter(), torch.no_grad():
+    with evaluation_mode(folded), quiet(*_LOGGERS), torch.no_grad():
         try:
             program = torch.onnx.export(
                 folded, (example,), dynamo=True, opset_version=OPSET, input_names=["images"],
@@ -121,22 +120,6 @@ def _translations() -> dict:
         torch.ops.qwt2.quantize_dequantize.default: quantize_dequantize_onnx,
         torch.ops.qwt2.dequantize.default: dequantize_onnx,
     }
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter reports its progress on the console and through warnings; a library must not."""
-    names = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.fx.experimental.symbolic_shapes")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 def _strip(model: onnx.ModelProto) -> None:

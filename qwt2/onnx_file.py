@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from qwt2.errors import Qwt2Error
 from qwt2.io import atomic_path
@@ -51,6 +52,48 @@ def with_batch_size(model: onnx.ModelProto, batch_size: int) -> onnx.ModelProto:
             if batch and dim.dim_param == batch:
                 dim.dim_value = batch_size
     return fixed
+
+
+def with_constant_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without arithmetic on shapes, for importers that need every shape as a number.
+
+    Args:
+        model: of a fixed batch size.
+    """
+    folded = onnx.ModelProto()
+    folded.CopyFrom(model)
+    before = -1
+    while len(folded.graph.node) != before:  # shapes that follow from other shapes take another round
+        before = len(folded.graph.node)
+        folded = _fold_constants(onnx.shape_inference.infer_shapes(folded, data_prop=True))
+    del folded.graph.value_info[:]
+    return folded
+
+
+def _fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Compute what depends on constants and known shapes alone, except dequantized weights."""
+    graph = model.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (*graph.input, *graph.value_info)}
+    kept = []
+    for node in graph.node:
+        known = all(name in constants for name in node.input if name) and node.op_type != "DequantizeLinear"
+        if node.op_type == "Shape" and 0 not in shapes.get(node.input[0], [0]):
+            known, feeds = True, {node.input[0]: np.empty(shapes[node.input[0]], bool)}
+        elif known:
+            feeds = {name: constants[name] for name in node.input if name}
+        if not known:
+            kept.append(node)
+            continue
+        values = [onnx.ValueInfoProto(name=name) for name in (*feeds, *node.output)]
+        piece = helper.make_graph([node], "constant", values[: len(feeds)], values[len(feeds) :])
+        runner = ReferenceEvaluator(helper.make_model(piece, opset_imports=model.opset_import))
+        constants |= {name: np.asarray(array) for name, array in zip(node.output, runner.run(None, feeds))}
+    used = {name for node in kept for name in node.input} | {value.name for value in graph.output}
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in constants.items() if name in used)
+    return model
 
 
 def slice_modules(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tuple[onnx.ModelProto, dict[str, "Slice"]]:

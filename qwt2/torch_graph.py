@@ -57,13 +57,20 @@ class TorchGraph:
 
     Raises:
         Qwt2Error: an operation that is not implemented here.
+
+    Attributes:
+        engine: what error messages call it.
+        operations: what each kind of node computes: attributes and inputs in, output or outputs out.
     """
+
+    engine = "torch_int8"
 
     def __init__(self, model: onnx.ModelProto, device: str = "cpu"):
         self.device = torch.device(device)
+        self.operations = dict(OPS)
         self.nodes = list(model.graph.node)
         if unknown := sorted({node.op_type for node in self.nodes} - OPS.keys() - {"Constant"}):
-            raise Qwt2Error(f"torch_int8 has no {unknown[0]}; run this file on another engine")
+            raise Qwt2Error(f"{self.engine} has no {unknown[0]}; run this file on another engine")
         self.outputs = [value.name for value in model.graph.output]
         self.constants = {t.name: self._tensor(numpy_helper.to_array(t)) for t in model.graph.initializer}
         for node in self.nodes:
@@ -78,15 +85,20 @@ class TorchGraph:
 
     @torch.no_grad()
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values: dict[str, Any] = self.constants | {name: self._tensor(array) for name, array in feeds.items()}
+        results = self.run({name: self._tensor(array) for name, array in feeds.items()})
+        return {name: value.cpu().numpy() for name, value in results.items()}
+
+    def run(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name, from inputs by name."""
+        values: dict[str, Any] = self.constants | feeds
         for node, attributes, released in zip(self.nodes, self.attributes, self.released):
             inputs = [values[name] if name else None for name in node.input]
-            results = OPS[node.op_type](attributes, *inputs)
+            results = self.operations[node.op_type](attributes, *inputs)
             for name, result in zip(node.output, results if isinstance(results, tuple) else (results,)):
                 values[name] = result
             for name in released:
                 values.pop(name, None)
-        return {name: _value(values[name]).cpu().numpy() for name in self.outputs}
+        return {name: _value(values[name]) for name in self.outputs}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.array(array))
