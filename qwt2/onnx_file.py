@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from qwt2.errors import Qwt2Error
+from qwt2.int4 import widen_int4
 from qwt2.io import atomic_path
 
 PRODUCER_KEY = "qwt2"
@@ -19,7 +20,7 @@ _MERGED = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
 
 
 def load_onnx(path: str | os.PathLike) -> onnx.ModelProto:
-    """Read an ONNX file that this library exported.
+    """Read an ONNX file that this library exported; INT4 weights come back as the int8 they were made from.
 
     Raises:
         Qwt2Error: no such file, not ONNX, or not ours.
@@ -32,7 +33,7 @@ def load_onnx(path: str | os.PathLike) -> onnx.ModelProto:
         raise Qwt2Error(f"{path} is not an ONNX file; export the model with qwt2.export_onnx") from error
     if PRODUCER_KEY not in {entry.key for entry in model.metadata_props}:
         raise Qwt2Error(f"{path} was not exported by qwt2; export the model with qwt2.export_onnx")
-    return model
+    return widen_int4(model)
 
 
 def save_onnx(model: onnx.ModelProto, path: str | os.PathLike) -> Path:
