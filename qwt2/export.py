@@ -7,24 +7,31 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
 from qwt2.integer import IntegerLayer, dequantize, quantize_dequantize
+from qwt2.int4 import pack_int4
 from qwt2.io import quiet
 from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx
+from qwt2.tensorrt import check as check_tensorrt
 from qwt2.tracing import evaluation_mode
 
 OPSET = 20
+PROFILES = ("default", "tensorrt")
+WEIGHT_STORAGE = ("int8", "int4")
 STRUCTURE_KEY = "qwt2_structure"
 # The exporter reports its progress on the console and through warnings; a library must not.
 _LOGGERS = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.fx.experimental.symbolic_shapes")
 
 
-def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tensor) -> Path:
+def export_onnx(
+    folded: nn.Module, path: str | os.PathLike, example_input: Tensor, profile: str = "default", weight_storage: str = "int8"
+) -> Path:
     """Write a folded model as an ONNX file with a dynamic batch dimension.
 
     Weights are int8 and biases int32 in the file; activations pass through QuantizeLinear and
@@ -35,14 +42,20 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
         folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks).
         path: the file; written atomically.
         example_input: one input batch.
+        profile: "default" for CPU engines; "tensorrt" has float biases and nothing that breaks TensorRT's rules
+            (:mod:`qwt2.tensorrt`), for models quantized with variant="tensorrt".
+        weight_storage: "int4" stores codes of at most 4 bits in half the bytes; :func:`qwt2.load_engine` makes
+            the same int8 model of it.
 
     Returns:
         ``path``.
 
     Raises:
-        Qwt2Error: a quantized model that was not folded, or a model that cannot be exported.
+        Qwt2Error: a quantized model that was not folded, a model that cannot be exported, an unknown profile or
+            storage, or a model that the profile or storage cannot hold.
     """
     _refuse_unfolded(folded)
+    check_format(profile, weight_storage)
     # A batch of one would be specialized to a constant.
     example = example_input.expand(2, *example_input.shape[1:]) if len(example_input) == 1 else example_input
     with evaluation_mode(folded), quiet(*_LOGGERS), torch.no_grad():
@@ -61,7 +74,22 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
     model = program.model_proto
     _strip(model)
     _stamp(model, folded)
-    return save_onnx(model, path)
+    if profile == "tensorrt":
+        _fit_tensorrt(model)
+    return save_onnx(pack_int4(model) if weight_storage == "int4" else model, path)
+
+
+def check_format(profile: str, weight_storage: str) -> None:
+    """Refuse what :func:`export_onnx` has not.
+
+    Raises:
+        Qwt2Error: unknown profile or storage, or two that exclude each other.
+    """
+    for kind, value, known in (("profile", profile, PROFILES), ("weight storage", weight_storage, WEIGHT_STORAGE)):
+        if value not in known:
+            raise Qwt2Error(f"unknown {kind} {value!r}; use one of: {', '.join(known)}")
+    if profile == "tensorrt" and weight_storage == "int4":
+        raise Qwt2Error("profile 'tensorrt' needs weight storage 'int8': TensorRT multiplies int4 weights in float alone")
 
 
 class Exporter:
@@ -120,6 +148,31 @@ def _translations() -> dict:
         torch.ops.qwt2.quantize_dequantize.default: quantize_dequantize_onnx,
         torch.ops.qwt2.dequantize.default: dequantize_onnx,
     }
+
+
+def _fit_tensorrt(model: onnx.ModelProto) -> None:
+    """Turn int32 biases behind dequantizers into float constants of their names; refuse what else does not fit."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    biases = {
+        node.output[0]: node for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and stored.get(node.input[0], TensorProto()).data_type == TensorProto.INT32
+    }  # fmt: skip
+    for node in biases.values():
+        codes, scale = (numpy_helper.to_array(stored[name]) for name in node.input[:2])
+        stored[node.input[0]].CopyFrom(numpy_helper.from_array(codes.astype(np.float32) * scale, node.input[0]))
+        model.graph.node.remove(node)
+    for node in model.graph.node:
+        node.input[:] = [biases[name].input[0] if name in biases else name for name in node.input]
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    shown = [value for value in model.graph.value_info if value.name not in biases and value.name not in stored]
+    del model.graph.initializer[:], model.graph.value_info[:]
+    model.graph.initializer.extend(kept)
+    model.graph.value_info.extend(shown)
+    [structure] = [entry for entry in model.metadata_props if entry.key == STRUCTURE_KEY]
+    structure.value = f"tensorrt {structure.value}"  # another file than the model's own names and types tell
+    if violations := check_tensorrt(model):
+        raise Qwt2Error(f"profile 'tensorrt': {violations[0]}; quantize the model with variant='tensorrt'")
 
 
 def _strip(model: onnx.ModelProto) -> None:

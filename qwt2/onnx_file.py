@@ -74,26 +74,26 @@ def with_constant_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 def _fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     """Compute what depends on constants and known shapes alone, except dequantized weights."""
     graph = model.graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (*graph.input, *graph.value_info)}
     kept = []
     for node in graph.node:
-        known = all(name in constants for name in node.input if name) and node.op_type != "DequantizeLinear"
+        known = all(name in values for name in node.input if name) and node.op_type != "DequantizeLinear"
         if node.op_type == "Shape" and 0 not in shapes.get(node.input[0], [0]):
             known, feeds = True, {node.input[0]: np.empty(shapes[node.input[0]], bool)}
         elif known:
-            feeds = {name: constants[name] for name in node.input if name}
+            feeds = {name: values[name] for name in node.input if name}
         if not known:
             kept.append(node)
             continue
-        values = [onnx.ValueInfoProto(name=name) for name in (*feeds, *node.output)]
-        piece = helper.make_graph([node], "constant", values[: len(feeds)], values[len(feeds) :])
+        ends = [onnx.ValueInfoProto(name=name) for name in (*feeds, *node.output)]
+        piece = helper.make_graph([node], "constant", ends[: len(feeds)], ends[len(feeds) :])
         runner = ReferenceEvaluator(helper.make_model(piece, opset_imports=model.opset_import))
-        constants |= {name: np.asarray(array) for name, array in zip(node.output, runner.run(None, feeds))}
+        values |= {name: np.asarray(array) for name, array in zip(node.output, runner.run(None, feeds))}
     used = {name for node in kept for name in node.input} | {value.name for value in graph.output}
     del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)
-    graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in constants.items() if name in used)
+    graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in values.items() if name in used)
     return model
 
 
@@ -163,12 +163,18 @@ class Slice:
         return self.scale or max(float(expected.max() - expected.min()) / 255, np.finfo(np.float32).tiny)
 
 
+def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Every stored tensor by name: initializers and the tensors of Constant nodes."""
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+    return found
+
+
 class _Graph:
     def __init__(self, model: onnx.ModelProto):
-        self.constants = {t.name: t for t in model.graph.initializer}
-        for node in model.graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self.constants[node.output[0]] = node.attribute[0].t
+        self.constants = constants(model)
         self.maker = {name: node for node in model.graph.node for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
@@ -181,8 +187,9 @@ class _Graph:
             roles = ["input"]
             [weight] = self.readers[f"{module}.weight"]
             [operation] = self.readers[weight.output[0]]
-            [bias] = self.readers[f"{module}.bias"]
-            nodes = [weight, bias]
+            nodes = [weight]
+            if operation not in (bias := self.readers[f"{module}.bias"]):  # else it is float, not dequantized
+                nodes += bias
         else:
             roles = ["a", "b"]
             [last] = self.readers[self._quantizer(f"{module}.a")[-1].output[0]]

@@ -13,11 +13,11 @@ from qwt2.mismatch import record_modules
 from qwt2.onnx_file import load_onnx, slice_modules, with_batch_size, with_constant_shapes
 from qwt2.operations import count_operations
 
-NAMES = [
-    pytest.param("inductor", marks=pytest.mark.xdist_group("inductor")),
-    pytest.param("tvm", marks=pytest.mark.xdist_group("tvm")),
-]
-FILES = [("vit", 8), ("swin", 4), ("resnet", 8), ("mobilenet", 4)]
+GROUPS = {name: pytest.mark.xdist_group(name) for name in ("inductor", "tvm")}
+NAMES = [pytest.param(name, marks=group) for name, group in GROUPS.items()]
+# Compiling takes up to half a minute each.
+MODULES = [("inductor", "vit", 8), ("inductor", "mobilenet", 4), ("tvm", "swin", 4), ("tvm", "mobilenet", 8)]
+WHOLE = [("inductor", "resnet"), ("tvm", "resnet"), ("tvm", "vit")]
 NEEDS = {"tvm": ("tvm", "apache-tvm")}
 
 
@@ -28,8 +28,7 @@ def installed(request):
         pytest.importorskip(NEEDS[engine][0], reason=f"needs {NEEDS[engine][1]}")
 
 
-@pytest.mark.parametrize("engine", NAMES)
-@pytest.mark.parametrize("network, bits", FILES)
+@pytest.mark.parametrize("engine, network, bits", [pytest.param(*row, marks=GROUPS[row[0]]) for row in MODULES])
 def test_every_module_agrees_with_the_exact_engine(engine, network, bits):
     folded, path = tiny.exported(network, bits, "cwac")
     records = record_modules(folded, tiny.images(2, seed=1))
@@ -47,8 +46,7 @@ def test_every_module_agrees_with_the_exact_engine(engine, network, bits):
     assert sum(count_operations(session.operations())["integer"].values()) == products
 
 
-@pytest.mark.parametrize("engine", NAMES)
-@pytest.mark.parametrize("network", ["vit", "resnet"])
+@pytest.mark.parametrize("engine, network", [pytest.param(*row, marks=GROUPS[row[0]]) for row in WHOLE])
 def test_whole_networks_agree(engine, network):
     _, path = tiny.exported(network, 8, "cwac")
     images = tiny.images(3, seed=1).numpy()
