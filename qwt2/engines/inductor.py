@@ -42,7 +42,7 @@ class InductorSession:
         try:
             images = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self.graph.inputs]
             with torch.no_grad():
-                outputs = self._compiled(*images) if self._compiled else self._compile(images)
+                outputs = self._compile(images) if self._compiled is None else self._compiled(*images)
             return {name: output.numpy() for name, output in zip(self.graph.outputs, outputs)}
         finally:
             torch.set_num_threads(before)
