@@ -18,6 +18,7 @@ from qwt2.integer import IntegerLayer, dequantize, quantize_dequantize
 from qwt2.int4 import pack_int4
 from qwt2.io import quiet
 from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx
+from qwt2.onnx_passes import quantize_before_pooling, rewrite_for_engines
 from qwt2.tensorrt import check as check_tensorrt
 from qwt2.tracing import evaluation_mode
 
@@ -73,6 +74,8 @@ def export_onnx(
             ) from error
     model = program.model_proto
     _strip(model)
+    _use_first_names(model, folded)
+    rewrite_for_engines(model)
     _stamp(model, folded)
     if profile == "tensorrt":
         _fit_tensorrt(model)
@@ -129,6 +132,7 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
         if tensor.name in state:
             values = state[tensor.name].detach().cpu().numpy()
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    quantize_before_pooling(model)
     _stamp(model, folded)
     return save_onnx(model, path)
 
@@ -157,15 +161,18 @@ def _fit_tensorrt(model: onnx.ModelProto) -> None:
         node.output[0]: node for node in model.graph.node
         if node.op_type == "DequantizeLinear" and stored.get(node.input[0], TensorProto()).data_type == TensorProto.INT32
     }  # fmt: skip
+    scales = {node.input[0]: node.input[1] for node in biases.values()}  # a layer may run several times
+    for name, scale_name in scales.items():
+        codes, scale = (numpy_helper.to_array(stored[n]) for n in (name, scale_name))
+        stored[name].CopyFrom(numpy_helper.from_array(codes.astype(np.float32) * scale, name))
+    sources = {output: node.input[0] for output, node in biases.items()}
     for node in biases.values():
-        codes, scale = (numpy_helper.to_array(stored[name]) for name in node.input[:2])
-        stored[node.input[0]].CopyFrom(numpy_helper.from_array(codes.astype(np.float32) * scale, node.input[0]))
         model.graph.node.remove(node)
     for node in model.graph.node:
-        node.input[:] = [biases[name].input[0] if name in biases else name for name in node.input]
+        node.input[:] = [sources.get(name, name) for name in node.input]
     used = {name for node in model.graph.node for name in node.input}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    shown = [value for value in model.graph.value_info if value.name not in biases and value.name not in stored]
+    shown = [value for value in model.graph.value_info if value.name not in sources and value.name not in stored]
     del model.graph.initializer[:], model.graph.value_info[:]
     model.graph.initializer.extend(kept)
     model.graph.value_info.extend(shown)
@@ -183,6 +190,17 @@ def _strip(model: onnx.ModelProto) -> None:
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
+
+
+def _use_first_names(model: onnx.ModelProto, folded: nn.Module) -> None:
+    """Name a stored tensor as `named_modules` does: the exporter may use another name of a shared module."""
+    first = {id(tensor): name for name, tensor in (*folded.named_parameters(), *folded.named_buffers())}
+    state = folded.state_dict(keep_vars=True)
+    new = {name: first[id(state[name])] for t in model.graph.initializer if (name := t.name) in state}
+    for tensor in model.graph.initializer:
+        tensor.name = new.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
 
 
 def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 Folding shifts low-bit codes left inside int8 and divides the scale by the same power of two, and a negative alpha
 flips the codes of its channel, whose -8 then is a +8. Both are undone in the file, exactly: its scales bear the
-power of two and the sign. Any engine that knows ONNX's opset 21 thus computes the same values from the file as it
-is, but as of 2026 multiplies them in float; :func:`qwt2.load_engine` restores the int8 codes first.
+power of two and the sign, so that the file as it is means the same to anybody who knows ONNX's opset 21. But
+ONNX Runtime 1.32 and OpenVINO 2026.4 multiply INT4 weights in float (and the former's optimizations break some graphs
+of opset 21, whatever their weights): :func:`qwt2.load_engine` restores the int8 model first.
 """
 
 from __future__ import annotations
@@ -77,11 +78,12 @@ def widen_int4(model: onnx.ModelProto) -> onnx.ModelProto:
 def _weights(model: onnx.ModelProto, kind: int) -> list[tuple[str, str, str, int]]:
     """Names of codes, scales and zero points, and the channel axis, of weights of one type."""
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    return [
-        (*node.input, next(a.i for a in node.attribute if a.name == "axis"))
+    found = {  # once each, however often a layer runs
+        node.input[0]: (*node.input, next(a.i for a in node.attribute if a.name == "axis"))
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and kinds.get(node.input[0]) == kind
-    ]
+    }
+    return list(found.values())
 
 
 def _declare(model: onnx.ModelProto, codes: Iterable[str], kind: int) -> None:

@@ -15,6 +15,8 @@ from qwt2.int4 import widen_int4
 from qwt2.io import atomic_path
 
 PRODUCER_KEY = "qwt2"
+# Names of nodes that qwt2.onnx_passes adds in front of a pooling.
+POOLED = "pooled/"
 # Between a layer and the next quantizer, engines merge these into the layer's integer kernel.
 _MERGED = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
 
@@ -182,31 +184,38 @@ class _Graph:
                 self.readers.setdefault(name, []).append(node)
 
     def piece(self, module: str) -> tuple[list[onnx.NodeProto], str, list[onnx.NodeProto]]:
-        """Nodes of one module's slice, its output tensor, and the part after the module itself."""
+        """Nodes of one module's slice, its output tensor, and the part after the module itself.
+
+        Of a module that runs several times in one pass, the first run is taken.
+        """
         if f"{module}.weight" in self.constants:
             roles = ["input"]
-            [weight] = self.readers[f"{module}.weight"]
-            [operation] = self.readers[weight.output[0]]
-            nodes = [weight]
-            if operation not in (bias := self.readers[f"{module}.bias"]):  # else it is float, not dequantized
-                nodes += bias
+            weight = self.readers[f"{module}.weight"][0]
+            operation, nodes = self.readers[weight.output[0]][0], [weight]
+            bias = self.readers[f"{module}.bias"][0]
+            if bias.op_type == "DequantizeLinear":  # else it is float, and the operation reads it
+                nodes.append(bias)
         else:
             roles = ["a", "b"]
-            [last] = self.readers[self._quantizer(f"{module}.a")[-1].output[0]]
-            operation, nodes = last, []
+            operation, nodes = self._product(self._quantizer(f"{module}.a")[-1].output[0]), []
         aliases = {}
-        for role in roles:
+        for operand, role in enumerate(roles):
             quantizer = self._quantizer(f"{module}.{role}")
             aliases[quantizer[0].input[0]] = f"{module}.{role}"
             nodes += quantizer
-            if operation.op_type == "Gemm":  # the exporter's reshape to two dimensions lies between
-                aliases[operation.input[0]] = quantizer[-1].output[0]
+            # A reshape or transpose may lie between; the recorded inputs are as the module saw them.
+            aliases[operation.input[operand]] = quantizer[-1].output[0]
         nodes.append(operation)
         if f"{module}.output.scale" in self.constants:
             nodes += self._quantizer(f"{module}.output")
         epilogue = self._epilogue(nodes[-1].output[0])
         copies = _isolated(nodes + epilogue, module, aliases)
         return copies, copies[-1].output[0], epilogue
+
+    def _product(self, tensor: str) -> onnx.NodeProto:
+        """The matrix product that reads a tensor, perhaps after a transpose."""
+        [reader] = self.readers[tensor]
+        return reader if reader.op_type == "MatMul" else self._product(reader.output[0])
 
     def output_scale(self, module: str) -> float | None:
         """Scale of a module's output quantizer, if it has one."""
@@ -216,6 +225,7 @@ class _Graph:
     def _quantizer(self, prefix: str) -> list[onnx.NodeProto]:
         """The Clip (if any), QuantizeLinear and DequantizeLinear with these scales."""
         users = self.readers[f"{prefix}.scale"]
+        users = [node for node in users if not node.name.startswith(POOLED)]
         quantize = next(n for n in users if n.op_type == "QuantizeLinear")
         dequantize = next(n for n in users if n.op_type == "DequantizeLinear")
         before = self.maker.get(quantize.input[0])

@@ -6,6 +6,9 @@ biases are float32 (those compilers want them so).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
@@ -13,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qwt2.torch_graph import Codes, TorchGraph
+from qwt2.errors import Qwt2Error
+from qwt2.torch_graph import OPS, Codes, TorchGraph
 
 OPERATORS = torch.ops.quantized_decomposed
 
@@ -30,17 +34,21 @@ class QuantizedGraph(TorchGraph):
         inputs: their names.
     """
 
-    engine = "inductor"
-
     def __init__(self, model: onnx.ModelProto, signed: bool = False):
-        super().__init__(model)
         self.signed = signed
+        super().__init__(model)
         self.input_values = list(model.graph.input)
         self.inputs = [value.name for value in self.input_values]
-        self.operations |= {
+        self._prepare_constants()
+
+    def _function(self, node: onnx.NodeProto, opsets: dict[str, int]) -> Callable[..., Any]:
+        own = {
             "QuantizeLinear": self._quantize, "DequantizeLinear": self._dequantize, "Gemm": _gemm, "MatMul": _matmul, "Conv": _conv,
         }  # fmt: skip
-        self._prepare_constants()
+        function = own.get(node.op_type) or OPS.get(node.op_type)
+        if function is None:
+            raise Qwt2Error(f"inductor has no {node.op_type}; run this file on another engine")
+        return function
 
     def trace(self, inputs: list[Tensor]) -> fx.GraphModule:
         """The graph for inputs of these shapes, in the order of :attr:`inputs`; it returns a tuple."""
@@ -87,7 +95,7 @@ class QuantizedGraph(TorchGraph):
 
     def _drop(self, node: onnx.NodeProto) -> None:
         index = self.nodes.index(node)
-        for steps in (self.nodes, self.attributes, self.released):
+        for steps in (self.nodes, self.functions, self.attributes, self.released):
             del steps[index]
         self.released = [[name for name in names if name not in self.constants] for names in self.released]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny_models as tiny
 import torch
@@ -11,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 import qwt2
+from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.export import export_onnx
 from qwt2.int4 import pack_int4, widen_int4
@@ -69,14 +71,19 @@ def test_files_are_about_half_as_large(bits, flip, tmp_path):
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_the_file_as_it_is_means_the_same_to_engines_that_know_int4(engine):
     """Without qwt2: the scales in the file bear what the codes lack."""
-    from qwt2.engines import ENGINES
-
     folded, path = tiny.exported("vit", 4, "cwac")
-    feeds = {"images": tiny.images(2).numpy()}
+    images = tiny.images(2)
     raw = with_batch_size(pack_int4(load_onnx(path)), 2)
-    [found] = ENGINES.get(engine)(raw, 1)(feeds).values()
+    if engine == "openvino":
+        [found] = ENGINES.get(engine)(raw, 1)({"images": images.numpy()}).values()
+    else:
+        options = onnxruntime.SessionOptions()
+        # ONNX Runtime 1.32's further optimizations break graphs of opset 21, whatever their weights.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        session = onnxruntime.InferenceSession(raw.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        [found] = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
-        expected = folded(tiny.images(2)).numpy()
+        expected = folded(images).numpy()
     assert np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
 
 

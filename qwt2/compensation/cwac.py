@@ -8,7 +8,7 @@ the integer layer's own scales and biases.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -101,29 +101,29 @@ class CWAC:
         for index in range(len(quantized.batches)):
             held_out = self.gate != "none" and _is_held_out(index, len(quantized.batches), self.holdout)
             outputs = self._block_outputs if self.granularity == "block" else self._layer_outputs
-            for name, (y_q, y_f, axis) in outputs(qmodel, names, index, quantized, reference).items():
+            for name, y_q, y_f, axis in outputs(qmodel, names, index, quantized, reference):
                 fits[name].update(y_q, y_f, axis, held_out)
         for fit in fits.values():
             fit.solve()
         return list(fits.values())
 
-    def _layer_outputs(self, qmodel, names, index, quantized, reference) -> dict[str, tuple[Tensor, Tensor, int]]:
+    def _layer_outputs(self, qmodel, names, index, quantized, reference) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+        """(layer, quantized output, target, channel axis), once for each run of each layer."""
         inputs = quantized.layer_inputs(index, names)
         targets = inputs if reference is None else reference.layer_inputs(index, names)
-        result = {}
         for name in names:
             layer: QuantizedLayer = qmodel.get_submodule(name)
-            result[name] = (layer.uncompensated(inputs[name]), layer.full_precision(targets[name]), layer.channel_axis)
-        return result
+            for x, target in zip(inputs[name], targets[name], strict=True):
+                yield name, layer.uncompensated(x), layer.full_precision(target), layer.channel_axis
 
-    def _block_outputs(self, qmodel, names, index, quantized, reference) -> dict[str, tuple[Tensor, Tensor, int]]:
+    def _block_outputs(self, qmodel, names, index, quantized, reference) -> Iterator[tuple[str, Tensor, Tensor, int]]:
         y_q = quantized.run(index)
         if reference is not None:
             y_f = reference.run(index)
         else:
             with full_precision(qmodel):
                 y_f = quantized.run(index)
-        return {names[0]: (y_q, y_f, block_channel_axis(qmodel, names[0]))}
+        yield names[0], y_q, y_f, block_channel_axis(qmodel, names[0])
 
 
 class _Fit:

@@ -78,6 +78,9 @@ class QwT:
         return reports
 
     def _fit_block(self, qmodel: nn.Module, name: str, quantized: UnitStream, reference: UnitStream | None) -> ModuleReport:
+        layers = {layer for layer in quantization_info(qmodel).layers if layer.startswith(name + ".")}
+        if layers <= quantized.repeated:
+            return ModuleReport(name, math.nan, math.nan, math.nan, False, "the block runs several times in one pass")
         is_image = block_channel_axis(qmodel, name) == 1
         error: _ImageError | _TokenError | None = None
         signal = 0.0
