@@ -117,7 +117,7 @@ def corrupt(folder: Path) -> None:
         ("mine:make", ["--weight-bits", "9"], "weight_bits is 9; use a whole number from 2 to 8"),
         ("mine:make", ["--image-size", "32", "--method", "gptq"], "gptq"),
         ("mine:make", ["--image-size", "32", "--compensation", "lora"], "unknown compensation method 'lora'"),
-        ("mine:make", ["--image-size", "32", "--engines", "tensorrt"], "unknown engine 'tensorrt'"),
+        ("mine:make", ["--image-size", "32", "--engines", "tensorflow"], "unknown engine 'tensorflow'"),
     ],
 )
 def test_mistakes_end_with_one_sentence_and_leave_nothing(folder, capsys, model, options, message):
