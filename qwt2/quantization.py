@@ -113,8 +113,8 @@ def quantize(
             model takes as keyword arguments, the first axis of each counting images.
         method: a registered PTQ method ("repq", "percentile", "mse", "minmax").
         precision: bit widths.
-        variant: "default" runs on integer engines; "published" follows the papers' code, where a
-            method has that variant.
+        variant: "default" runs on integer engines; "tensorrt" has the symmetric activations that TensorRT
+            wants; "published" follows the papers' code, where a method has that variant.
         observer_images: how many calibration images choose the ranges (32 in the papers).
         blocks: names of the blocks that compensation will work on; found by their names if not given.
         sections: names of modules outside the blocks that compensation runs as a whole: those whose layers run several
@@ -311,7 +311,7 @@ def _insert_layers(
 
 
 def _activation_quantizer(recipe: Recipe, bits: int, axis: int | None) -> UniformQuantizer:
-    return UniformQuantizer(Grid(bits, False, recipe.zero_in_range), recipe.observer, axis)
+    return UniformQuantizer(Grid(bits, recipe.symmetric_activations, recipe.zero_in_range), recipe.observer, axis)
 
 
 def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
@@ -325,7 +325,9 @@ def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantizat
         elif recipe.log_softmax:
             matmul.a_quantizer = LogSqrt2Quantizer(info.precision.activation_bits, recipe.log_floor)
         else:
-            matmul.a_quantizer = UniformQuantizer(Grid(info.precision.softmax_bits), recipe.observer)
+            matmul.a_quantizer = UniformQuantizer(
+                Grid(info.precision.softmax_bits, recipe.symmetric_activations), recipe.observer
+            )
 
 
 def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
