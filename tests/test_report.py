@@ -184,16 +184,20 @@ def test_missing_cell_is_named(out):
     assert not (out.parent / "results").exists()
 
 
+def facts_of(dataset: str) -> dict:
+    return {"vit_micro": {"task": "classification", "dataset": dataset}}
+
+
 def test_figures_of_another_cell_are_refused(out):
     rows = out / "evaluate" / "vit_micro-w3a3" / "rows.csv"
     write_rows(rows, synthetic.cell_rows("vit_micro", "w8a8"))
     with pytest.raises(Qwt2Error, match=r"w3a3/rows.csv has a row of vit_micro, w8a8, digits, but belongs to .*w3a3"):
-        collect(out, ["vit_micro"], [("vit_micro", "w3a3")], "digits")
+        collect(out, facts_of("digits"), [("vit_micro", "w3a3")])
 
 
 def test_figures_of_another_dataset_are_refused(out):
     with pytest.raises(Qwt2Error, match="belongs to vit_micro, w3a3, imagefolder"):
-        collect(out, ["vit_micro"], [("vit_micro", "w3a3")], "imagefolder")
+        collect(out, facts_of("imagefolder"), [("vit_micro", "w3a3")])
 
 
 def test_layers_of_another_cell_are_refused(out):
