@@ -10,7 +10,7 @@ def main(cfg, cell: Cell) -> None:
     from qwt2.models import build_model
     from qwt2.training import train
 
-    dataset, training = open_cell_dataset(cfg), cfg["model"]["train"]
+    dataset, training = open_cell_dataset(cfg, cell), cfg["model"]["train"]
     model = build_model({**cfg["model"], "num_classes": dataset.num_classes}, training["seed"] if training else 0)
     if training:
         train(model, dataset, training)
@@ -20,7 +20,7 @@ def main(cfg, cell: Cell) -> None:
     # Nothing here may depend on the clock: later stages run again when a byte of this folder changes.
     metrics = {f"top{k}": topk_percent(logits, labels, k) for k in (1, 5)}
     write_json(cell.baseline / "metrics.json", metrics)
-    print(f"{cell.model}: top-1 {metrics['top1']:.2f} %")
+    print(f"{cfg['model']['name']}: top-1 {metrics['top1']:.2f} %")
 
 
 if __name__ == "__main__":

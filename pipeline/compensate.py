@@ -10,7 +10,7 @@ def main(cfg, cell: Cell) -> None:
     from qwt2 import compensate, load_quantized, save_quantized
     from qwt2.io import write_json
 
-    model, dataset = baseline(cfg, cell), open_cell_dataset(cfg)
+    model, dataset = baseline(cfg, cell), open_cell_dataset(cfg, cell)
 
     def compensate_one(run: tuple[str, int, str]) -> dict:
         variant, seed, name = run

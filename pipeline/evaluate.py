@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.stage import OUT, Cell, run_stage
+from pipeline.stage import Cell, run_stage
 from qwt2 import machine
 from qwt2.data import open_dataset
 from qwt2.engines import load_engine
@@ -18,7 +18,7 @@ from qwt2.results import LAYER_COLUMNS, UNITS, Row, write_rows
 
 
 def main(cfg, cell: Cell) -> None:
-    dataset = open_dataset(cfg["data"], OUT / "data" / cfg["data"]["name"], cfg["model"])
+    dataset = open_dataset(cfg["data"], cell.data / cfg["data"]["name"], cfg["model"])
     evaluation = Evaluation(cfg, cell, dataset)
     rows = evaluation.simulated() + evaluation.compensation_costs() + evaluation.folding()
     for engine in cfg["evaluate"]["engines"]:

@@ -11,7 +11,7 @@ def main(cfg, cell: Cell) -> None:
     from qwt2.io import save_arrays, write_json
     from qwt2.mismatch import Mismatch, fold_mismatch, record_modules
 
-    model, dataset = baseline(cfg, cell), open_cell_dataset(cfg)
+    model, dataset = baseline(cfg, cell), open_cell_dataset(cfg, cell)
     images, _ = next(dataset.batches("val", cfg["evaluate"]["mismatch_images"]))
 
     exporter, facts = Exporter(images), []

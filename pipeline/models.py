@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.stage import OUT, Cell
+from pipeline.stage import Cell
 from qwt2.data import Dataset, open_dataset
 from qwt2.errors import Qwt2Error
 from qwt2.io import write_array
@@ -22,8 +22,8 @@ def baseline(cfg: Any, cell: Cell) -> nn.Module:
     return model
 
 
-def open_cell_dataset(cfg: Any) -> Dataset:
-    return open_dataset(cfg["data"], OUT / "data" / cfg["data"]["name"], cfg["model"])
+def open_cell_dataset(cfg: Any, cell: Cell) -> Dataset:
+    return open_dataset(cfg["data"], cell.data / cfg["data"]["name"], cfg["model"])
 
 
 def calibration_batches(cfg: Any, dataset: Dataset, seed: int) -> list[Tensor]:

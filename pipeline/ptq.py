@@ -8,7 +8,7 @@ def main(cfg, cell: Cell) -> None:
     from pipeline.models import baseline, calibration_batches, open_cell_dataset, simulate
     from qwt2 import Precision, quantize, save_quantized
 
-    model, dataset = baseline(cfg, cell), open_cell_dataset(cfg)
+    model, dataset = baseline(cfg, cell), open_cell_dataset(cfg, cell)
     precision = Precision(**{k: v for k, v in cfg["precision"].items() if k != "name"})
 
     def quantize_one(run: tuple[str, int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.schema import check
 from pipeline.stage import RESOLVED, config_path
@@ -52,21 +52,26 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
         for precision in grid["precision"]:
             cfg = compose_cell([f"model={model}", f"precision={precision}", *overrides])
             shared = cfg | {"grid": grid}
-            files[config_path("baseline", model)] = _select(shared, "baseline")
+            files[config_path("baseline", model)] = select(shared, "baseline")
             for stage in ("ptq", "compensate", "fold", "evaluate"):
-                files[config_path(stage, f"{model}-{precision}")] = _select(cfg, stage)
+                files[config_path(stage, f"{model}-{precision}")] = select(cfg, stage)
     for stage in ("data", "report"):
-        files[config_path(stage)] = _select(shared, stage)
+        files[config_path(stage)] = select(shared, stage)
     return files
 
 
 def compose_cell(overrides: list[str]) -> dict[str, Any]:
-    """One cell's configuration, checked; `compensations` lists the names under `compensation`."""
+    """One cell's configuration, `checked`."""
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             composed = compose("config", overrides)
     except HydraException as error:
-        raise Qwt2Error(_one_sentence(error, overrides)) from error
+        raise Qwt2Error(one_sentence(error, overrides)) from error
+    return checked(composed)
+
+
+def checked(composed: DictConfig) -> dict[str, Any]:
+    """A composed cell as plain values, names and types checked; `compensations` lists the names under `compensation`."""
     cfg = check(composed)
     Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
     for engine in cfg["evaluate"]["engines"]:
@@ -74,7 +79,7 @@ def compose_cell(overrides: list[str]) -> dict[str, Any]:
     return cfg | {"compensations": list(cfg["compensation"])}
 
 
-def _one_sentence(error: Exception, overrides: list[str]) -> str:
+def one_sentence(error: Exception, overrides: list[str]) -> str:
     """Hydra spreads its advice over several lines; keep what names the problem and the valid options."""
     text = str(error)
     if found := re.search(r"In '[^']+': Could not find '(?P<what>[^']+)'(?P<rest>.*)", text, re.S):
@@ -84,7 +89,8 @@ def _one_sentence(error: Exception, overrides: list[str]) -> str:
     return f"the configuration with {' '.join(overrides)} cannot be composed: {text.splitlines()[0]}"
 
 
-def _select(cfg: dict[str, Any], stage: str) -> str:
+def select(cfg: dict[str, Any], stage: str) -> str:
+    """The keys that `stage` declares, as YAML."""
     chosen: dict[str, Any] = {}
     for key in KEYS[stage]:
         *parents, last = key.split(".")

@@ -26,23 +26,28 @@ class Declared(dict):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the grid.
+    """Where the stages find and put the files of one cell.
 
     Attributes:
-        name: of the cell, `<model>-<precision>`, or of the model alone in stage `baseline`.
-        model: name of the model.
+        name: of the cell, `<model>-<precision>` in the grid, or of the model alone in stage `baseline`.
+        data: folder that holds one folder a dataset.
+        baseline: folder of the full-precision model.
+        out: folder that holds one folder a stage.
     """
 
     name: str
-    model: str
+    data: Path
+    baseline: Path
+    out: Path = OUT
+
+    @classmethod
+    def of_grid(cls, name: str, model: str) -> "Cell":
+        """A cell of the grid, which DVC builds below `out/`."""
+        return cls(name, OUT / "data", OUT / "baseline" / model)
 
     def folder(self, stage: str) -> Path:
         """Where `stage` puts this cell's outputs."""
-        return OUT / stage / self.name
-
-    @property
-    def baseline(self) -> Path:
-        return OUT / "baseline" / self.model
+        return self.out / stage / self.name
 
     def quantized(self, variant: str, method: str, seed: int) -> Path:
         """The stored model of plain PTQ (`method` is "ptq") or of a compensation, at one calibration seed."""
@@ -66,7 +71,7 @@ def run_stage(stage: str, main: Callable[[Declared, Cell], None], runs_networks:
 def _run(stage: str, name: str, main: Callable[[Declared, Cell], None]) -> None:
     cfg = load_config(stage, name)
     set_threads(cfg.get("threads", 1))
-    cell = Cell(name, cfg.get("model", {}).get("name", ""))
+    cell = Cell.of_grid(name, cfg.get("model", {}).get("name", ""))
     try:
         main(cfg, cell)
     except BaseException:
@@ -79,7 +84,7 @@ def load_config(stage: str, cell: str = "") -> Declared:
     path = config_path(stage, cell)
     if not path.is_file():
         raise Qwt2Error(f"{path} does not exist; run `dvc repro`, which resolves the configuration first")
-    return _declared(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return declared(path.read_text(encoding="utf-8"))
 
 
 def config_path(stage: str, cell: str = "") -> Path:
@@ -92,6 +97,11 @@ def set_threads(count: int) -> None:
         os.environ[name] = str(count)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(count)
+
+
+def declared(text: str) -> Declared:
+    """A resolved configuration from its YAML text."""
+    return _declared(yaml.safe_load(text))
 
 
 def _declared(value: Any) -> Any:
