@@ -46,8 +46,9 @@ def cell_config(composed: DictConfig) -> dict[str, Any]:
 
 
 def cell_id(cfg: dict[str, Any]) -> str:
-    """Of everything that can change a cell's results, code apart."""
-    return _digest(*(select(cfg, stage) for stage in ("data", "baseline", *CHAIN)))
+    """Of everything that can change a cell's results, code apart; the number of workers cannot."""
+    settings = cfg | {"workers": 0}
+    return _digest(*(select(settings, stage) for stage in ("data", "baseline", *CHAIN)))
 
 
 def cell_folder(cfg: dict[str, Any]) -> Path:

@@ -30,7 +30,7 @@ def locked_stages() -> dict[str, Any]:
     if not LOCK.is_file():
         return {}
     try:
-        content = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
+        content = yaml.load(LOCK.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         recorded = content["stages"]
         complete = all("md5" in out for stage in recorded.values() for out in stage.get("outs", []))
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):

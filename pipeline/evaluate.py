@@ -36,7 +36,7 @@ class Evaluation:
         self.labels = dataset.labels("val")
         self.reference = read_array(cell.baseline / "logits.npy")
         self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
-        self.methods = ["ptq", *self.compensations]
+        self.methods, self.exported = ["ptq", *self.compensations], ["ptq", *cfg["exported"]]
 
     def label(self, method: str, variant: str = "default") -> str:
         name = self.cfg["ptq"]["method"] + ("" if variant == "default" else f"_{variant}")
@@ -84,9 +84,9 @@ class Evaluation:
         return rows
 
     def folding(self) -> list[Row]:
-        """Folded against unfolded modules, and what each method stores and computes beyond plain PTQ."""
+        """Folded against unfolded modules, and what each exported method stores and computes beyond plain PTQ."""
         facts = read_json(self.cell.folder("fold") / "facts.json")
-        by_method = {m: [f for f in facts if f["method"] == m] for m in self.methods}
+        by_method = {m: [f for f in facts if f["method"] == m] for m in self.exported}
         base = by_method["ptq"][0]
         rows = []
         for method, entries in by_method.items():
@@ -103,9 +103,9 @@ class Evaluation:
         ]
 
     def on_engine(self, engine: str) -> list[Row]:
-        """Accuracy on an integer engine, its distance from the simulation, and file sizes."""
+        """Accuracy of the exported methods on an integer engine, its distance from the simulation, and file sizes."""
         rows = []
-        for method in self.methods:
+        for method in self.exported:
             paths = [self.onnx(method, seed) for seed in self.seeds]
             logits = [self.engine_logits(path, engine) for path in paths]
             rows += self.accuracy(method, engine, logits)
@@ -124,12 +124,12 @@ class Evaluation:
         return np.concatenate([model(images) for images, _ in batches])
 
     def latency(self, engine: str) -> list[Row]:
-        """Latency of every method, interleaved in one run."""
+        """Latency of every exported method, interleaved in one run."""
         settings = self.cfg["evaluate"]["latency"]
         images, _ = next(self.dataset.array_batches("val", settings["batch_size"]))
         calls = {
             method: [partial(load_engine(self.onnx(method, s), engine, settings["threads"]), images) for s in self.seeds]
-            for method in self.methods
+            for method in self.exported
         }
         measured = measure_latency(calls, base="ptq", repeats=settings["repeats"])
         return [

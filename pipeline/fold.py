@@ -15,7 +15,7 @@ def main(cfg, cell: Cell) -> None:
     images, _ = next(dataset.batches("val", cfg["evaluate"]["mismatch_images"]))
 
     exporter, facts = Exporter(images), []
-    for method in ["ptq", *cfg["compensations"]]:
+    for method in ["ptq", *cfg["exported"]]:
         for seed in cfg["seeds"]:
             qmodel = load_quantized(model, cell.quantized("default", method, seed))
             folded = fold(qmodel)

@@ -29,10 +29,10 @@ KEYS = {
     "baseline": ("threads", "data", "model"),
     "ptq": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq", "precision"),
     "compensate": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq.variants", "compensation"),
-    "fold": ("threads", "seeds", "data", *_ARCHITECTURE, "compensations", "evaluate.mismatch_images"),
+    "fold": ("threads", "seeds", "data", *_ARCHITECTURE, "exported", "evaluate.mismatch_images"),
     "evaluate": (
         *("threads", "seeds", "data", *_ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
-        *("compensations", "evaluate"),
+        *("compensations", "exported", "evaluate"),
     ),
     "report": ("grid", "data", "calibration", "evaluate"),
 }
@@ -71,12 +71,17 @@ def compose_cell(overrides: list[str]) -> dict[str, Any]:
 
 
 def checked(composed: DictConfig) -> dict[str, Any]:
-    """A composed cell as plain values, names and types checked; `compensations` lists the names under `compensation`."""
+    """A composed cell as plain values, names and types checked.
+
+    `compensations` lists the names under `compensation`, `exported` those of them that engines run: CWAC on whole
+    blocks cannot be folded and stays in simulation.
+    """
     cfg = check(composed)
     Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
     for engine in cfg["evaluate"]["engines"]:
         ENGINES.get(engine)
-    return cfg | {"compensations": list(cfg["compensation"])}
+    exported = [name for name, options in cfg["compensation"].items() if options.get("granularity") != "block"]
+    return cfg | {"compensations": list(cfg["compensation"]), "exported": exported}
 
 
 def one_sentence(error: Exception, overrides: list[str]) -> str:
