@@ -1,6 +1,7 @@
 """Cells outside the grid: each goes through the whole chain in one process, and only once.
 
-    out/cells/<id>/      config.yaml, evaluate/, log.txt and, written last, cell.json; `id` is a hash of the configuration
+    out/cells/<id>/      config.yaml, evaluate/, log.txt and, written last, cell.json (all that comparisons need);
+                         `id` is a hash of the configuration
     out/cells/shared/    datasets and baselines that DVC has not built
 """
 
@@ -8,8 +9,9 @@ import fcntl
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from pipeline.resolve import checked, select
 from pipeline.stage import OUT, Cell, config_path, declared, set_threads
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
+from qwt2.results import Row, read_rows
 
 CELLS = OUT / "cells"
 SHARED = CELLS / "shared"
@@ -75,7 +78,7 @@ def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
         started = time.perf_counter()
         with log_to(folder / "log.txt"):
             outcome = _attempt(cfg, Cell("", data, baseline, folder), keep_models)
-        facts = {"id": folder.name, "made_from": made_from, "seconds": time.perf_counter() - started}
+        facts = {"id": folder.name, "made_from": made_from, "seconds": time.perf_counter() - started, "config": cfg}
         record = facts | {"fp32": read_json(baseline / "metrics.json"), "models_kept": keep_models} | outcome
         write_json(folder / "cell.json", record)
     return record
@@ -101,15 +104,29 @@ def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, An
         for stage in CHAIN:
             LOG.info("stage %s", stage)
             import_module(f"pipeline.{stage}").main(declared(select(cfg, stage)), cell)
-        artifacts = _hashes(cell, ("ptq", "compensate", "fold"))
-        outputs = _hashes(cell, ("evaluate",))
+        rows = read_rows(cell.folder("evaluate") / "rows.csv")
+        results = {"method": own_method(rows), "figures": by_method(rows)}
+        results |= {"artifacts": _hashes(cell, ("ptq", "compensate", "fold")), "outputs": _hashes(cell, ("evaluate",))}
     except Exception as error:  # noqa: BLE001 - whatever it is, the other cells of the sweep go on
         LOG.debug("failed", exc_info=error)
         _remove(cell, CHAIN)
         return {"status": "failed", "error": sentence(error)}
     if not keep_models:
         _remove(cell, ("ptq", "compensate", "fold"))
-    return {"status": "finished", "artifacts": artifacts, "outputs": outputs}
+    return {"status": "finished"} | results
+
+
+def own_method(rows: Iterable[Row]) -> str:
+    """The method a cell is about: its compensated one where it has one, else plain PTQ."""
+    return max((row.method for row in rows), key=lambda method: ("+" in method, method))
+
+
+def by_method(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """method -> ``<engine>/<metric>`` -> value."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row.method, {})[f"{row.engine}/{row.metric}"] = row.value
+    return found
 
 
 def sentence(error: Exception) -> str:
@@ -158,8 +175,6 @@ def _built_by_dvc(stage: str, out: str, config: str, path: Path) -> bool:
 
 
 def _shared(stage: str, cfg: dict[str, Any], cell: Cell) -> Path:
-    from dataclasses import replace
-
     config = select(cfg, stage)
     folder = SHARED / f"{stage}-{_digest(config, dvcfiles.source_digest([stage]))}"
     with _locked(folder):

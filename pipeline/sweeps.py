@@ -11,7 +11,7 @@ import io
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pipeline.cells import CELLS, cell_config, cell_folder, read_record, run_cel
 from pipeline.stage import OUT
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
-from qwt2.results import Results, Row, format_number, read_rows
+from qwt2.results import format_number
 
 SWEEPS = OUT / "sweeps"
 TABLE = "table.csv"
@@ -40,13 +40,15 @@ def run_job(composed: DictConfig) -> float | None:
     """
     started = time.perf_counter()
     record: dict[str, Any] = {"cell": None, "status": "failed", "error": None}
+    value = None
     try:
         cfg = cell_config(composed)
         record["cell"] = cell_folder(cfg).name
         done = run_cell(cfg, keep_models=composed.keep_models)
         record |= {"status": done["status"], "error": done.get("error")}
+        value = None if record["error"] else objective(done, composed.objective)
     except Exception as error:  # noqa: BLE001 - the other cells of the sweep go on
-        record["error"] = sentence(error)
+        record |= {"status": "failed", "error": sentence(error)}
     job = HydraConfig.get()
     overrides = dict(text.split("=", 1) for text in job.overrides.task)
     overrides.pop("sweep")
@@ -54,7 +56,7 @@ def run_job(composed: DictConfig) -> float | None:
     write_json(job_path(composed.sweep, overrides), record | {"seconds": time.perf_counter() - started})
     shown = " ".join(f"{key}={value}" for key, value in overrides.items())
     print(f"{record['status']}: {shown}" + (f": {record['error']}" if record["error"] else ""), flush=True)
-    return None if record["status"] == "failed" else objective(CELLS / record["cell"], composed.objective)
+    return value
 
 
 def job_path(sweep: str, overrides: dict[str, str]) -> Path:
@@ -62,20 +64,13 @@ def job_path(sweep: str, overrides: dict[str, str]) -> Path:
     return SWEEPS / sweep / "jobs" / f"{digest}.json"
 
 
-def objective(cell: Path, metric: str) -> float:
-    """The simulated figure of the cell's own method; Qwt2Error if there is no such metric."""
-    rows = read_rows(cell / "evaluate" / "rows.csv")
-    method = own_method(rows)
-    for row in rows:
-        if (row.method, row.engine, row.metric) == (method, "torch", metric):
-            return row.value
-    known = ", ".join(sorted({row.metric for row in rows if row.engine == "torch"}))
-    raise Qwt2Error(f"objective {metric!r} is no figure of the simulation; use one of: {known}")
-
-
-def own_method(rows: Iterable[Row]) -> str:
-    """The method a cell is about: its compensated one where it has one, else plain PTQ."""
-    return max((row.method for row in rows), key=lambda method: ("+" in method, method))
+def objective(record: dict[str, Any], metric: str) -> float:
+    """The simulated figure of a cell's own method; Qwt2Error if there is no such metric."""
+    own = record["figures"][record["method"]]
+    if f"torch/{metric}" not in own:
+        known = ", ".join(sorted(name.removeprefix("torch/") for name in own if name.startswith("torch/")))
+        raise Qwt2Error(f"objective {metric!r} is no figure of the simulation; use one of: {known}")
+    return own[f"torch/{metric}"]
 
 
 @contextmanager
@@ -135,24 +130,21 @@ def write_table(sweep: str) -> str:
 def job_row(record: dict[str, Any]) -> dict[str, str]:
     """A row of the table: what was asked for, how it went, and the figures."""
     row = dict(record["overrides"]) | {"cell": record["cell"], "status": record["status"]}
-    if record["status"] != "failed":
-        row |= {name: format_number(value) for name, value in figures(CELLS / record["cell"]).items()}
+    cell = read_record(CELLS / str(record["cell"]))
+    if cell and cell["status"] == "finished":
+        row |= {name: format_number(value) for name, value in figures(cell).items()}
     return row | {"seconds": f"{record['seconds']:.1f}", "error": record["error"] or ""}
 
 
-def figures(cell: Path) -> dict[str, float]:
+def figures(record: dict[str, Any]) -> dict[str, float]:
     """The figures by which cells are compared; percentages, dB and ratios to plain PTQ."""
-    rows = read_rows(cell / "evaluate" / "rows.csv")
-    results, method = Results(rows), own_method(rows)
-    model, precision = rows[0].model, rows[0].precision
-    wanted = {"ptq_top1": (method.partition("+")[0], "torch", "top1"), "top1": (method, "torch", "top1")}
-    wanted |= {"agreement": (method, "torch", "agreement"), "sqnr_db": (method, "torch", "logits_sqnr_db")}
-    for engine in results.engines()[1:]:
-        wanted[f"{engine}_top1"] = (method, engine, "top1")
-        wanted[f"{engine}_latency_ratio"] = (method, engine, "latency_ratio_to_ptq")
-    found = {name: results.get(model, precision, *what) for name, what in wanted.items()}
-    fp32 = (read_record(cell) or {}).get("fp32", {}).get("top1")
-    return {"fp32_top1": fp32} | {name: row.value for name, row in found.items() if row}
+    own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
+    found = {"fp32_top1": record["fp32"]["top1"], "ptq_top1": ptq["torch/top1"], "top1": own["torch/top1"]}
+    found |= {"agreement": own["torch/agreement"], "sqnr_db": own["torch/logits_sqnr_db"]}
+    for engine in sorted({name.partition("/")[0] for name in own} - {"torch"}):
+        found[f"{engine}_top1"] = own[f"{engine}/top1"]
+        found[f"{engine}_latency_ratio"] = own[f"{engine}/latency_ratio_to_ptq"]
+    return found
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
