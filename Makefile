@@ -9,7 +9,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3.11
 
-.PHONY: repro test readme lock benchmarks clean
+.PHONY: repro test readme lock benchmarks dashboard publish verify determinism kills clean
 
 repro: $(STAMP)
 	python -m pipeline.warm dvc repro
@@ -20,6 +20,13 @@ test: $(STAMP)
 benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.architectures
 	$(PEERS)/bin/python -m benchmarks.peers
+
+# A page on this machine that compares all runs.
+dashboard: $(STAMP)
+	python -m pipeline.dashboard
+
+publish: $(STAMP)
+	python -m pipeline.publish
 
 readme: $(STAMP)
 	python -m pipeline.readme
