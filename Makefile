@@ -28,6 +28,18 @@ dashboard: $(STAMP)
 publish: $(STAMP)
 	python -m pipeline.publish
 
+# Re-hash all that is stored; ARGS=--repair deletes what is damaged.
+verify: $(STAMP)
+	python -m pipeline.verify $(ARGS)
+
+# The chain twice from nothing, and what differs; ARGS=--tiny for a small one.
+determinism: $(STAMP)
+	python -m benchmarks.determinism $(ARGS)
+
+# The tiny chain, killed at 20 random points and run again.
+kills: $(STAMP)
+	python -m benchmarks.kills
+
 readme: $(STAMP)
 	python -m pipeline.readme
 

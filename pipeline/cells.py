@@ -5,12 +5,10 @@
     out/cells/shared/    datasets and baselines that DVC has not built
 """
 
-import fcntl
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -22,13 +20,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pipeline import dvcfiles
 from pipeline.logs import LOG, log_to
 from pipeline.resolve import checked, select
-from pipeline.stage import OUT, Cell, config_path, declared, set_threads
+from pipeline.stage import OUT, Cell, config_path, declared, locked, set_threads
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
 from qwt2.results import Row, read_rows
 
 CELLS = OUT / "cells"
 SHARED = CELLS / "shared"
+LOCKS = CELLS / "locks"
 CHAIN = ("ptq", "compensate", "fold", "evaluate")
 # Keys of conf/cell.yaml that say how a cell is run and filed, not what it is.
 _FILING = ("seed", "sweep", "keep_models", "objective", "experiment")
@@ -66,7 +65,7 @@ def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
     """
     set_threads(cfg["threads"])
     folder = cell_folder(cfg)
-    with _locked(folder):
+    with locked(LOCKS / folder.name):
         data, baseline = data_folder(cfg), baseline_folder(cfg)
         weights = hashlib.sha256((baseline / "model.safetensors").read_bytes()).hexdigest()
         made_from = {"code": dvcfiles.source_digest(("data", "baseline", *CHAIN)), "baseline": weights}
@@ -168,32 +167,22 @@ def baseline_folder(cfg: dict[str, Any]) -> Path:
 
 def _built_by_dvc(stage: str, out: str, config: str, path: Path) -> bool:
     """Whether the stage's output is there, whole, and made with this configuration."""
-    locked = dvcfiles.locked_stages().get(stage)
-    if locked is None or locked.get("params", {}).get(path.as_posix()) != yaml.safe_load(config):
+    built = dvcfiles.locked_stages().get(stage)
+    if built is None or built.get("params", {}).get(path.as_posix()) != yaml.safe_load(config):
         return False
-    return dvcfiles.md5(OUT / out) == locked["outs"][0]["md5"]
+    return dvcfiles.md5(OUT / out) == built["outs"][0]["md5"]
 
 
 def _shared(stage: str, cfg: dict[str, Any], cell: Cell) -> Path:
     config = select(cfg, stage)
     folder = SHARED / f"{stage}-{_digest(config, dvcfiles.source_digest([stage]))}"
-    with _locked(folder):
+    with locked(LOCKS / folder.name):
         if not (folder / "config.yaml").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             with log_to(SHARED / f"{folder.name}.log"):
                 import_module(f"pipeline.{stage}").main(declared(config), replace(cell, **{stage: folder}))
             write_text(folder / "config.yaml", config)
     return folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock when its holder dies."""
-    path = CELLS / "locks" / folder.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _digest(*texts: str) -> str:

@@ -36,11 +36,8 @@ def locked_stages() -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         complete = False
     if not complete:
-        raise Qwt2Error(f"{LOCK} is damaged; {LOCK_REMEDY}")
+        raise Qwt2Error(f"{LOCK} is damaged; `make verify` says what to do")
     return recorded
-
-
-LOCK_REMEDY = "restore it (`git checkout dvc.lock`) or delete it, then `make repro` restores the rest from DVC's run cache"
 
 
 def source_digest(names: Iterable[str]) -> str:

@@ -1,15 +1,19 @@
 """What every stage shares: its resolved configuration, its folders, and how it fails."""
 
+import argparse
+import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.logs import LOG, VERBOSE, log_to
 from pipeline.warm import delegate
 from qwt2.errors import Qwt2Error, guarded
 
@@ -64,19 +68,45 @@ def run_stage(stage: str, main: Callable[[Declared, Cell], None], runs_networks:
     """
     if runs_networks and (code := delegate()) is not None:
         raise SystemExit(code)
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    guarded(lambda: _run(stage, name, main))
+    options = _parser(stage).parse_args()
+    if options.verbose:
+        os.environ[VERBOSE] = "1"
+    guarded(lambda: _run(stage, options.cell, main))
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline.{stage}", description=f"Stage {stage}; `dvc repro` runs it.")
+    parser.add_argument("cell", nargs="?", default="", help="<model>-<precision>, or the model in stage baseline")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show on stderr what goes into out/logs/")
+    return parser
 
 
 def _run(stage: str, name: str, main: Callable[[Declared, Cell], None]) -> None:
     cfg = load_config(stage, name)
     set_threads(cfg.get("threads", 1))
     cell = Cell.of_grid(name, cfg.get("model", {}).get("name", ""))
-    try:
-        main(cfg, cell)
-    except BaseException:
-        shutil.rmtree(cell.folder(stage), ignore_errors=True)
-        raise
+    label = f"{stage}@{name}" if name else stage
+    with locked(OUT / "locks" / label), log_to(OUT / "logs" / f"{label}.log"):
+        LOG.info("stage %s", label)
+        try:
+            main(cfg, cell)
+        except BaseException as error:
+            LOG.debug("failed", exc_info=error)
+            shutil.rmtree(cell.folder(stage), ignore_errors=True)
+            raise
+        LOG.info("finished")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock when its holder dies.
+
+    A stage outlives a DVC that is killed: the next DVC's stage waits for it instead of writing beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def load_config(stage: str, cell: str = "") -> Declared:
