@@ -134,6 +134,17 @@ def sentence(error: Exception) -> str:
     return text if isinstance(error, Qwt2Error) else f"{type(error).__name__}: {text} (traceback in the cell's log.txt)"
 
 
+def figures(record: dict[str, Any]) -> dict[str, float]:
+    """The figures by which cells are compared; percentages, dB and ratios to plain PTQ."""
+    own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
+    found = {"fp32_top1": record["fp32"]["top1"], "ptq_top1": ptq["torch/top1"], "top1": own["torch/top1"]}
+    found |= {"agreement": own["torch/agreement"], "sqnr_db": own["torch/logits_sqnr_db"]}
+    for engine in sorted({name.partition("/")[0] for name in own} - {"torch"}):
+        found[f"{engine}_top1"] = own[f"{engine}/top1"]
+        found[f"{engine}_latency_ratio"] = own[f"{engine}/latency_ratio_to_ptq"]
+    return found
+
+
 def _hashes(cell: Cell, stages: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     files = sorted(path for stage in stages for path in cell.folder(stage).rglob("*") if path.is_file())
     return {

@@ -18,6 +18,7 @@ from pipeline.warm import delegate
 from qwt2.errors import Qwt2Error, guarded
 
 OUT = Path("out")
+RESULTS = Path("results")
 RESOLVED = OUT / "resolved"
 
 

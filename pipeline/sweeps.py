@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from tqdm import tqdm
 
-from pipeline.cells import CELLS, cell_config, cell_folder, read_record, run_cell, sentence
+from pipeline.cells import CELLS, cell_config, cell_folder, figures, read_record, run_cell, sentence
 from pipeline.stage import OUT
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
@@ -134,17 +134,6 @@ def job_row(record: dict[str, Any]) -> dict[str, str]:
     if cell and cell["status"] == "finished":
         row |= {name: format_number(value) for name, value in figures(cell).items()}
     return row | {"seconds": f"{record['seconds']:.1f}", "error": record["error"] or ""}
-
-
-def figures(record: dict[str, Any]) -> dict[str, float]:
-    """The figures by which cells are compared; percentages, dB and ratios to plain PTQ."""
-    own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
-    found = {"fp32_top1": record["fp32"]["top1"], "ptq_top1": ptq["torch/top1"], "top1": own["torch/top1"]}
-    found |= {"agreement": own["torch/agreement"], "sqnr_db": own["torch/logits_sqnr_db"]}
-    for engine in sorted({name.partition("/")[0] for name in own} - {"torch"}):
-        found[f"{engine}_top1"] = own[f"{engine}/top1"]
-        found[f"{engine}_latency_ratio"] = own[f"{engine}/latency_ratio_to_ptq"]
-    return found
 
 
 def sweep_name(overrides: Sequence[str]) -> str:

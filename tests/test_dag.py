@@ -10,9 +10,9 @@ import qwt2
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-# Wiring that cannot change a result: error texts, file formats, start-up.
+# Wiring that cannot change a result: error texts, file formats, start-up, logs.
 WIRING = {"qwt2/__init__.py", "qwt2/errors.py", "qwt2/io.py", "qwt2/registry.py", "pipeline/stage.py", "pipeline/warm.py",
-          "pipeline/__init__.py"}
+          "pipeline/logs.py", "pipeline/__init__.py"}
 
 
 def _file(module: str) -> Path | None:

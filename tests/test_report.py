@@ -313,7 +313,7 @@ def test_stage_writes_both_files_or_says_in_one_sentence_why_not(out):
     assert (done.returncode, done.stderr) == (0, "")
     results = out.parent / "results"
     written = {path.name: path.read_bytes() for path in results.iterdir()}
-    assert set(written) == {"summary.csv", "report.html"}
+    assert set(written) == {"summary.csv", "report.html", "metrics.json", "top1.csv"}
 
     rows = out / "evaluate" / "vit_micro-w3a3" / "rows.csv"
     rows.write_text(rows.read_text().replace(",dB,", ",decibel,"))

@@ -44,7 +44,7 @@ def render(results: Results, layers: Sequence[Layer], conditions: Conditions) ->
     )
     compared = findings.comparisons(results, "cwac")
     return environment.get_template("page.html").render(
-        vega=_vega_bundle(),
+        vega=vega_bundle(),
         specs=specs,
         headline=findings.headline(results),
         model_sentences={model: findings.model_sentence(results, model) for model in results.models},
@@ -91,7 +91,7 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _vega_bundle() -> str:
+def vega_bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, in the release that Altair's specifications are written for."""
     major, minor, *_ = alt.SCHEMA_VERSION.split(".")
     bundle = vl_convert.javascript_bundle(vl_version=f"{major}.{minor}")
