@@ -1,5 +1,6 @@
 """Stage `baseline`: the full-precision model, trained from scratch or loaded, and its accuracy."""
 
+from pipeline.logs import LOG
 from pipeline.stage import Cell, run_stage
 
 
@@ -20,7 +21,9 @@ def main(cfg, cell: Cell) -> None:
     # Nothing here may depend on the clock: later stages run again when a byte of this folder changes.
     metrics = {f"top{k}": topk_percent(logits, labels, k) for k in (1, 5)}
     write_json(cell.baseline / "metrics.json", metrics)
-    print(f"{cfg['model']['name']}: top-1 {metrics['top1']:.2f} %")
+    message = f"{cfg['model']['name']}: top-1 {metrics['top1']:.2f} %"
+    LOG.info(message)
+    print(message)
 
 
 if __name__ == "__main__":

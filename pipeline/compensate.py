@@ -27,7 +27,7 @@ def main(cfg, cell: Cell) -> None:
         return run_facts | costs | {"modules": [module.to_dict() for module in report.modules]}
 
     runs = [(v, s, name) for v in cfg["ptq"]["variants"] for s in cfg["seeds"] for name in cfg["compensation"]]
-    write_json(cell.folder("compensate") / "report.json", each(compensate_one, runs, cfg["workers"]))
+    write_json(cell.folder("compensate") / "report.json", each("compensate", compensate_one, runs, cfg["workers"]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 
+from pipeline.parallel import watched
 from pipeline.stage import Cell, run_stage
 from qwt2 import machine
 from qwt2.data import open_dataset
@@ -105,7 +106,7 @@ class Evaluation:
     def on_engine(self, engine: str) -> list[Row]:
         """Accuracy of the exported methods on an integer engine, its distance from the simulation, and file sizes."""
         rows = []
-        for method in self.exported:
+        for method in watched(f"evaluate on {engine}", self.exported, [[method] for method in self.exported]):
             paths = [self.onnx(method, seed) for seed in self.seeds]
             logits = [self.engine_logits(path, engine) for path in paths]
             rows += self.accuracy(method, engine, logits)

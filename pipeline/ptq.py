@@ -26,7 +26,7 @@ def main(cfg, cell: Cell) -> None:
         simulate(qmodel, dataset, path.with_suffix(".npy"))
 
     runs = [(variant, seed) for variant in cfg["ptq"]["variants"] for seed in cfg["seeds"]]
-    each(quantize_one, runs, cfg["workers"])
+    each("quantize", quantize_one, runs, cfg["workers"])
 
 
 if __name__ == "__main__":
