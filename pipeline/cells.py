@@ -35,12 +35,13 @@ _FILING = ("seed", "sweep", "keep_models", "objective", "experiment")
 
 def cell_config(composed: DictConfig) -> dict[str, Any]:
     """conf/cell.yaml as a cell's configuration: its one compensation stands under the method's name, or is absent."""
-    cfg = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+    cfg = OmegaConf.create(OmegaConf.to_container(composed))
     compensation = OmegaConf.to_container(cfg.compensation)
     method = compensation.get("method")
     if not isinstance(method, str):
         raise Qwt2Error(f"compensation.method is {method!r}; choose the compensation by compensation=cwac, qwt or none")
     with open_dict(cfg):
+        cfg.seeds = [cfg.seed]
         for key in _FILING:
             cfg.pop(key, None)
         cfg.compensation = {} if method == "none" else {method: compensation}

@@ -9,8 +9,10 @@ import os
 import re
 import sys
 from collections import Counter
+from concurrent.futures import BrokenExecutor
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,9 +38,13 @@ def main(arguments: list[str]) -> None:
     stages()  # refuses to run anywhere but in the repository
     name = _name(overrides)
     with only_runner(name), progress(name):
-        _hydra(arguments if f"sweep={name}" in overrides else [*arguments, f"sweep={name}"])
+        rest = [argument for argument in arguments if not argument.startswith("sweep=")]
+        _hydra([*rest, f"sweep='{name}'"])  # quoted: a name may look like a number
+    records = jobs(name)
+    if records and all(record["cell"] is None for record in records):  # refused before anything ran
+        raise Qwt2Error(records[0]["error"])
     print(write_table(name))
-    counts = Counter(record["status"] for record in jobs(name))
+    counts = Counter(record["status"] for record in records)
     print(f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; table: {SWEEPS / name}/table.csv")
     if counts["failed"]:
         raise SystemExit(1)
@@ -60,7 +66,13 @@ def _hydra(arguments: list[str]) -> None:
     sys.argv = [sys.argv[0], *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="cell")(run_job)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except BrokenExecutor as error:  # of the launcher that runs cells in processes
+        raise Qwt2Error("a process that ran cells was killed (out of memory?); run again, finished cells are kept") from error
+    except RuntimeError as error:
+        if "Unknown plugin class" not in str(error):
+            raise
+        raise Qwt2Error("the launcher is not installed; see its file in conf/hydra/launcher for the package") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         overrides = [argument for argument in arguments if not argument.startswith(("-", "sweep="))]
         raise Qwt2Error(one_sentence(error, overrides)) from error
 

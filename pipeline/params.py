@@ -5,6 +5,7 @@
 
 import sys
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -20,7 +21,7 @@ def text(overrides: list[str] | None = None) -> str:
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             cfg = compose("cell", overrides or [])
-    except HydraException as error:
+    except (HydraException, yaml.YAMLError) as error:
         raise Qwt2Error(one_sentence(error, overrides or [])) from error
     OmegaConf.resolve(cfg)
     return OmegaConf.to_yaml(cfg)

@@ -44,7 +44,7 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
     Raises:
         Qwt2Error: a group option, key or value that does not exist; the message lists what does.
     """
-    grid = OmegaConf.to_container(OmegaConf.load(CONF / "grid.yaml"))["grid"]
+    grid = read_grid()
     overrides = overrides or []
     files: dict[Path, str] = {}
     shared: dict[str, Any] = {}
@@ -60,12 +60,25 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
     return files
 
 
+def read_grid() -> dict[str, list[str]]:
+    """The models and precisions of conf/grid.yaml; Qwt2Error if it does not name some of each."""
+    path = CONF / "grid.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        grid = {key: [str(name) for name in content["grid"][key]] for key in ("model", "precision")}
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise Qwt2Error(f"{path} must hold `grid:` with lists `model` and `precision`") from error
+    if not all(grid.values()):
+        raise Qwt2Error(f"{path} must name at least one model and one precision")
+    return grid
+
+
 def compose_cell(overrides: list[str]) -> dict[str, Any]:
     """One cell's configuration, `checked`."""
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             composed = compose("config", overrides)
-    except HydraException as error:
+    except (HydraException, yaml.YAMLError) as error:
         raise Qwt2Error(one_sentence(error, overrides)) from error
     return checked(composed)
 
@@ -87,10 +100,14 @@ def checked(composed: DictConfig) -> dict[str, Any]:
 def one_sentence(error: Exception, overrides: list[str]) -> str:
     """Hydra spreads its advice over several lines; keep what names the problem and the valid options."""
     text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: no valid YAML ({error.problem})"
     if found := re.search(r"In '[^']+': Could not find '(?P<what>[^']+)'(?P<rest>.*)", text, re.S):
         options = re.findall(r"^\s+(\S+)$", found["rest"], re.M)
         group = found["what"].rpartition("/")[0]
         return f"conf has no {found['what']!r}; the options of group {group!r} are: {', '.join(sorted(options)) or 'none'}"
+    if found := re.match(r"Could not override '(?P<key>[^']+)'\.\s+To append", text):
+        return f"the configuration has no key {found['key']!r}; see conf/ for those there are, or add it with +{found['key']}="
     return f"the configuration with {' '.join(overrides)} cannot be composed: {text.splitlines()[0]}"
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
 from pipeline.cells import CELLS, read_record
 from pipeline.report import baseline_rows, cell_rows
-from pipeline.resolve import CONF
+from pipeline.resolve import read_grid
 from pipeline.stage import OUT, RESOLVED
 from pipeline.sweeps import SWEEPS, jobs
 from qwt2.errors import Qwt2Error
@@ -76,7 +75,7 @@ def all_runs() -> list[Run]:
 
 def grid_runs() -> Iterator[Run]:
     """The evaluated cells of conf/grid.yaml, and the full-precision networks."""
-    grid = OmegaConf.to_container(OmegaConf.load(CONF / "grid.yaml"))["grid"]
+    grid = read_grid()
     for model in grid["model"]:
         if not (OUT / "baseline" / model / "metrics.json").is_file():
             continue

@@ -25,7 +25,7 @@ from pipeline.cells import CELLS, cell_config, cell_folder, figures, read_record
 from pipeline.stage import OUT
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
-from qwt2.results import format_number
+from qwt2.results import UNITS, format_number
 
 SWEEPS = OUT / "sweeps"
 TABLE = "table.csv"
@@ -42,6 +42,8 @@ def run_job(composed: DictConfig) -> float | None:
     record: dict[str, Any] = {"cell": None, "status": "failed", "error": None}
     value = None
     try:
+        if composed.objective not in UNITS:
+            raise Qwt2Error(f"objective {composed.objective!r} is no figure; use one of: {', '.join(UNITS)}")
         cfg = cell_config(composed)
         record["cell"] = cell_folder(cfg).name
         done = run_cell(cfg, keep_models=composed.keep_models)
@@ -65,7 +67,7 @@ def job_path(sweep: str, overrides: dict[str, str]) -> Path:
 
 
 def objective(record: dict[str, Any], metric: str) -> float:
-    """The simulated figure of a cell's own method; Qwt2Error if there is no such metric."""
+    """The simulated figure of a cell's own method; Qwt2Error if the simulation has none of this name."""
     own = record["figures"][record["method"]]
     if f"torch/{metric}" not in own:
         known = ", ".join(sorted(name.removeprefix("torch/") for name in own if name.startswith("torch/")))

@@ -47,7 +47,7 @@ def test_verbose_shows_what_is_logged_and_warnings_go_to_the_file(tmp_path, caps
     text = (tmp_path / "a.log").read_text()
     assert "hello" in text and "careful" in text
     left = [*LOG.handlers, *logging.getLogger("py.warnings").handlers]
-    assert not any(isinstance(handler, (logging.FileHandler, logging.StreamHandler)) for handler in left)
+    assert not any(isinstance(handler, logging.FileHandler) for handler in left)
 
 
 def test_a_second_run_starts_a_new_file(tmp_path):

@@ -146,7 +146,7 @@ def test_full_size_models_compose_with_a_folder_of_images():
         (["precision.weight_bits=9"], "weight_bits is 9; use a whole number from 2 to 8"),
         (["precision.activation_bits=2"], "activation_bits is 2; use a whole number from 3 to 8"),
         (["evaluate.engines=[tensorrt]"], "'tensorrt'; use one of: onnxruntime, openvino"),
-        (["no.such.key=1"], "no.such.key=1 cannot be composed"),
+        (["no.such.key=1"], "no key 'no.such.key'"),
     ],
 )
 def test_a_slip_is_one_sentence_with_what_is_valid(overrides, message):
