@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from qwt2.errors import Qwt2Error
 
 LOCK = Path("dvc.lock")
 DIRECTORY = ".dir"
+HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 def stages() -> dict[str, Any]:
@@ -32,7 +34,7 @@ def locked_stages() -> dict[str, Any]:
     try:
         content = yaml.load(LOCK.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         recorded = content["stages"]
-        complete = all("md5" in out for stage in recorded.values() for out in stage.get("outs", []))
+        complete = all(HASH.fullmatch(out["md5"]) for stage in recorded.values() for out in stage.get("outs", []))
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         complete = False
     if not complete:

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from pipeline import dvcfiles
 from pipeline.cells import CELLS, LOCKS, SHARED, read_record
-from pipeline.report import RESULTS
-from pipeline.stage import OUT
+from pipeline.stage import OUT, RESULTS
 from qwt2.errors import Qwt2Error, guarded
 
 PER_CELL = ("baseline", "ptq", "compensate", "fold", "evaluate")
