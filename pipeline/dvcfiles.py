@@ -32,9 +32,9 @@ def locked_stages() -> dict[str, Any]:
     if not LOCK.is_file():
         return {}
     try:
-        content = yaml.load(LOCK.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        recorded = content["stages"]
-        complete = all(HASH.fullmatch(out["md5"]) for stage in recorded.values() for out in stage.get("outs", []))
+        text = LOCK.read_text(encoding="utf-8")
+        recorded = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
+        complete = text.endswith("\n") and all(HASH.fullmatch(out["md5"]) for stage in recorded.values() for out in stage.get("outs", []))
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         complete = False
     if not complete:
