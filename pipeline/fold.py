@@ -26,7 +26,9 @@ def main(cfg, cell: Cell) -> None:
                 "stored_numbers": stored_numbers(folded),
                 "multiply_accumulates": multiply_accumulates(folded, images[:1]),
             }
-            facts.append({"method": method, "seed": seed, "fold_mismatch": vars(worst), **costs})
+            info = qmodel.quantization
+            modules = {"modules": info.modules, "float_modules": info.float_modules}
+            facts.append({"method": method, "seed": seed, "fold_mismatch": vars(worst), **costs, **modules})
             if seed == cfg["seeds"][0]:
                 save_arrays(path.with_suffix(".records.safetensors"), record_modules(folded, images))
     write_json(cell.folder("fold") / "facts.json", facts)

@@ -61,6 +61,18 @@ class QuantizationInfo:
         """Blocks and the layers outside them, in execution order."""
         return execution_units(self.layers, self.blocks)
 
+    @property
+    def modules(self) -> dict[str, str]:
+        """Every quantized module and its kind, "layer" or "product", in execution order.
+
+        A product stands behind the first layer of the module that it belongs to, after the projection of its operands.
+        """
+        names = list(self.layers)
+        for product in reversed(self.matmuls):
+            parent = product.rpartition(".")[0] + "."
+            names.insert(next((i + 1 for i, name in enumerate(names) if name.startswith(parent)), len(names)), product)
+        return {name: "product" if name in self.matmuls else "layer" for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
