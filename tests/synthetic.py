@@ -30,6 +30,37 @@ OPERATIONS = {
     "float_modules": {"pool": "GRU stays in float"},
 }
 
+def _module(name: str, kind: str, **fit) -> dict:
+    engines = {"onnxruntime": {"steps": 0.0, "fraction": 0.0}, "openvino": {"steps": 1.0, "fraction": 1e-5}}
+    return {"module": name, "kind": kind, **fit, "mismatch": engines}
+
+
+def _fitted(before: float, after: float, reason: str = "") -> dict:
+    quantiles = {f"{n}_{suffix}": q for n in ("alpha", "beta") for suffix, q in QUANTILES.items()}
+    fit = {"sqnr_before_db": before, "sqnr_after_db": after, "kept": not reason, "reason": reason, "output_rms": 1.5}
+    return fit | quantiles | {"alpha_mean": 0.5, "alpha_std": 0.1, "beta_rms": 0.2}
+
+
+# What `python -m qwt2` writes.
+MODEL_REPORT = {
+    "model": "mine:make", "method": "repq", "compensation": "cwac", "precision": {"weight_bits": 4, "activation_bits": 4},
+    "calibration_images": ["a.png", "b.png"], "file_bytes": 23_000_000,
+    "float_modules": {"rnn": "GRU stays in float"},
+    "modules": [
+        _module("patch_embed", "layer", **_fitted(40.0, 41.0)),
+        _module("blocks.0.matmul1", "product"),
+        _module("blocks.0.fc1", "layer", **_fitted(15.0, 18.5)),
+        _module("blocks.0.fc2", "layer", **_fitted(14.0, 14.0, "no gain on held-out images: 9.00 dB without, 8.90 dB with it")),
+    ],
+    "engines": {
+        "openvino": {
+            "logits_sqnr_db": 12.0, "simulation_logits_sqnr_db": 12.2, "agreement_with_fp32_percent": 87.5, "images": 8,
+            "worst_module": "blocks.0.fc2", "mismatch_steps": 1.0, "mismatch_fraction": 1e-5,
+            "operations": {"integer": {"FullyConnected": 49}, "float": {"MVN": 25}},
+        }
+    },
+}  # fmt: skip
+
 CONFIG = {
     "grid": {"model": list(MODELS), "precision": list(PRECISIONS)},
     "data": {"name": "digits", "val_images": 2000},

@@ -1,6 +1,7 @@
 """CWAC and QwT against whole-network passes, hooks and numpy's least squares."""
 
 import copy
+import json
 import math
 import time
 
@@ -568,3 +569,27 @@ def test_weights_and_quantizers_stay_as_they_were():
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert {n.rpartition(".")[2] for n in after.keys() - before.keys()} == {"alpha", "beta"}
     assert any(layer.alpha is not None for layer in quantized_layers(qmodel).values())
+
+
+@pytest.mark.parametrize("gate", ["none", "module", "channel"])
+def test_reports_tell_the_distribution_and_what_the_gate_saw(gate):
+    qmodel = tiny.quantized("vit", 3, 4)
+    for module in qwt2.compensate(qmodel, tiny.batches(), "cwac", gate=gate).modules:
+        told = module.to_dict()
+        for name, values in (("alpha", module.alpha.numpy()), ("beta", module.beta.numpy())):
+            for suffix, share in {"min": 0, "p05": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}.items():
+                assert told[f"{name}_{suffix}"] == pytest.approx(np.percentile(values, share), rel=1e-9, abs=1e-12)
+        if gate == "none":
+            assert told["gate_before_db"] is None and told["gate_after_db"] is None and module.kept
+        elif gate == "module":
+            assert module.kept == (told["gate_after_db"] > told["gate_before_db"])
+            assert module.kept or f"{told['gate_before_db']:.2f} dB without" in module.reason
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+
+
+def test_the_output_s_size_is_the_target_s():
+    qmodel = tiny.quantized("vit", 4, 4)
+    reference = full_precision_copy(qmodel)
+    report = qwt2.compensate(qmodel, tiny.batches(), "cwac")
+    _, outputs = record(reference, "head", tiny.batches())
+    assert report.modules[-1].output_rms == pytest.approx(float(torch.cat(outputs).double().square().mean().sqrt()), rel=1e-6)

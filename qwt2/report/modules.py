@@ -107,13 +107,14 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Five digits are more than any of these figures has meaning in."""
-    return None if value is None else float(f"{value:.5g}")
+    """Four digits are as many as any of these figures has meaning in."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _base() -> alt.Chart:
     axis = alt.Axis(labelLimit=230, grid=True, gridOpacity=0.08, ticks=False, domain=False)
-    y = alt.Y("module:N", sort=None, title=None, axis=axis, scale=alt.Scale(domain=NAMES))
+    scale = alt.Scale(domain=NAMES, type="band", paddingInner=0, paddingOuter=0)  # rows of one height in every panel
+    y = alt.Y("module:N", sort=None, title=None, axis=axis, scale=scale)
     return alt.Chart(alt.Data(name="modules")).encode(y=y)
 
 
