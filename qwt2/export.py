@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qwt2.errors import Qwt2Error
 from qwt2.integer import IntegerLayer, dequantize, quantize_dequantize
 from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx
+from qwt2.onnx_passes import quantize_before_pooling, rewrite_for_engines
 from qwt2.tracing import evaluation_mode
 
 OPSET = 20
@@ -62,6 +63,7 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
     model = program.model_proto
     _strip(model)
     _use_first_names(model, folded)
+    rewrite_for_engines(model)
     _stamp(model, folded)
     return save_onnx(model, path)
 
@@ -103,6 +105,7 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
         if tensor.name in state:
             values = state[tensor.name].detach().cpu().numpy()
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    quantize_before_pooling(model)
     _stamp(model, folded)
     return save_onnx(model, path)
 

@@ -161,6 +161,29 @@ class QuantizedMatmul(QuantizedModule):
         return self.a_quantizer(a) @ self.b_quantizer(b)
 
 
+class QuantizedAdd(QuantizedModule):
+    """a + b with operands fake-quantized: a residual addition as engines with integer additions compute it.
+
+    An operand without quantizer is the output of a layer that has an output quantizer.
+    """
+
+    def __init__(self, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None):
+        super().__init__()
+        self.a_quantizer, self.b_quantizer = a_quantizer, b_quantizer
+
+    def calibrate(self, a: Sequence[Tensor], b: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Calibrate the operands' quantizers on several runs, instead of on the first."""
+        for name, runs in (("a_quantizer", a), ("b_quantizer", b)):
+            if name in self.quantizers():
+                self.quantizers()[name].calibrate(_together(runs, 1))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.quantized:
+            a = a if self.a_quantizer is None else self.a_quantizer(a)
+            b = b if self.b_quantizer is None else self.b_quantizer(b)
+        return a + b
+
+
 def _together(runs: Sequence[Tensor], axis: int) -> Tensor:
     """The values of several runs as (values, channels) where their channels agree, else in one row."""
     widths = {x.shape[axis] for x in runs}

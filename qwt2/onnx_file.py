@@ -13,6 +13,8 @@ from qwt2.errors import Qwt2Error
 from qwt2.io import atomic_path
 
 PRODUCER_KEY = "qwt2"
+# Names of nodes that qwt2.onnx_passes adds in front of a pooling.
+POOLED = "pooled/"
 # Between a layer and the next quantizer, engines merge these into the layer's integer kernel.
 _MERGED = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
 
@@ -143,21 +145,25 @@ class _Graph:
             nodes = [weight, bias]
         else:
             roles = ["a", "b"]
-            [last] = self.readers[self._quantizer(f"{module}.a")[-1].output[0]]
-            operation, nodes = last, []
+            operation, nodes = self._product(self._quantizer(f"{module}.a")[-1].output[0]), []
         aliases = {}
-        for role in roles:
+        for operand, role in enumerate(roles):
             quantizer = self._quantizer(f"{module}.{role}")
             aliases[quantizer[0].input[0]] = f"{module}.{role}"
             nodes += quantizer
-            if operation.op_type == "Gemm":  # the exporter's reshape to two dimensions lies between
-                aliases[operation.input[0]] = quantizer[-1].output[0]
+            # A reshape or transpose may lie between; the recorded inputs are as the module saw them.
+            aliases[operation.input[operand]] = quantizer[-1].output[0]
         nodes.append(operation)
         if f"{module}.output.scale" in self.constants:
             nodes += self._quantizer(f"{module}.output")
         epilogue = self._epilogue(nodes[-1].output[0])
         copies = _isolated(nodes + epilogue, module, aliases)
         return copies, copies[-1].output[0], epilogue
+
+    def _product(self, tensor: str) -> onnx.NodeProto:
+        """The matrix product that reads a tensor, perhaps after a transpose."""
+        [reader] = self.readers[tensor]
+        return reader if reader.op_type == "MatMul" else self._product(reader.output[0])
 
     def output_scale(self, module: str) -> float | None:
         """Scale of a module's output quantizer, if it has one."""
@@ -167,6 +173,7 @@ class _Graph:
     def _quantizer(self, prefix: str) -> list[onnx.NodeProto]:
         """The Clip (if any), QuantizeLinear and DequantizeLinear with these scales."""
         users = self.readers[f"{prefix}.scale"]
+        users = [node for node in users if not node.name.startswith(POOLED)]
         quantize = next(n for n in users if n.op_type == "QuantizeLinear")
         dequantize = next(n for n in users if n.op_type == "DequantizeLinear")
         before = self.maker.get(quantize.input[0])

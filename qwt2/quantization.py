@@ -25,7 +25,7 @@ from qwt2.precision import Precision
 from qwt2.ptq import PTQ_METHODS
 from qwt2.ptq.recipe import PTQMethod, Recipe
 from qwt2.quantizers import LogSqrt2Quantizer, Quantizer, UniformQuantizer
-from qwt2.surgery import expose_matmuls, fold_batchnorms, merge_parametrizations, replace_module
+from qwt2.surgery import expose_operations, fold_batchnorms, merge_parametrizations, replace_module
 from qwt2.tracing import Trace, trace
 
 
@@ -36,6 +36,7 @@ class QuantizationInfo:
     Attributes:
         layers: quantized Linear and Conv2d modules in execution order.
         matmuls: quantized products of activations.
+        additions: residual additions with quantized operands.
         blocks: the blocks that compensation works on.
         float_modules: module name -> why it stays in float.
         exportable: whether integer engines can run the quantizers.
@@ -55,6 +56,7 @@ class QuantizationInfo:
     input_shape: tuple[int, ...] = ()
     norm_consumers: dict[str, list[str]] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
+    additions: list[str] = field(default_factory=list)
 
     @property
     def units(self) -> list[str]:
@@ -173,17 +175,19 @@ def prepare(
     if recipe.fold_batchnorm:
         fold_batchnorms(qmodel, wiring)
         wiring = trace(qmodel, example)
-    matmuls, skipped = expose_matmuls(qmodel, wiring)
+    exposed = expose_operations(qmodel, wiring, residual=recipe.output_bits is not None)
     found = find_blocks(qmodel, wiring.layers) if blocks is None else list(blocks)
     info = QuantizationInfo(
-        method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=matmuls,
-        blocks=found, exportable=recipe.exportable, input_shape=tuple(example.shape[1:]),
+        method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=exposed.matmuls,
+        additions=exposed.additions, blocks=found, exportable=recipe.exportable, input_shape=tuple(example.shape[1:]),
         norm_consumers=wiring.norm_consumers, repeated=[name for name in wiring.layers if wiring.calls[name] > 1],
-        float_modules={n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()} | skipped | left,
+        float_modules={n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()}
+        | exposed.skipped | left,
     )  # fmt: skip
     info.units  # refuses blocks that overlap or hold nothing
     _insert_layers(qmodel, wiring, ptq, recipe, info)
     _insert_matmul_quantizers(qmodel, recipe, info)
+    _insert_addition_quantizers(qmodel, recipe, info)
     _name_quantizers(qmodel)
     qmodel.quantization = info
     return qmodel
@@ -285,6 +289,13 @@ def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantizat
             matmul.a_quantizer = UniformQuantizer(Grid(info.precision.softmax_bits), recipe.observer)
 
 
+def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
+    for name in info.additions:
+        addition = qmodel.get_submodule(name)
+        for role in addition.quantizers():
+            setattr(addition, role, _activation_quantizer(recipe, recipe.output_bits, None))
+
+
 def first_and_last(qmodel: nn.Module, info: QuantizationInfo) -> set[str]:
     """The first layer and the last, with its siblings: other heads as wide after the last block."""
     layers = info.layers
@@ -339,6 +350,7 @@ def wrap_block(qmodel: nn.Module, name: str, wrapper: nn.Module) -> None:
 
     info.layers = [moved(n) for n in info.layers]
     info.matmuls = [moved(n) for n in info.matmuls]
+    info.additions = [moved(n) for n in info.additions]
     info.float_modules = {moved(n): reason for n, reason in info.float_modules.items()}
     info.repeated = [moved(n) for n in info.repeated]
     info.norm_consumers = {moved(k): [moved(n) for n in v] for k, v in info.norm_consumers.items()}

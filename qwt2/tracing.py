@@ -27,6 +27,7 @@ NORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
 
 _MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _ATTENTIONS = {F.scaled_dot_product_attention}
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 # Outside a Linear or Conv2d module.
 _UNSUPPORTED = {
     torch.einsum, torch.baddbmm, Tensor.baddbmm, torch.addmm, Tensor.addmm, F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d,
@@ -48,16 +49,21 @@ _MERGES = {
 
 
 @dataclass
-class MatmulSite:
-    """A module that multiplies activations with each other in its own forward method.
+class Site:
+    """A module that multiplies activations with each other, or adds them, in its own forward method.
 
     Attributes:
         constants: names of the arguments that held no tensor in the traced call, with their values.
+        products: whether it multiplies activations.
         masks: for each ``scaled_dot_product_attention`` call, the dtype of its mask (or ``None``).
+        additions: for each addition of tensors, which operands need a quantizer where a convolution's output is added
+            to something: those that are no convolution's output, which has a quantizer already. Otherwise neither.
     """
 
     constants: dict[str, Any] = field(default_factory=dict)
+    products: bool = False
     masks: list[torch.dtype | None] = field(default_factory=list)
+    additions: list[tuple[bool, bool]] = field(default_factory=list)
 
 
 @dataclass
@@ -67,7 +73,7 @@ class Trace:
     Attributes:
         layers: names of Linear and Conv2d modules in the order of their first call.
         calls: number of calls of each of them.
-        matmul_sites: module name -> site, in execution order.
+        sites: module name -> products and additions of its own forward method, in execution order.
         norm_consumers: LayerNorm name -> names of the Linears that read its output, only for norms
             whose output nothing else reads and reaches them with its last axis intact.
         batchnorm_of: Conv2d or Linear name -> the BatchNorm that alone reads its output.
@@ -77,7 +83,7 @@ class Trace:
 
     layers: list[str] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    matmul_sites: dict[str, MatmulSite] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
     norm_consumers: dict[str, list[str]] = field(default_factory=dict)
     batchnorm_of: dict[str, str] = field(default_factory=dict)
     escaping: set[str] = field(default_factory=set)
@@ -196,6 +202,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(module, (*LAYER_TYPES, *NORM_TYPES, nn.LayerNorm)):
             return func(*args, **kwargs)
         source = self._tag_of(args[0]) if args else None
+        self._note_addition(func, name, args)
         output = func(*args, **kwargs)
         self._note_matmul(func, name, args, kwargs)
         if not isinstance(output, (Tensor, tuple, list)) or func is Tensor.requires_grad.__get__:
@@ -236,10 +243,21 @@ class _Recorder(TorchFunctionMode):
         if any(isinstance(a, nn.Parameter) for a in args[:2]):
             self.trace.unsupported[name].add(f"{func.__name__} with a parameter")
             return
-        site = self.trace.matmul_sites.setdefault(name, MatmulSite(constants=self._constants()))
+        site = self._site(name)
+        site.products = True
         if func in _ATTENTIONS:
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             site.masks.append(mask.dtype if isinstance(mask, Tensor) else None)
+
+    def _note_addition(self, func, name: str, args) -> None:
+        if func not in _ADDITIONS or not all(isinstance(a, Tensor) for a in args[:2]):
+            return
+        from_conv = [isinstance(self._get(tag), nn.Conv2d) if (tag := self._tag_of(a)) else False for a in args[:2]]
+        residual = any(from_conv) and args[0].shape == args[1].shape
+        self._site(name).additions.append(tuple(residual and not made for made in from_conv))
+
+    def _site(self, name: str) -> Site:
+        return self.trace.sites.setdefault(name, Site(constants=self._constants()))
 
     def _constants(self) -> dict[str, Any]:
         """Arguments of the innermost module's call that held no tensor, by parameter name."""

@@ -11,7 +11,7 @@ from torch import nn
 from qwt2.blocks import execution_units, find_blocks
 from qwt2.errors import Qwt2Error
 from qwt2.modules import QuantizedMatmul
-from qwt2.surgery import expose_matmuls, fold_batchnorms
+from qwt2.surgery import expose_operations, fold_batchnorms
 from qwt2.tracing import trace
 
 
@@ -71,8 +71,9 @@ def boolean(q):
 def test_attention_taken_apart_computes_the_same(product, mask):
     model = randomize(Tokens(Attention(product, mask)))
     expected = outputs(model, images(4))
-    names, skipped = expose_matmuls(model, trace(model, images(1)))
-    assert names == ["layer.matmul1", "layer.matmul2"] and not skipped
+    exposed = expose_operations(model, trace(model, images(1)), residual=False)
+    names = exposed.matmuls
+    assert names == ["layer.matmul1", "layer.matmul2"] and not exposed.skipped
     first, second = (model.get_submodule(name) for name in names)
     assert isinstance(first, QuantizedMatmul) and isinstance(second, QuantizedMatmul)
     assert not first.a_quantizer.is_softmax and second.a_quantizer.is_softmax
@@ -87,9 +88,9 @@ def test_whole_networks_taken_apart_compute_the_same(name):
     expected = outputs(model, images(4))
     changed = copy.deepcopy(model)
     fold_batchnorms(changed, trace(changed, images(1)))
-    names, skipped = expose_matmuls(changed, trace(changed, images(1)))
-    assert not skipped
-    for matmul in names:
+    exposed = expose_operations(changed, trace(changed, images(1)), residual=False)
+    assert not exposed.skipped
+    for matmul in exposed.matmuls:
         changed.get_submodule(matmul).quantized = False
     assert torch.allclose(outputs(changed, images(4)), expected, atol=2e-5)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in changed.modules())
@@ -105,8 +106,8 @@ def test_attention_that_cannot_be_rewritten_stays_in_float_with_its_reason():
     model = randomize(Tokens(DataDependent()))
     with torch.no_grad():
         model.stem.bias.add_(10.0)
-    names, skipped = expose_matmuls(model, trace(model, images(1)))
-    assert not names and "cannot be traced" in skipped["layer"]
+    exposed = expose_operations(model, trace(model, images(1)), residual=False)
+    assert not exposed.matmuls and "cannot be traced" in exposed.skipped["layer"]
 
 
 def test_wiring_of_a_transformer():
@@ -114,7 +115,7 @@ def test_wiring_of_a_transformer():
     assert found.layers[0] == "patch_embed.proj" and found.layers[-1] == "head"
     assert found.layers[1:5] == ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
     assert set(found.calls.values()) == {1}
-    assert list(found.matmul_sites) == ["blocks.0.attn", "blocks.1.attn"]
+    assert [name for name, site in found.sites.items() if site.products] == ["blocks.0.attn", "blocks.1.attn"]
     assert found.norm_consumers["blocks.0.norm1"] == ["blocks.0.attn.qkv"]
     assert found.norm_consumers["blocks.1.norm2"] == ["blocks.1.mlp.fc1"]
     assert "norm" not in found.norm_consumers  # the class token is cut out between the norm and the head

@@ -24,7 +24,8 @@ class Recipe:
         fold_batchnorm: BatchNorm goes into the layer before it, before quantization.
         conv_input_bits: bits of every convolution's input, whatever the precision says.
         output_bits: bits of the output of convolutions that something else than a quantized layer
-            reads; engines with integer-only convolution kernels need them. ``None`` leaves it float.
+            reads, and of what is added to it; engines with integer-only convolution kernels need the
+            former, and add in the convolution's epilogue with both. ``None`` leaves them float.
     """
 
     observer: str
