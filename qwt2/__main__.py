@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--weight-bits", type=int, default=8)
     p.add_argument("--activation-bits", type=int, default=8)
     p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
+    p.add_argument("--profile", default="default", help="of the file: default (CPU engines) or tensorrt")
+    p.add_argument("--weight-storage", default="int8", help="int8, or int4 for weights of at most 4 bits")
     p.add_argument("--calibration-images", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--seed", type=int, default=0, help="of the choice of images")
@@ -57,14 +59,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     from qwt2.compensation import COMPENSATIONS, compensate
     from qwt2.engines import ENGINES
-    from qwt2.export import export_onnx
+    from qwt2.export import check_format, export_onnx
     from qwt2.folding import fold
     from qwt2.io import write_json, write_text
     from qwt2.precision import Precision
     from qwt2.quantization import quantize
     from qwt2.report import render_model
 
+    variant = "tensorrt" if arguments.profile == "tensorrt" else "default"
     precision = Precision(arguments.weight_bits, arguments.activation_bits)
+    check_format(arguments.profile, arguments.weight_storage)
     for engine in arguments.engines:  # a wrong name must not cost the work that comes before
         ENGINES.get(engine)
     if arguments.compensation != "none":
@@ -75,14 +79,14 @@ def run(arguments: argparse.Namespace) -> None:
     batches = list(_batches(files, settings, arguments.batch_size))
     progress = _Progress(3 + len(arguments.engines))
     progress.start("quantize")
-    qmodel = quantize(model, batches, arguments.method, precision)
+    qmodel = quantize(model, batches, arguments.method, precision, variant)
     fits = []
     if arguments.compensation != "none":
         progress.start("compensate")
         fits = compensate(qmodel, batches, arguments.compensation).modules
     progress.start("fold and export")
     folded = fold(qmodel)
-    export_onnx(folded, arguments.output, batches[0][:1])
+    export_onnx(folded, arguments.output, batches[0][:1], arguments.profile, arguments.weight_storage)
     engines, mismatches = _check_engines(arguments, model, folded, batches[0][:CHECKED_IMAGES], progress)
     report = {
         "model": arguments.model, "method": arguments.method, "compensation": arguments.compensation,

@@ -104,8 +104,8 @@ def quantize(
         calibration: batches, each a tensor (N, ...) or a tuple that starts with one.
         method: a registered PTQ method ("repq", "percentile", "mse", "minmax").
         precision: bit widths.
-        variant: "default" runs on integer engines; "published" follows the papers' code, where a
-            method has that variant.
+        variant: "default" runs on integer engines; "tensorrt" has the symmetric activations that TensorRT
+            wants; "published" follows the papers' code, where a method has that variant.
         observer_images: how many calibration images choose the ranges (32 in the papers).
         blocks: names of the blocks that compensation will work on; found by their names if not given.
 
@@ -272,7 +272,7 @@ def _insert_layers(qmodel: nn.Module, wiring: Trace, ptq: PTQMethod, recipe: Rec
 
 
 def _activation_quantizer(recipe: Recipe, bits: int, axis: int | None) -> UniformQuantizer:
-    return UniformQuantizer(Grid(bits, False, recipe.zero_in_range), recipe.observer, axis)
+    return UniformQuantizer(Grid(bits, recipe.symmetric_activations, recipe.zero_in_range), recipe.observer, axis)
 
 
 def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
@@ -286,7 +286,9 @@ def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantizat
         elif recipe.log_softmax:
             matmul.a_quantizer = LogSqrt2Quantizer(info.precision.activation_bits, recipe.log_floor)
         else:
-            matmul.a_quantizer = UniformQuantizer(Grid(info.precision.softmax_bits), recipe.observer)
+            matmul.a_quantizer = UniformQuantizer(
+                Grid(info.precision.softmax_bits, recipe.symmetric_activations), recipe.observer
+            )
 
 
 def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:

@@ -72,7 +72,7 @@ class TorchGraph:
                 self.constants[node.output[0]] = self._tensor(_constant(node))
         self.nodes = [node for node in self.nodes if node.op_type != "Constant"]
         self.attributes = [{a.name: helper.get_attribute_value(a) for a in node.attribute} for node in self.nodes]
-        self.functions = [OPS.get(node.op_type) or _reference(node, opsets) for node in self.nodes]
+        self.functions = [self._function(node, opsets) for node in self.nodes]
         last_use = {name: index for index, node in enumerate(self.nodes) for name in node.input}
         self.released = [
             [n for n in node.input if last_use[n] == i and n not in self.constants] for i, node in enumerate(self.nodes)
@@ -80,7 +80,12 @@ class TorchGraph:
 
     @torch.no_grad()
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values: dict[str, Any] = self.constants | {name: self._tensor(array) for name, array in feeds.items()}
+        results = self.run({name: self._tensor(array) for name, array in feeds.items()})
+        return {name: value.cpu().numpy() for name, value in results.items()}
+
+    def run(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name, from inputs by name."""
+        values: dict[str, Any] = self.constants | feeds
         steps = zip(self.nodes, self.functions, self.attributes, self.released)
         for node, function, attributes, released in steps:
             inputs = [values[name] if name else None for name in node.input]
@@ -89,7 +94,11 @@ class TorchGraph:
                 values[name] = result
             for name in released:
                 values.pop(name, None)
-        return {name: _value(values[name]).cpu().numpy() for name in self.outputs}
+        return {name: _value(values[name]) for name in self.outputs}
+
+    def _function(self, node: onnx.NodeProto, opsets: dict[str, int]) -> Callable[..., Any]:
+        """What computes a node: attributes and inputs in, its output or outputs out."""
+        return OPS.get(node.op_type) or _reference(node, opsets)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.array(array))

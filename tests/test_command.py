@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from tiny_models import vit
 import qwt2
 from qwt2.__main__ import main
 from qwt2.results import QUANTILES
+from qwt2.tensorrt import check
 
 FACTORY = "import tiny_models\n\ndef make():\n    return tiny_models.vit()\n\ndef number():\n    return 3\n"
 
@@ -64,6 +66,24 @@ def test_a_model_of_one_s_own(folder, capsys, compensation):
     assert "report: out.html" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [("--profile", "tensorrt"), ("--weight-storage", "int4", "--weight-bits", "4")])
+def test_other_kinds_of_files(folder, options):
+    command("mine:make", "--image-size", "32", "--compensation", "none", "--engines", "onnxruntime", *options)
+    report = json.loads((folder / "out.json").read_text())
+    assert report["engines"]["onnxruntime"]["mismatch_steps"] <= 1 + 1e-3
+    stored = onnx.load("out.onnx")
+    if "tensorrt" in options:
+        assert check(stored) == []
+    else:
+        assert onnx.TensorProto.INT4 in {tensor.data_type for tensor in stored.graph.initializer}
+
+
+def test_unknown_profiles_are_refused_before_any_work(folder, capsys):
+    with pytest.raises(SystemExit) as error:
+        command("mine:make", "--profile", "coreml")
+    assert error.value.code == 2 and "unknown profile 'coreml'" in capsys.readouterr().err
+
+
 def test_a_timm_model_with_a_checkpoint(folder):
     import timm
 
@@ -110,7 +130,7 @@ def corrupt(folder: Path) -> None:
         ("mine:make", ["--weight-bits", "9"], "weight_bits is 9; use a whole number from 2 to 8"),
         ("mine:make", ["--image-size", "32", "--method", "gptq"], "gptq"),
         ("mine:make", ["--image-size", "32", "--compensation", "lora"], "unknown compensation method 'lora'"),
-        ("mine:make", ["--image-size", "32", "--engines", "tensorrt"], "unknown engine 'tensorrt'"),
+        ("mine:make", ["--image-size", "32", "--engines", "tensorflow"], "unknown engine 'tensorflow'"),
     ],
 )
 def test_mistakes_end_with_one_sentence_and_leave_nothing(folder, capsys, model, options, message):

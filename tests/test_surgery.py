@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.resnet import BasicBlock, ResNet
 from tiny_models import BUILDERS, images, randomize
 from torch import nn
 
+import qwt2
 from qwt2.blocks import execution_units, find_blocks
 from qwt2.errors import Qwt2Error
-from qwt2.modules import QuantizedMatmul
+from qwt2.modules import QuantizedMatmul, full_precision
 from qwt2.surgery import expose_operations, fold_batchnorms
 from qwt2.tracing import trace
 
@@ -94,7 +96,7 @@ def test_whole_networks_taken_apart_compute_the_same(name):
         changed.get_submodule(matmul).quantized = False
     assert torch.allclose(outputs(changed, images(4)), expected, atol=2e-5)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in changed.modules())
-    assert len(names) == {"vit": 4, "swin": 6, "resnet": 0, "mobilenet": 0}[name]
+    assert len(exposed.matmuls) == {"vit": 4, "swin": 6, "resnet": 0, "mobilenet": 0}[name]
     assert torch.equal(outputs(model, images(4)), expected)  # the original is as it was
 
 
@@ -248,3 +250,20 @@ def test_blocks_and_units():
         execution_units(layers, ["tail"])
     with pytest.raises(Qwt2Error, match="'layers.1' holds another block"):
         execution_units(layers, ["layers.1", "layers.1.blocks.0"])
+
+
+def test_what_is_added_to_a_convolution_is_quantized_and_the_convolution_not_twice():
+    model = randomize(ResNet(BasicBlock, layers=(2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5))
+    expected = outputs(model, images(4))
+    qmodel = qwt2.quantize(model, images(8).split(4), "percentile")
+    # The other blocks add two convolutions (the stem's, behind its pooling, is one), with quantizers at their outputs.
+    assert qmodel.quantization.additions == ["layer1.1.add1"]
+    addition = qmodel.get_submodule("layer1.1.add1")
+    assert addition.a_quantizer is None and addition.b_quantizer.grid.bits == 8
+    with full_precision(qmodel):
+        assert torch.allclose(outputs(qmodel, images(4)), expected, atol=2e-5)
+
+
+def test_published_variants_leave_additions_alone():
+    qmodel = qwt2.quantize(BUILDERS["resnet"](), images(8).split(4), "percentile", variant="published")
+    assert not qmodel.quantization.additions

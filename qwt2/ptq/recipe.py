@@ -16,6 +16,8 @@ class Recipe:
     Args:
         observer: chooses every range (see :mod:`qwt2.observers`).
         symmetric_weights: signed symmetric weight codes, as integer kernels want them.
+        symmetric_activations: signed symmetric codes for every activation, zero point 0, as TensorRT wants them. What
+            is never negative (after ReLU or softmax) then has half the codes.
         symmetric_matmuls: signed symmetric codes for q, k and v, likewise.
         zero_in_range: zero is representable by every activation quantizer.
         integer_zero_points: what remains fractional after re-parameterisation is rounded.
@@ -30,6 +32,7 @@ class Recipe:
 
     observer: str
     symmetric_weights: bool = True
+    symmetric_activations: bool = False
     symmetric_matmuls: bool = True
     zero_in_range: bool = True
     integer_zero_points: bool = True
