@@ -19,6 +19,7 @@ test: $(STAMP)
 
 benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.architectures
+	python -m benchmarks.calibration_cost
 	$(PEERS)/bin/python -m benchmarks.peers
 
 # A page on this machine that compares all runs.

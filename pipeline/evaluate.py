@@ -1,6 +1,5 @@
 """Stage `evaluate`: accuracy, mismatch and latency of one cell on the integer engines; imports no torch."""
 
-import csv
 from functools import partial
 
 import numpy as np
@@ -10,12 +9,13 @@ from pipeline.stage import Cell, run_stage
 from qwt2 import machine
 from qwt2.data import open_dataset
 from qwt2.engines import load_engine
-from qwt2.io import atomic_path, load_arrays, read_array, read_json, write_json
+from qwt2.io import load_arrays, read_array, read_json, write_json
 from qwt2.latency import measure_latency
 from qwt2.metrics import agreement_percent, sqnr_db, topk_percent
 from qwt2.mismatch import Mismatch, engine_mismatch
 from qwt2.onnx_file import load_onnx
-from qwt2.results import LAYER_COLUMNS, UNITS, Row, write_rows
+from qwt2.operations import count_operations
+from qwt2.results import UNITS, Row, write_layers, write_rows
 
 
 def main(cfg, cell: Cell) -> None:
@@ -25,7 +25,8 @@ def main(cfg, cell: Cell) -> None:
     for engine in cfg["evaluate"]["engines"]:
         rows += evaluation.on_engine(engine) + evaluation.latency(engine)
     write_rows(cell.folder("evaluate") / "rows.csv", rows)
-    evaluation.write_layers(cell.folder("evaluate") / "layers.csv")
+    write_layers(cell.folder("evaluate") / "layers.csv", evaluation.layers(), cfg["evaluate"]["engines"])
+    write_json(cell.folder("evaluate") / "operations.json", evaluation.operations())
     write_json(cell.folder("evaluate") / "machine.json", machine.describe())
 
 
@@ -38,6 +39,7 @@ class Evaluation:
         self.reference = read_array(cell.baseline / "logits.npy")
         self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
         self.methods, self.exported = ["ptq", *self.compensations], ["ptq", *cfg["exported"]]
+        self.mismatches: dict[tuple[str, str], dict[str, Mismatch]] = {}  # of (method, engine), as they are measured
 
     def label(self, method: str, variant: str = "default") -> str:
         name = self.cfg["ptq"]["method"] + ("" if variant == "default" else f"_{variant}")
@@ -79,7 +81,7 @@ class Evaluation:
         rows = []
         for variant in self.cfg["ptq"]["variants"]:
             for name in self.compensations:
-                records = [r for r in self.records if (r["variant"], r["compensation"]) == (variant, name)]
+                records = [r for r in self.fits if (r["variant"], r["compensation"]) == (variant, name)]
                 for metric, key in (("compensate_seconds", "seconds"), ("peak_memory_mb", "peak_memory_mb")):
                     rows.append(self.row(name, "torch", metric, [r[key] for r in records], variant))
         return rows
@@ -116,6 +118,7 @@ class Evaluation:
             rows.append(self.row(method, engine, "file_bytes", [p.stat().st_size for p in paths]))
             records = load_arrays(paths[0].with_suffix(".records.safetensors"))
             mismatches = engine_mismatch(load_onnx(paths[0]), engine, records, self.cfg["threads"])
+            self.mismatches[method, engine] = mismatches
             rows += self.mismatch_rows(method, engine, Mismatch.worst(list(mismatches.values())))
         return rows
 
@@ -146,25 +149,41 @@ class Evaluation:
     def onnx(self, method: str, seed: int):
         return self.cell.folder("fold") / f"{method}-seed{seed}.onnx"
 
+    def layers(self) -> list[dict]:
+        """What is known of each module: one record a method, seed and module or block."""
+        records = {}
+        for fit in self.fits:
+            label = self.label(fit["compensation"], fit["variant"])
+            for module in fit["modules"]:
+                kind = self.facts("ptq")["modules"].get(module["module"], "block")
+                records[label, fit["seed"], module["module"]] = module | {"kind": kind}
+        for (method, engine), mismatches in self.mismatches.items():
+            for module, kind in self.facts(method)["modules"].items():
+                record = records.setdefault((self.label(method), self.seeds[0], module), {"kind": kind})
+                record[f"{engine}_steps"] = mismatches[module].steps
+                record[f"{engine}_fraction"] = mismatches[module].fraction
+        model, precision = self.cfg["model"]["name"], self.cfg["precision"]["name"]
+        return [
+            record | {"model": model, "precision": precision, "method": method, "seed": seed, "module": module}
+            for (method, seed, module), record in records.items()
+        ]
+
+    def operations(self) -> dict:
+        """What plain PTQ's file runs in integers and in float on each engine, and the modules left in float."""
+        counts = {}
+        for engine in self.cfg["evaluate"]["engines"]:
+            session = load_engine(self.onnx("ptq", self.seeds[0]), engine, self.cfg["threads"]).session(1)
+            counts[engine] = count_operations(session.operations())
+        return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
+
+    def facts(self, method: str) -> dict:
+        """What stage `fold` knows of a method's model at the first seed."""
+        facts = read_json(self.cell.folder("fold") / "facts.json")
+        return next(f for f in facts if (f["method"], f["seed"]) == (method, self.seeds[0]))
+
     @property
-    def records(self) -> list[dict]:
+    def fits(self) -> list[dict]:
         return read_json(self.cell.folder("compensate") / "report.json")
-
-    def write_layers(self, path) -> None:
-        """The per-layer table, one line a module, method and seed.
-
-        A block that QwT cannot stand beside has no SQNR and no line; report.json holds the reason.
-        """
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, LAYER_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            for record in self.records:
-                cell = {
-                    "model": self.cfg["model"]["name"], "precision": self.cfg["precision"]["name"],
-                    "method": self.label(record["compensation"], record["variant"]), "seed": record["seed"],
-                }  # fmt: skip
-                measured = [m for m in record["modules"] if m["sqnr_before_db"] is not None]
-                writer.writerows(cell | module for module in measured)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ def main(cfg, cell: Cell) -> None:
             save_arrays(path.with_suffix(".records.safetensors"), record_modules(folded, images))
         worst = Mismatch.worst(list(fold_mismatch(qmodel, folded, images).values()))
         costs = {"stored_numbers": stored_numbers(folded), "multiply_accumulates": multiply_accumulates(folded, images[:1])}
-        return {"method": method, "seed": seed, "fold_mismatch": vars(worst), **costs}
+        modules = {"modules": qmodel.quantization.modules, "float_modules": qmodel.quantization.float_modules}
+        return {"method": method, "seed": seed, "fold_mismatch": vars(worst), **costs, **modules}
 
     runs = [(method, seed) for method in ["ptq", *cfg["exported"]] for seed in cfg["seeds"]]
     facts = each("fold", fold_one, runs, workers=1)  # one exporter: the second file of a structure takes a fraction

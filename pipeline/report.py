@@ -29,7 +29,8 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
     cells = [(model, precision) for model in models for precision in precisions]
     rows = collect(out, models, cells, config["data"]["name"])
     layers = [layer for model, precision in cells for layer in cell_layers(out, model, precision)]
-    page = render(Results(rows), layers, _conditions(config, out, cells))
+    operations = {cell: read_json(_cell_folder(out, *cell) / "operations.json") for cell in cells}
+    page = render(Results(rows), layers, _conditions(config, out, cells), operations)
     write_rows(results / "summary.csv", rows)
     write_text(results / "report.html", page)
     write_json(results / "metrics.json", accuracies(rows))

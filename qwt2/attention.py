@@ -47,7 +47,7 @@ class ExplicitAttention(nn.Module):
         is_causal=False,
     ):  # fmt: skip
         """See ``nn.MultiheadAttention``; ``key_padding_mask`` must be ``None``."""
-        q, k, v = self.qkv(query).chunk(3, -1) if self.fused else (self.q(query), self.k(key), self.v(value))
+        q, k, v = self.qkv(query).unflatten(-1, (3, -1)).unbind(-2) if self.fused else (self.q(query), self.k(key), self.v(value))
         q, k, v = self._split(q * self.scale), self._split(k), self._split(v)
         scores = q @ k.transpose(-2, -1)
         if attn_mask is not None:
@@ -85,8 +85,12 @@ def make_attention_explicit(model: nn.Module, example: Tensor) -> dict[str, str]
             left[name] = reason
             continue
         call = calls[name][0]
-        fused = call["query"] is call["key"] is call["value"] and attention._qkv_same_embed_dim
+        fused = _is_self_attention(call) and attention._qkv_same_embed_dim
         replace_module(model, name, ExplicitAttention(attention, fused, call["attn_mask"]))
+    if left:
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0  # its fast path would pass the Linears by
     return left
 
 
@@ -116,15 +120,25 @@ def _record_calls(model: nn.Module, modules: dict[str, nn.Module], example: Tens
 
 
 def _obstacle(attention: nn.MultiheadAttention, calls: list[dict[str, Any]]) -> str:
-    if len(calls) != 1:
-        return f"is called {len(calls)} times for one image"
+    if not calls:
+        return "is not called"
+    if len({(_is_self_attention(call), _mask_kind(call["attn_mask"])) for call in calls}) > 1:
+        return "is called in different ways for one image"
     if attention.bias_k is not None or attention.add_zero_attn:
         return "has bias_k, bias_v or add_zero_attn"
-    if calls[0]["key_padding_mask"] is not None:
+    if any(call["key_padding_mask"] is not None for call in calls):
         return "is called with key_padding_mask"
-    if calls[0]["query"].dim() != 3:
+    if any(call["query"].dim() != 3 for call in calls):
         return "is called without a batch dimension"
     return ""
+
+
+def _is_self_attention(call: dict[str, Any]) -> bool:
+    return call["query"] is call["key"] is call["value"]
+
+
+def _mask_kind(mask: Tensor | None) -> tuple[torch.dtype, int] | None:
+    return None if mask is None else (mask.dtype, mask.dim())
 
 
 def _projections(attention: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
+import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
 from qwt2.integer import IntegerLayer, dequantize, quantize_dequantize
+from qwt2.int4 import pack_int4
+from qwt2.io import quiet
 from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx
+from qwt2.onnx_passes import quantize_before_pooling, rewrite_for_engines
+from qwt2.tensorrt import check as check_tensorrt
 from qwt2.tracing import evaluation_mode
 
 OPSET = 20
+PROFILES = ("default", "tensorrt")
+WEIGHT_STORAGE = ("int8", "int4")
 STRUCTURE_KEY = "qwt2_structure"
+# The exporter reports its progress on the console and through warnings; a library must not.
+_LOGGERS = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.fx.experimental.symbolic_shapes")
 
 
-def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tensor) -> Path:
+def export_onnx(
+    folded: nn.Module, path: str | os.PathLike, example_input: Tensor, profile: str = "default", weight_storage: str = "int8"
+) -> Path:
     """Write a folded model as an ONNX file with a dynamic batch dimension.
 
     Weights are int8 and biases int32 in the file; activations pass through QuantizeLinear and
@@ -36,17 +43,23 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
         folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks).
         path: the file; written atomically.
         example_input: one input batch.
+        profile: "default" for CPU engines; "tensorrt" has float biases and nothing that breaks TensorRT's rules
+            (:mod:`qwt2.tensorrt`), for models quantized with variant="tensorrt".
+        weight_storage: "int4" stores codes of at most 4 bits in half the bytes; :func:`qwt2.load_engine` makes
+            the same int8 model of it.
 
     Returns:
         ``path``.
 
     Raises:
-        Qwt2Error: a quantized model that was not folded, or a model that cannot be exported.
+        Qwt2Error: a quantized model that was not folded, a model that cannot be exported, an unknown profile or
+            storage, or a model that the profile or storage cannot hold.
     """
     _refuse_unfolded(folded)
+    check_format(profile, weight_storage)
     # A batch of one would be specialized to a constant.
     example = example_input.expand(2, *example_input.shape[1:]) if len(example_input) == 1 else example_input
-    with evaluation_mode(folded), _quiet_exporter(), torch.no_grad():
+    with evaluation_mode(folded), quiet(*_LOGGERS), torch.no_grad():
         try:
             program = torch.onnx.export(
                 folded, (example,), dynamo=True, opset_version=OPSET, input_names=["images"],
@@ -61,8 +74,25 @@ def export_onnx(folded: nn.Module, path: str | os.PathLike, example_input: Tenso
             ) from error
     model = program.model_proto
     _strip(model)
+    _use_first_names(model, folded)
+    rewrite_for_engines(model)
     _stamp(model, folded)
-    return save_onnx(model, path)
+    if profile == "tensorrt":
+        _fit_tensorrt(model)
+    return save_onnx(pack_int4(model) if weight_storage == "int4" else model, path)
+
+
+def check_format(profile: str, weight_storage: str) -> None:
+    """Refuse what :func:`export_onnx` has not.
+
+    Raises:
+        Qwt2Error: unknown profile or storage, or two that exclude each other.
+    """
+    for kind, value, known in (("profile", profile, PROFILES), ("weight storage", weight_storage, WEIGHT_STORAGE)):
+        if value not in known:
+            raise Qwt2Error(f"unknown {kind} {value!r}; use one of: {', '.join(known)}")
+    if profile == "tensorrt" and weight_storage == "int4":
+        raise Qwt2Error("profile 'tensorrt' needs weight storage 'int8': TensorRT multiplies int4 weights in float alone")
 
 
 class Exporter:
@@ -102,6 +132,7 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
         if tensor.name in state:
             values = state[tensor.name].detach().cpu().numpy()
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    quantize_before_pooling(model)
     _stamp(model, folded)
     return save_onnx(model, path)
 
@@ -123,20 +154,32 @@ def _translations() -> dict:
     }
 
 
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter reports its progress on the console and through warnings; a library must not."""
-    names = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.fx.experimental.symbolic_shapes")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+def _fit_tensorrt(model: onnx.ModelProto) -> None:
+    """Turn int32 biases behind dequantizers into float constants of their names; refuse what else does not fit."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    biases = {
+        node.output[0]: node for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and stored.get(node.input[0], TensorProto()).data_type == TensorProto.INT32
+    }  # fmt: skip
+    scales = {node.input[0]: node.input[1] for node in biases.values()}  # a layer may run several times
+    for name, scale_name in scales.items():
+        codes, scale = (numpy_helper.to_array(stored[n]) for n in (name, scale_name))
+        stored[name].CopyFrom(numpy_helper.from_array(codes.astype(np.float32) * scale, name))
+    sources = {output: node.input[0] for output, node in biases.items()}
+    for node in biases.values():
+        model.graph.node.remove(node)
+    for node in model.graph.node:
+        node.input[:] = [sources.get(name, name) for name in node.input]
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    shown = [value for value in model.graph.value_info if value.name not in sources and value.name not in stored]
+    del model.graph.initializer[:], model.graph.value_info[:]
+    model.graph.initializer.extend(kept)
+    model.graph.value_info.extend(shown)
+    [structure] = [entry for entry in model.metadata_props if entry.key == STRUCTURE_KEY]
+    structure.value = f"tensorrt {structure.value}"  # another file than the model's own names and types tell
+    if violations := check_tensorrt(model):
+        raise Qwt2Error(f"profile 'tensorrt': {violations[0]}; quantize the model with variant='tensorrt'")
 
 
 def _strip(model: onnx.ModelProto) -> None:
@@ -147,6 +190,17 @@ def _strip(model: onnx.ModelProto) -> None:
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
+
+
+def _use_first_names(model: onnx.ModelProto, folded: nn.Module) -> None:
+    """Name a stored tensor as `named_modules` does: the exporter may use another name of a shared module."""
+    first = {id(tensor): name for name, tensor in (*folded.named_parameters(), *folded.named_buffers())}
+    state = folded.state_dict(keep_vars=True)
+    new = {name: first[id(state[name])] for t in model.graph.initializer if (name := t.name) in state}
+    for tensor in model.graph.initializer:
+        tensor.name = new.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
 
 
 def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
-from qwt2.integer import IntegerConv2d, IntegerLayer, IntegerLinear, IntegerMatmul, WidenedCompensation
+from qwt2.integer import IntegerAdd, IntegerConv2d, IntegerLayer, IntegerLinear, IntegerMatmul, WidenedCompensation
 from qwt2.modules import (
     BIAS_LIMIT,
     AffineBlock,
     CompensatedBlock,
     QuantizedConv2d,
     QuantizedLayer,
-    QuantizedMatmul,
     free_bits,
 )
 from qwt2.quantization import quantization_info
@@ -39,10 +38,9 @@ def fold(qmodel: nn.Module) -> nn.Module:
     info = quantization_info(qmodel)
     _refuse_simulation_only(qmodel)
     folded = copy.deepcopy(qmodel)
-    for name in [*info.layers, *info.matmuls]:
-        module = folded.get_submodule(name)
-        integer = IntegerMatmul(module) if isinstance(module, QuantizedMatmul) else fold_layer(module)
-        replace_module(folded, name, integer)
+    for names, integer in ((info.layers, fold_layer), (info.matmuls, IntegerMatmul), (info.additions, IntegerAdd)):
+        for name in names:
+            replace_module(folded, name, integer(folded.get_submodule(name)))
     for name, module in list(folded.named_modules()):
         if isinstance(module, CompensatedBlock):
             layer = WidenedCompensation(module.block, module.weight, module.bias, module.stride, module.groups)

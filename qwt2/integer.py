@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwt2.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatmul
+from qwt2.modules import QuantizedAdd, QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatmul
 from qwt2.quantizers import UniformQuantizer
 
 
@@ -140,6 +140,18 @@ class IntegerMatmul(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.a(a) @ self.b(b)
+
+
+class IntegerAdd(nn.Module):
+    """Sum of two quantized activations."""
+
+    def __init__(self, addition: QuantizedAdd):
+        super().__init__()
+        operands = (addition.a_quantizer, addition.b_quantizer)
+        self.a, self.b = (nn.Identity() if quantizer is None else QuantizeDequantize(quantizer) for quantizer in operands)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.a(a) + self.b(b)
 
 
 class WidenedCompensation(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class QuantizedLayer(QuantizedModule):
         y = self.op(self.input_quantizer(x), self.weight_quantizer(self.weight), None)
         bias = self.bias
         if alpha is not None:
-            y = y * self._per_channel(alpha, y)
+            y = y.mul_(self._per_channel(alpha, y))
             bias = beta if bias is None else alpha * bias + beta
         if bias is None:
             return y
@@ -94,7 +94,13 @@ class QuantizedLayer(QuantizedModule):
         if self.integer_bias and self.input_quantizer.channel_axis is None:
             grid = bias_grid(self, alpha, bias).to(y)
             bias = torch.round(bias / grid) * grid
-        return y + self._per_channel(bias, y)
+        return y.add_(self._per_channel(bias, y))
+
+    def calibrate(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Calibrate the activation quantizers on the inputs and outputs of several runs, instead of on the first."""
+        self.input_quantizer.calibrate(_together(inputs, self.channel_axis))
+        if self.output_quantizer is not None:
+            self.output_quantizer.calibrate(_together(outputs, self.channel_axis))
 
     def _per_channel(self, values: Tensor, output: Tensor) -> Tensor:
         """Shape ``values`` (C_out,) to broadcast against an output of this layer."""
@@ -144,10 +150,44 @@ class QuantizedMatmul(QuantizedModule):
         super().__init__()
         self.a_quantizer, self.b_quantizer = a_quantizer, b_quantizer
 
+    def calibrate(self, a: Sequence[Tensor], b: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Calibrate the operands' quantizers on several runs, instead of on the first."""
+        self.a_quantizer.calibrate(_together(a, -1))
+        self.b_quantizer.calibrate(_together(b, -1))
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self.quantized:
             return a @ b
         return self.a_quantizer(a) @ self.b_quantizer(b)
+
+
+class QuantizedAdd(QuantizedModule):
+    """a + b with operands fake-quantized: a residual addition as engines with integer additions compute it.
+
+    An operand without quantizer is the output of a layer that has an output quantizer.
+    """
+
+    def __init__(self, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None):
+        super().__init__()
+        self.a_quantizer, self.b_quantizer = a_quantizer, b_quantizer
+
+    def calibrate(self, a: Sequence[Tensor], b: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Calibrate the operands' quantizers on several runs, instead of on the first."""
+        for name, runs in (("a_quantizer", a), ("b_quantizer", b)):
+            if name in self.quantizers():
+                self.quantizers()[name].calibrate(_together(runs, 1))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.quantized:
+            a = a if self.a_quantizer is None else self.a_quantizer(a)
+            b = b if self.b_quantizer is None else self.b_quantizer(b)
+        return a + b
+
+
+def _together(runs: Sequence[Tensor], axis: int) -> Tensor:
+    """The values of several runs as (values, channels) where their channels agree, else in one row."""
+    widths = {x.shape[axis] for x in runs}
+    return torch.cat([x.movedim(axis, -1).reshape(-1, *([x.shape[axis]] if len(widths) == 1 else [])) for x in runs])
 
 
 class CompensatedBlock(QuantizedModule):

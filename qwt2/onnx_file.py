@@ -8,17 +8,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from qwt2.errors import Qwt2Error
+from qwt2.int4 import widen_int4
 from qwt2.io import atomic_path
 
 PRODUCER_KEY = "qwt2"
+# Names of nodes that qwt2.onnx_passes adds in front of a pooling.
+POOLED = "pooled/"
 # Between a layer and the next quantizer, engines merge these into the layer's integer kernel.
 _MERGED = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
 
 
 def load_onnx(path: str | os.PathLike) -> onnx.ModelProto:
-    """Read an ONNX file that this library exported.
+    """Read an ONNX file that this library exported; INT4 weights come back as the int8 they were made from.
 
     Raises:
         Qwt2Error: no such file, not ONNX, or not ours.
@@ -31,7 +35,7 @@ def load_onnx(path: str | os.PathLike) -> onnx.ModelProto:
         raise Qwt2Error(f"{path} is not an ONNX file; export the model with qwt2.export_onnx") from error
     if PRODUCER_KEY not in {entry.key for entry in model.metadata_props}:
         raise Qwt2Error(f"{path} was not exported by qwt2; export the model with qwt2.export_onnx")
-    return model
+    return widen_int4(model)
 
 
 def save_onnx(model: onnx.ModelProto, path: str | os.PathLike) -> Path:
@@ -51,6 +55,48 @@ def with_batch_size(model: onnx.ModelProto, batch_size: int) -> onnx.ModelProto:
             if batch and dim.dim_param == batch:
                 dim.dim_value = batch_size
     return fixed
+
+
+def with_constant_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without arithmetic on shapes, for importers that need every shape as a number.
+
+    Args:
+        model: of a fixed batch size.
+    """
+    folded = onnx.ModelProto()
+    folded.CopyFrom(model)
+    before = -1
+    while len(folded.graph.node) != before:  # shapes that follow from other shapes take another round
+        before = len(folded.graph.node)
+        folded = _fold_constants(onnx.shape_inference.infer_shapes(folded, data_prop=True))
+    del folded.graph.value_info[:]
+    return folded
+
+
+def _fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Compute what depends on constants and known shapes alone, except dequantized weights."""
+    graph = model.graph
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (*graph.input, *graph.value_info)}
+    kept = []
+    for node in graph.node:
+        known = all(name in values for name in node.input if name) and node.op_type != "DequantizeLinear"
+        if node.op_type == "Shape" and 0 not in shapes.get(node.input[0], [0]):
+            known, feeds = True, {node.input[0]: np.empty(shapes[node.input[0]], bool)}
+        elif known:
+            feeds = {name: values[name] for name in node.input if name}
+        if not known:
+            kept.append(node)
+            continue
+        ends = [onnx.ValueInfoProto(name=name) for name in (*feeds, *node.output)]
+        piece = helper.make_graph([node], "constant", ends[: len(feeds)], ends[len(feeds) :])
+        runner = ReferenceEvaluator(helper.make_model(piece, opset_imports=model.opset_import))
+        values |= {name: np.asarray(array) for name, array in zip(node.output, runner.run(None, feeds))}
+    used = {name for node in kept for name in node.input} | {value.name for value in graph.output}
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in values.items() if name in used)
+    return model
 
 
 def slice_modules(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tuple[onnx.ModelProto, dict[str, "Slice"]]:
@@ -119,12 +165,18 @@ class Slice:
         return self.scale or max(float(expected.max() - expected.min()) / 255, np.finfo(np.float32).tiny)
 
 
+def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Every stored tensor by name: initializers and the tensors of Constant nodes."""
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+    return found
+
+
 class _Graph:
     def __init__(self, model: onnx.ModelProto):
-        self.constants = {t.name: t for t in model.graph.initializer}
-        for node in model.graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self.constants[node.output[0]] = node.attribute[0].t
+        self.constants = constants(model)
         self.maker = {name: node for node in model.graph.node for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
@@ -132,30 +184,38 @@ class _Graph:
                 self.readers.setdefault(name, []).append(node)
 
     def piece(self, module: str) -> tuple[list[onnx.NodeProto], str, list[onnx.NodeProto]]:
-        """Nodes of one module's slice, its output tensor, and the part after the module itself."""
+        """Nodes of one module's slice, its output tensor, and the part after the module itself.
+
+        Of a module that runs several times in one pass, the first run is taken.
+        """
         if f"{module}.weight" in self.constants:
             roles = ["input"]
-            [weight] = self.readers[f"{module}.weight"]
-            [operation] = self.readers[weight.output[0]]
-            [bias] = self.readers[f"{module}.bias"]
-            nodes = [weight, bias]
+            weight = self.readers[f"{module}.weight"][0]
+            operation, nodes = self.readers[weight.output[0]][0], [weight]
+            bias = self.readers[f"{module}.bias"][0]
+            if bias.op_type == "DequantizeLinear":  # else it is float, and the operation reads it
+                nodes.append(bias)
         else:
             roles = ["a", "b"]
-            [last] = self.readers[self._quantizer(f"{module}.a")[-1].output[0]]
-            operation, nodes = last, []
+            operation, nodes = self._product(self._quantizer(f"{module}.a")[-1].output[0]), []
         aliases = {}
-        for role in roles:
+        for operand, role in enumerate(roles):
             quantizer = self._quantizer(f"{module}.{role}")
             aliases[quantizer[0].input[0]] = f"{module}.{role}"
             nodes += quantizer
-            if operation.op_type == "Gemm":  # the exporter's reshape to two dimensions lies between
-                aliases[operation.input[0]] = quantizer[-1].output[0]
+            # A reshape or transpose may lie between; the recorded inputs are as the module saw them.
+            aliases[operation.input[operand]] = quantizer[-1].output[0]
         nodes.append(operation)
         if f"{module}.output.scale" in self.constants:
             nodes += self._quantizer(f"{module}.output")
         epilogue = self._epilogue(nodes[-1].output[0])
         copies = _isolated(nodes + epilogue, module, aliases)
         return copies, copies[-1].output[0], epilogue
+
+    def _product(self, tensor: str) -> onnx.NodeProto:
+        """The matrix product that reads a tensor, perhaps after a transpose."""
+        [reader] = self.readers[tensor]
+        return reader if reader.op_type == "MatMul" else self._product(reader.output[0])
 
     def output_scale(self, module: str) -> float | None:
         """Scale of a module's output quantizer, if it has one."""
@@ -165,6 +225,7 @@ class _Graph:
     def _quantizer(self, prefix: str) -> list[onnx.NodeProto]:
         """The Clip (if any), QuantizeLinear and DequantizeLinear with these scales."""
         users = self.readers[f"{prefix}.scale"]
+        users = [node for node in users if not node.name.startswith(POOLED)]
         quantize = next(n for n in users if n.op_type == "QuantizeLinear")
         dequantize = next(n for n in users if n.op_type == "DequantizeLinear")
         before = self.maker.get(quantize.input[0])

@@ -12,6 +12,9 @@ _MOVES = {
     "Unsqueeze", "Gather", "GatherND", "Slice", "StridedSlice", "Expand", "Pad", "Shape", "Cast", "Convert", "Identity",
     "Reorder", "ReorderInput", "ReorderOutput", "QuantizeLinear", "DequantizeLinear", "FakeQuantize", "ShapeOf",
     "Broadcast", "Tile", "Roll",
+    # Inductor's and TVM's names
+    "cat", "clone", "constant_pad_nd", "dequantize_per_tensor", "expand", "getitem", "index", "inductor_force_stride_order",
+    "permute", "quantize_per_tensor", "reshape", "slice", "squeeze", "take", "transpose", "unsqueeze", "view",
 }  # fmt: skip
 
 

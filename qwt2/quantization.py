@@ -12,13 +12,20 @@ from torch import Tensor, nn
 from qwt2.attention import make_attention_explicit
 from qwt2.blocks import execution_units, find_blocks
 from qwt2.errors import Qwt2Error
-from qwt2.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatmul
+from qwt2.modules import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedMatmul,
+    QuantizedModule,
+    full_precision,
+)
 from qwt2.observers import Grid
 from qwt2.precision import Precision
 from qwt2.ptq import PTQ_METHODS
 from qwt2.ptq.recipe import PTQMethod, Recipe
 from qwt2.quantizers import LogSqrt2Quantizer, Quantizer, UniformQuantizer
-from qwt2.surgery import expose_matmuls, fold_batchnorms, replace_module
+from qwt2.surgery import expose_operations, fold_batchnorms, merge_parametrizations, replace_module
 from qwt2.tracing import Trace, trace
 
 
@@ -29,11 +36,13 @@ class QuantizationInfo:
     Attributes:
         layers: quantized Linear and Conv2d modules in execution order.
         matmuls: quantized products of activations.
+        additions: residual additions with quantized operands.
         blocks: the blocks that compensation works on.
         float_modules: module name -> why it stays in float.
         exportable: whether integer engines can run the quantizers.
         input_shape: shape of one calibration image.
         norm_consumers: LayerNorm -> the Linears that alone read its output.
+        repeated: layers that run several times in one pass.
     """
 
     method: str
@@ -46,11 +55,25 @@ class QuantizationInfo:
     exportable: bool = True
     input_shape: tuple[int, ...] = ()
     norm_consumers: dict[str, list[str]] = field(default_factory=dict)
+    repeated: list[str] = field(default_factory=list)
+    additions: list[str] = field(default_factory=list)
 
     @property
     def units(self) -> list[str]:
         """Blocks and the layers outside them, in execution order."""
         return execution_units(self.layers, self.blocks)
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """Every quantized module and its kind, "layer" or "product", in execution order.
+
+        A product stands behind the first layer of the module that it belongs to, after the projection of its operands.
+        """
+        names = list(self.layers)
+        for product in reversed(self.matmuls):
+            parent = product.rpartition(".")[0] + "."
+            names.insert(next((i + 1 for i, name in enumerate(names) if name.startswith(parent)), len(names)), product)
+        return {name: "product" if name in self.matmuls else "layer" for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,8 +104,8 @@ def quantize(
         calibration: batches, each a tensor (N, ...) or a tuple that starts with one.
         method: a registered PTQ method ("repq", "percentile", "mse", "minmax").
         precision: bit widths.
-        variant: "default" runs on integer engines; "published" follows the papers' code, where a
-            method has that variant.
+        variant: "default" runs on integer engines; "tensorrt" has the symmetric activations that TensorRT
+            wants; "published" follows the papers' code, where a method has that variant.
         observer_images: how many calibration images choose the ranges (32 in the papers).
         blocks: names of the blocks that compensation will work on; found by their names if not given.
 
@@ -98,12 +121,39 @@ def quantize(
     ptq: PTQMethod = PTQ_METHODS.get(method)
     qmodel = prepare(model, images[:1], method, precision, variant, blocks)
     with torch.no_grad():
+        _calibrate_repeated(qmodel, images)
         qmodel(images)
     for name, module in qmodel.named_modules():
         if isinstance(module, Quantizer) and not module.calibrated:
             raise Qwt2Error(f"{name} saw no data in calibration; every quantized layer must run on each image")
     ptq.after_calibration(qmodel, qmodel.quantization.norm_consumers, ptq.recipe(variant))
     return qmodel
+
+
+def _calibrate_repeated(qmodel: nn.Module, images: Tensor) -> None:
+    """Calibrate what runs several times in one pass on the full-precision values of all its runs."""
+    runs: dict[str, list] = {name: [] for name, m in qmodel.named_modules() if isinstance(m, QuantizedModule)}
+    with full_precision(qmodel):
+        _record_runs(qmodel, runs, images[:1], values=False)
+        runs = {name: [] for name, calls in runs.items() if len(calls) > 1}
+        if runs:
+            _record_runs(qmodel, runs, images, values=True)
+    for name, calls in runs.items():
+        qmodel.get_submodule(name).calibrate(*zip(*calls))
+
+
+def _record_runs(qmodel: nn.Module, runs: dict[str, list], images: Tensor, values: bool) -> None:
+    """Add an entry for every run of the named modules: its arguments and output, or nothing but the entry."""
+
+    def recorder(name: str):
+        return lambda module, args, output: runs[name].append([x.clone() for x in (*args, output)] if values else None)
+
+    handles = [qmodel.get_submodule(name).register_forward_hook(recorder(name)) for name in runs]
+    try:
+        qmodel(images)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def prepare(
@@ -119,22 +169,25 @@ def prepare(
     ptq: PTQMethod = PTQ_METHODS.get(method)
     recipe = ptq.recipe(variant)
     qmodel = copy.deepcopy(model).eval().requires_grad_(False)
+    merge_parametrizations(qmodel)
     left = make_attention_explicit(qmodel, example)
     wiring = trace(qmodel, example)
     if recipe.fold_batchnorm:
         fold_batchnorms(qmodel, wiring)
         wiring = trace(qmodel, example)
-    matmuls, skipped = expose_matmuls(qmodel, wiring)
+    exposed = expose_operations(qmodel, wiring, residual=recipe.output_bits is not None)
     found = find_blocks(qmodel, wiring.layers) if blocks is None else list(blocks)
     info = QuantizationInfo(
-        method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=matmuls,
-        blocks=found, exportable=recipe.exportable, input_shape=tuple(example.shape[1:]),
-        norm_consumers=wiring.norm_consumers,
-        float_modules=skipped | left | {n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()},
+        method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=exposed.matmuls,
+        additions=exposed.additions, blocks=found, exportable=recipe.exportable, input_shape=tuple(example.shape[1:]),
+        norm_consumers=wiring.norm_consumers, repeated=[name for name in wiring.layers if wiring.calls[name] > 1],
+        float_modules={n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()}
+        | exposed.skipped | left,
     )  # fmt: skip
     info.units  # refuses blocks that overlap or hold nothing
     _insert_layers(qmodel, wiring, ptq, recipe, info)
     _insert_matmul_quantizers(qmodel, recipe, info)
+    _insert_addition_quantizers(qmodel, recipe, info)
     _name_quantizers(qmodel)
     qmodel.quantization = info
     return qmodel
@@ -219,7 +272,7 @@ def _insert_layers(qmodel: nn.Module, wiring: Trace, ptq: PTQMethod, recipe: Rec
 
 
 def _activation_quantizer(recipe: Recipe, bits: int, axis: int | None) -> UniformQuantizer:
-    return UniformQuantizer(Grid(bits, False, recipe.zero_in_range), recipe.observer, axis)
+    return UniformQuantizer(Grid(bits, recipe.symmetric_activations, recipe.zero_in_range), recipe.observer, axis)
 
 
 def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
@@ -233,7 +286,16 @@ def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantizat
         elif recipe.log_softmax:
             matmul.a_quantizer = LogSqrt2Quantizer(info.precision.activation_bits, recipe.log_floor)
         else:
-            matmul.a_quantizer = UniformQuantizer(Grid(info.precision.softmax_bits), recipe.observer)
+            matmul.a_quantizer = UniformQuantizer(
+                Grid(info.precision.softmax_bits, recipe.symmetric_activations), recipe.observer
+            )
+
+
+def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
+    for name in info.additions:
+        addition = qmodel.get_submodule(name)
+        for role in addition.quantizers():
+            setattr(addition, role, _activation_quantizer(recipe, recipe.output_bits, None))
 
 
 def first_and_last(qmodel: nn.Module, info: QuantizationInfo) -> set[str]:
@@ -290,6 +352,8 @@ def wrap_block(qmodel: nn.Module, name: str, wrapper: nn.Module) -> None:
 
     info.layers = [moved(n) for n in info.layers]
     info.matmuls = [moved(n) for n in info.matmuls]
+    info.additions = [moved(n) for n in info.additions]
     info.float_modules = {moved(n): reason for n, reason in info.float_modules.items()}
+    info.repeated = [moved(n) for n in info.repeated]
     info.norm_consumers = {moved(k): [moved(n) for n in v] for k, v in info.norm_consumers.items()}
     _name_quantizers(qmodel)

@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from qwt2.errors import Qwt2Error
-from qwt2.modules import QuantizedMatmul
+from qwt2.modules import QuantizedAdd, QuantizedMatmul, QuantizedModule
 from qwt2.quantizers import Quantizer
-from qwt2.tracing import MatmulSite, Trace
+from qwt2.tracing import Site, Trace
 
 _MATMUL_FUNCTIONS = {torch.matmul, torch.bmm, operator.matmul}
 _MATMUL_METHODS = {"matmul", "bmm", "__matmul__"}
+_ADDITION_FUNCTIONS = {torch.add, operator.add, operator.iadd}
+_ADDITION_METHODS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where ``model`` has the submodule ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    """Put ``new`` where ``model`` has the submodule ``name``, under every name that it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):  # named_children leaves second names out
+            if module is old:
+                setattr(parent, child, new)
+
+
+def merge_parametrizations(model: nn.Module) -> None:
+    """Make plain parameters of computed ones (weight norm, spectral norm), in place."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            # torch's remove_parametrizations would change the class, which copies of the model share.
+            values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+            module.__class__ = type(module).__bases__[0]
+            del module.parametrizations
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def fold_batchnorms(model: nn.Module, trace: Trace) -> None:
@@ -44,38 +65,54 @@ def fold_batchnorms(model: nn.Module, trace: Trace) -> None:
         replace_module(model, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
 
 
-class PendingMatmul(Quantizer):
-    """Stands for the quantizer of a matmul operand until a PTQ method chooses one."""
+class PendingOperand(Quantizer):
+    """Stands for the quantizer of an operand until a PTQ method chooses one."""
 
     def __init__(self, is_softmax: bool = False):
         super().__init__()
         self.is_softmax = is_softmax
 
 
-def expose_matmuls(model: nn.Module, trace: Trace) -> tuple[list[str], dict[str, str]]:
+@dataclass
+class Exposed:
+    """What :func:`expose_operations` found.
+
+    Attributes:
+        matmuls, additions: names of the new modules in execution order.
+        skipped: module name -> reason, for those whose forward cannot be rewritten; these stay in float.
+    """
+
+    matmuls: list[str] = field(default_factory=list)
+    additions: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def expose_operations(model: nn.Module, trace: Trace, residual: bool) -> Exposed:
     """Make every product of activations a :class:`QuantizedMatmul` module of its own, in place.
 
-    The forward method of each module that multiplies activations is rewritten with ``torch.fx``
-    (its children stay as they are): ``a @ b`` becomes a call of ``matmul1``, ``matmul2``, ...;
-    ``scaled_dot_product_attention`` is taken apart into scaling, product, mask, softmax and product.
+    The forward method of each module that multiplies activations, ``model`` itself included, is
+    rewritten with ``torch.fx`` (its children stay as they are): ``a @ b`` becomes a call of
+    ``matmul1``, ``matmul2``, ...; ``scaled_dot_product_attention`` is taken apart into scaling,
+    product, mask, softmax and product.
 
-    Returns:
-        Names of the new modules in execution order, and module name -> reason for those whose
-        forward cannot be rewritten; these stay in float.
+    Args:
+        residual: also make every residual addition to a convolution's output a :class:`QuantizedAdd` module
+            ``add1``, ``add2``, ...
     """
-    names, skipped = [], {}
-    for name, site in trace.matmul_sites.items():
+    exposed = Exposed()
+    for name, site in trace.sites.items():
+        if not site.products and not (residual and any(map(any, site.additions))):
+            continue
         module = model.get_submodule(name)
         try:
-            rewritten = _rewrite(module, site)
+            rewritten = _rewrite(module, site, residual)
         except Exception as error:  # fx raises whatever the traced code raises on a proxy
-            skipped[name] = f"its forward method cannot be traced ({str(error).splitlines()[0][:120]})"
+            exposed.skipped[name] = f"its forward method cannot be traced ({str(error).splitlines()[0][:120]})"
             continue
-        if not name:
-            raise Qwt2Error("the model multiplies activations in its own forward method; move that into a submodule")
-        replace_module(model, name, rewritten)
-        names += [f"{name}.{child}" for child, m in rewritten.named_children() if isinstance(m, QuantizedMatmul)]
-    return names, skipped
+        for child in _adopt(module, rewritten):
+            kind = exposed.matmuls if isinstance(module.get_submodule(child), QuantizedMatmul) else exposed.additions
+            kind.append(f"{name}.{child}".lstrip("."))
+    return exposed
 
 
 class _ChildrenAreLeaves(fx.Tracer):
@@ -85,46 +122,62 @@ class _ChildrenAreLeaves(fx.Tracer):
         return True
 
 
-def _rewrite(module: nn.Module, site: MatmulSite) -> fx.GraphModule:
+def _rewrite(module: nn.Module, site: Site, residual: bool) -> fx.GraphModule:
     graph = _ChildrenAreLeaves().trace(module, concrete_args=site.constants)
     _restore_signature(graph, module)
-    rewritten = _Rewritten(module, graph, class_name=type(module).__name__)
-    rewritten.train(module.training)
-    _keep_plain_attributes(module, rewritten)
+    rewritten = fx.GraphModule(module, graph)
+    if residual:
+        _expose_additions(graph, rewritten, site)
     masks = iter(site.masks)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
             _decompose_attention(graph, node, next(masks))
-    softmaxes = 0
-    for node in list(graph.nodes):
-        if _is_matmul(node):
-            softmaxes += 1
-            child = f"matmul{softmaxes}"
-            is_softmax = _comes_from_softmax(rewritten, node.args[0])
-            rewritten.add_submodule(child, QuantizedMatmul(PendingMatmul(is_softmax), PendingMatmul()))
-            with graph.inserting_before(node):
-                call = graph.call_module(child, node.args[:2])
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
+    for node, child in zip([n for n in graph.nodes if _is_matmul(n)], _free_names(module, "matmul")):
+        is_softmax = _comes_from_softmax(rewritten, node.args[0])
+        rewritten.add_submodule(child, QuantizedMatmul(PendingOperand(is_softmax), PendingOperand()))
+        _call_instead(graph, node, child)
     graph.eliminate_dead_code()
     rewritten.recompile()
     return rewritten
 
 
-class _Rewritten(fx.GraphModule):
-    """A rewritten module whose copies keep its plain attributes too."""
+def _expose_additions(graph: fx.Graph, rewritten: fx.GraphModule, site: Site) -> None:
+    nodes = [node for node in graph.nodes if _is_addition(node)]
+    if len(nodes) != len(site.additions):  # it also adds numbers, say sizes: which is which cannot be told
+        return
+    residual = [(node, operands) for node, operands in zip(nodes, site.additions) if any(operands)]
+    for (node, operands), child in zip(residual, _free_names(rewritten, "add")):
+        rewritten.add_submodule(child, QuantizedAdd(*(PendingOperand() if needed else None for needed in operands)))
+        _call_instead(graph, node, child)
 
-    def __deepcopy__(self, memo):
-        copied = super().__deepcopy__(memo)
-        _keep_plain_attributes(self, copied)
-        return copied
+
+def _free_names(module: nn.Module, stem: str) -> Iterator[str]:
+    return (f"{stem}{number}" for number in itertools.count(1) if not hasattr(module, f"{stem}{number}"))
 
 
-def _keep_plain_attributes(module: nn.Module, rewritten: fx.GraphModule) -> None:
-    """Callers may read them (nn.TransformerEncoderLayer asks its attention for ``batch_first``)."""
-    for name, value in vars(module).items():
-        if not name.startswith("_") and not hasattr(rewritten, name):
-            setattr(rewritten, name, value)
+def _call_instead(graph: fx.Graph, node: fx.Node, child: str) -> None:
+    """Let a child module compute what a node does from its first two arguments."""
+    with graph.inserting_before(node):
+        call = graph.call_module(child, node.args[:2])
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+
+
+def _adopt(module: nn.Module, rewritten: fx.GraphModule) -> list[str]:
+    """Give ``module`` the rewritten forward method and the products it calls; returns their names.
+
+    The object stays what it was, with all its children, attributes and methods; a class of its own
+    overrides the method, so that copies have it too.
+    """
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"forward": type(rewritten).forward, "__module__": kind.__module__})
+    for name, buffer in rewritten.named_buffers(recurse=False):  # tensors that the forward method makes
+        if not hasattr(module, name):
+            module.register_buffer(name, buffer)
+    children = [name for name, child in rewritten.named_children() if isinstance(child, QuantizedModule) and name not in module._modules]
+    for name in children:
+        module.add_module(name, rewritten.get_submodule(name))
+    return children
 
 
 def _restore_signature(graph: fx.Graph, module: nn.Module) -> None:
@@ -158,6 +211,12 @@ def _is_matmul(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _MATMUL_FUNCTIONS
     return node.op == "call_method" and node.target in _MATMUL_METHODS
+
+
+def _is_addition(node: fx.Node) -> bool:
+    known = {"call_function": _ADDITION_FUNCTIONS, "call_method": _ADDITION_METHODS}.get(node.op, ())
+    # Scaled additions (`alpha=`) and those to a number are something else.
+    return node.target in known and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
 
 
 def _comes_from_softmax(module: nn.Module, node: Any) -> bool:

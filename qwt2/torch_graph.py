@@ -3,7 +3,8 @@
 QuantizeLinear makes codes, and DequantizeLinear keeps them as codes with their scale until something needs the
 values. A product of two such tensors is accumulated exactly, gets the bias in integers, and is scaled once at the
 end: y = s_a s_w (sum_k (a_k - z_a) w_k + b). Nothing is fused or approximated, so that the accumulators are those
-that an int8 x int8 -> int32 kernel must have.
+that an int8 x int8 -> int32 kernel must have. Float operations that are not written here run in ONNX's own reference
+implementation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import onnx
 import torch
 import torch.nn.functional as F
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from qwt2.errors import Qwt2Error
@@ -56,14 +58,13 @@ class TorchGraph:
         device: where tensors live; shapes and indices stay on the CPU.
 
     Raises:
-        Qwt2Error: an operation that is not implemented here.
+        Qwt2Error: an operation that neither this module nor ONNX's reference implementation has.
     """
 
     def __init__(self, model: onnx.ModelProto, device: str = "cpu"):
         self.device = torch.device(device)
         self.nodes = list(model.graph.node)
-        if unknown := sorted({node.op_type for node in self.nodes} - OPS.keys() - {"Constant"}):
-            raise Qwt2Error(f"torch_int8 has no {unknown[0]}; run this file on another engine")
+        opsets = {entry.domain: entry.version for entry in model.opset_import}
         self.outputs = [value.name for value in model.graph.output]
         self.constants = {t.name: self._tensor(numpy_helper.to_array(t)) for t in model.graph.initializer}
         for node in self.nodes:
@@ -71,6 +72,7 @@ class TorchGraph:
                 self.constants[node.output[0]] = self._tensor(_constant(node))
         self.nodes = [node for node in self.nodes if node.op_type != "Constant"]
         self.attributes = [{a.name: helper.get_attribute_value(a) for a in node.attribute} for node in self.nodes]
+        self.functions = [self._function(node, opsets) for node in self.nodes]
         last_use = {name: index for index, node in enumerate(self.nodes) for name in node.input}
         self.released = [
             [n for n in node.input if last_use[n] == i and n not in self.constants] for i, node in enumerate(self.nodes)
@@ -78,19 +80,55 @@ class TorchGraph:
 
     @torch.no_grad()
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values: dict[str, Any] = self.constants | {name: self._tensor(array) for name, array in feeds.items()}
-        for node, attributes, released in zip(self.nodes, self.attributes, self.released):
+        results = self.run({name: self._tensor(array) for name, array in feeds.items()})
+        return {name: value.cpu().numpy() for name, value in results.items()}
+
+    def run(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name, from inputs by name."""
+        values: dict[str, Any] = self.constants | feeds
+        steps = zip(self.nodes, self.functions, self.attributes, self.released)
+        for node, function, attributes, released in steps:
             inputs = [values[name] if name else None for name in node.input]
-            results = OPS[node.op_type](attributes, *inputs)
+            results = function(attributes, *inputs)
             for name, result in zip(node.output, results if isinstance(results, tuple) else (results,)):
                 values[name] = result
             for name in released:
                 values.pop(name, None)
-        return {name: _value(values[name]).cpu().numpy() for name in self.outputs}
+        return {name: _value(values[name]) for name in self.outputs}
+
+    def _function(self, node: onnx.NodeProto, opsets: dict[str, int]) -> Callable[..., Any]:
+        """What computes a node: attributes and inputs in, its output or outputs out."""
+        return OPS.get(node.op_type) or _reference(node, opsets)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.array(array))
         return tensor if tensor.dtype == torch.int64 else tensor.to(self.device)
+
+
+def _reference(node: onnx.NodeProto, opsets: dict[str, int]) -> Callable[..., Any]:
+    """What ONNX's own reference implementation makes of an operation on float values, in numpy on the CPU."""
+    try:
+        evaluator = ReferenceEvaluator(node, opsets=opsets)
+    except NotImplementedError as error:
+        raise Qwt2Error(f"torch_int8 has no {node.op_type}; run this file on another engine") from error
+
+    def run(attributes, *inputs):
+        feeds = {name: _to_numpy(_value(value)) for name, value in zip(node.input, inputs) if name}
+        device = next((x.device for x in inputs if isinstance(x, Tensor) and x.is_floating_point()), torch.device("cpu"))
+        return tuple(_from_numpy(result, device) for result in evaluator.run(None, feeds))
+
+    return run
+
+
+def _to_numpy(value: Any) -> Any:
+    return [_to_numpy(item) for item in value] if isinstance(value, list) else value.cpu().numpy()
+
+
+def _from_numpy(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):  # a sequence
+        return [_from_numpy(item, device) for item in value]
+    tensor = torch.from_numpy(np.array(value))
+    return tensor if tensor.dtype == torch.int64 else tensor.to(device)
 
 
 def integer_matmul(a: Tensor, zero_point: Tensor, b: Tensor) -> Tensor:
@@ -222,7 +260,8 @@ def _slice(attributes, x, starts, ends, axes=None, steps=None):
     for axis, start, end, step in zip(axes, starts.tolist(), ends.tolist(), steps):
         if step < 1:
             raise Qwt2Error("torch_int8 cannot slice backwards; run this file on another engine")
-        index[axis] = slice(start, min(end, x.shape[axis]), step)
+        size = x.shape[axis]
+        index[axis] = slice(*(max(-size, min(bound, size)) for bound in (start, end)), step)
     return x[tuple(index)]
 
 
@@ -266,14 +305,15 @@ def _matmul(attributes, a, b):
 
 @_op("Conv", keeps_codes=True)
 def _conv(attributes, x, weight, bias=None):
-    stride, dilation = (attributes.get(name, [1, 1]) for name in ("strides", "dilations"))
-    pads, groups = attributes.get("pads", [0, 0, 0, 0]), attributes.get("group", 1)
+    axes = len(attributes["kernel_shape"])
+    stride, dilation = (attributes.get(name, [1] * axes) for name in ("strides", "dilations"))
+    pads, groups = attributes.get("pads", [0] * (2 * axes)), attributes.get("group", 1)
     if isinstance(x, Codes) and isinstance(weight, Codes):
         acc = integer_conv2d(x.codes, x.zero_point, weight.codes, stride, pads, dilation, groups)
         return _epilogue(acc, x.scale * weight.scale, bias, 1)
-    top, left, bottom, right = pads
-    padded = F.pad(_value(x), (left, right, top, bottom))
-    return F.conv2d(padded, _value(weight), _value(bias), stride, 0, dilation, groups)
+    sides = [pads[axis + end] for axis in reversed(range(axes)) for end in (0, axes)]  # torch counts from the last axis
+    padded, still = F.pad(_value(x), sides), [0] * axes
+    return torch.convolution(padded, _value(weight), _value(bias), stride, still, dilation, False, still, groups)
 
 
 @_op("LayerNormalization")

@@ -27,7 +27,12 @@ NORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
 
 _MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _ATTENTIONS = {F.scaled_dot_product_attention}
-_UNSUPPORTED = {torch.einsum, torch.baddbmm, Tensor.baddbmm, F.conv1d, F.conv3d, F.bilinear}
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+# Outside a Linear or Conv2d module.
+_UNSUPPORTED = {
+    torch.einsum, torch.baddbmm, Tensor.baddbmm, torch.addmm, Tensor.addmm, F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+}  # fmt: skip
 
 # Functions that move values without changing them, as long as the last axis stays the last axis.
 _MOVES = {
@@ -44,16 +49,21 @@ _MERGES = {
 
 
 @dataclass
-class MatmulSite:
-    """A module that multiplies activations with each other in its own forward method.
+class Site:
+    """A module that multiplies activations with each other, or adds them, in its own forward method.
 
     Attributes:
         constants: names of the arguments that held no tensor in the traced call, with their values.
+        products: whether it multiplies activations.
         masks: for each ``scaled_dot_product_attention`` call, the dtype of its mask (or ``None``).
+        additions: for each addition of tensors, which operands need a quantizer where a convolution's output is added
+            to something: those that are no convolution's output, which has a quantizer already. Otherwise neither.
     """
 
     constants: dict[str, Any] = field(default_factory=dict)
+    products: bool = False
     masks: list[torch.dtype | None] = field(default_factory=list)
+    additions: list[tuple[bool, bool]] = field(default_factory=list)
 
 
 @dataclass
@@ -63,7 +73,7 @@ class Trace:
     Attributes:
         layers: names of Linear and Conv2d modules in the order of their first call.
         calls: number of calls of each of them.
-        matmul_sites: module name -> site, in execution order.
+        sites: module name -> products and additions of its own forward method, in execution order.
         norm_consumers: LayerNorm name -> names of the Linears that read its output, only for norms
             whose output nothing else reads and reaches them with its last axis intact.
         batchnorm_of: Conv2d or Linear name -> the BatchNorm that alone reads its output.
@@ -73,7 +83,7 @@ class Trace:
 
     layers: list[str] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    matmul_sites: dict[str, MatmulSite] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
     norm_consumers: dict[str, list[str]] = field(default_factory=dict)
     batchnorm_of: dict[str, str] = field(default_factory=dict)
     escaping: set[str] = field(default_factory=set)
@@ -88,18 +98,25 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         example: one input batch, on the model's device.
 
     Raises:
-        Qwt2Error: the model calls no Linear or Conv2d, or cannot run on the example (the module that fails is named).
+        Qwt2Error: the model calls no Linear or Conv2d, returns something else than one tensor, or cannot run on the
+            example (the module that fails is named).
     """
+    if isinstance(model, LAYER_TYPES):
+        raise Qwt2Error(f"the model is nothing but one {type(model).__name__}; put it into an nn.Sequential")
     recorder = _Recorder(model)
     with evaluation_mode(model), torch.no_grad(), recorder.hooks(), recorder:
         try:
-            model(example)
+            output = model(example)
         except RuntimeError as error:
             name = recorder.stack[-1][0] if recorder.stack else ""
             raise Qwt2Error(
                 f"{name or type(model).__name__} cannot run on images of shape {tuple(example.shape)} "
                 f"({str(error).splitlines()[0]}); give images as the model takes them"
             ) from error
+    if not isinstance(output, Tensor):
+        raise Qwt2Error(
+            f"{type(model).__name__} returns a {type(output).__name__}; quantize a module whose forward returns one tensor"
+        )
     result = recorder.result()
     if not result.layers:
         raise Qwt2Error(
@@ -132,6 +149,7 @@ class _Recorder(TorchFunctionMode):
         # Tensors are kept alive so that an id stands for one tensor during the whole pass.
         self.tags: dict[int, tuple[Tensor, str]] = {}
         self.readers: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        self.sources: dict[str, set[str | None]] = defaultdict(set)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -149,8 +167,11 @@ class _Recorder(TorchFunctionMode):
         def hook(module, args, kwargs):
             if isinstance(module, (*LAYER_TYPES, *NORM_TYPES)):
                 self._read(args, ("module", name))
+                self.sources[name].add(self._tag_of(args[0]) if args else None)
             elif isinstance(module, nn.LayerNorm):
                 self._read(args, ("function", "layer_norm"))
+            elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+                self.trace.unsupported[name].add(type(module).__name__)
             self.stack.append((name, module))
             self.calls.append((args, kwargs))
 
@@ -181,6 +202,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(module, (*LAYER_TYPES, *NORM_TYPES, nn.LayerNorm)):
             return func(*args, **kwargs)
         source = self._tag_of(args[0]) if args else None
+        self._note_addition(func, name, args)
         output = func(*args, **kwargs)
         self._note_matmul(func, name, args, kwargs)
         if not isinstance(output, (Tensor, tuple, list)) or func is Tensor.requires_grad.__get__:
@@ -221,10 +243,21 @@ class _Recorder(TorchFunctionMode):
         if any(isinstance(a, nn.Parameter) for a in args[:2]):
             self.trace.unsupported[name].add(f"{func.__name__} with a parameter")
             return
-        site = self.trace.matmul_sites.setdefault(name, MatmulSite(constants=self._constants()))
+        site = self._site(name)
+        site.products = True
         if func in _ATTENTIONS:
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             site.masks.append(mask.dtype if isinstance(mask, Tensor) else None)
+
+    def _note_addition(self, func, name: str, args) -> None:
+        if func not in _ADDITIONS or not all(isinstance(a, Tensor) for a in args[:2]):
+            return
+        from_conv = [isinstance(self._get(tag), nn.Conv2d) if (tag := self._tag_of(a)) else False for a in args[:2]]
+        residual = any(from_conv) and args[0].shape == args[1].shape
+        self._site(name).additions.append(tuple(residual and not made for made in from_conv))
+
+    def _site(self, name: str) -> Site:
+        return self.trace.sites.setdefault(name, Site(constants=self._constants()))
 
     def _constants(self) -> dict[str, Any]:
         """Arguments of the innermost module's call that held no tensor, by parameter name."""
@@ -244,7 +277,7 @@ class _Recorder(TorchFunctionMode):
             modules = [n for kind, n in readers if kind == "module"]
             only_modules = len(modules) == len(readers)
             if isinstance(layer, nn.LayerNorm):
-                if only_modules and all(isinstance(self._get(n), nn.Linear) for n in modules):
+                if only_modules and all(isinstance(self._get(n), nn.Linear) and self.sources[n] == {source} for n in modules):
                     self.trace.norm_consumers[source] = sorted(modules, key=self.trace.layers.index)
             elif only_modules and len(modules) == 1 and isinstance(self._get(modules[0]), NORM_TYPES):
                 self.trace.batchnorm_of[source] = modules[0]
@@ -252,6 +285,13 @@ class _Recorder(TorchFunctionMode):
                 only_modules and all(isinstance(self._get(n), LAYER_TYPES) for n in modules)
             ):
                 self.trace.escaping.add(source)
+        # A BatchNorm that reads something else as well must stay.
+        folded = defaultdict(set)
+        for layer, norm in self.trace.batchnorm_of.items():
+            folded[norm].add(layer)
+        self.trace.batchnorm_of = {
+            layer: norm for layer, norm in self.trace.batchnorm_of.items() if self.sources[norm] == folded[norm]
+        }
         return self.trace
 
     def _get(self, name: str) -> nn.Module:

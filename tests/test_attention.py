@@ -146,7 +146,7 @@ def whole_chain(model: nn.Module, blocks: int, tmp_path) -> None:
         (self_attention, {"batch_first": True, "add_zero_attn": True}, "add_zero_attn"),
         (lambda a, x, c: a(x, x, x, key_padding_mask=torch.zeros(len(x), 16, dtype=torch.bool))[0], {"batch_first": True},
          "key_padding_mask"),
-        (lambda a, x, c: a(a(x, x, x)[0], x, x)[0], {"batch_first": True}, "called 2 times"),
+        (lambda a, x, c: a(a(x, x, x)[0], x, x)[0], {"batch_first": True}, "called in different ways"),
     ],
 )  # fmt: skip
 def test_calls_that_are_not_covered_stay_in_float_with_their_reason(call, settings, reason):

@@ -145,7 +145,7 @@ def test_full_size_models_compose_with_a_folder_of_images():
         (["data.name=cifar"], "data.name is 'cifar'; choose one of digits, imagefolder"),
         (["precision.weight_bits=9"], "weight_bits is 9; use a whole number from 2 to 8"),
         (["precision.activation_bits=2"], "activation_bits is 2; use a whole number from 3 to 8"),
-        (["evaluate.engines=[tensorrt]"], "'tensorrt'; use one of: onnxruntime, openvino"),
+        (["evaluate.engines=[tensorflow]"], "'tensorflow'; use one of: inductor, onnxruntime, openvino"),
         (["no.such.key=1"], "no key 'no.such.key'"),
     ],
 )

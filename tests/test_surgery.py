@@ -5,13 +5,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.resnet import BasicBlock, ResNet
 from tiny_models import BUILDERS, images, randomize
 from torch import nn
 
+import qwt2
 from qwt2.blocks import execution_units, find_blocks
 from qwt2.errors import Qwt2Error
-from qwt2.modules import QuantizedMatmul
-from qwt2.surgery import expose_matmuls, fold_batchnorms
+from qwt2.modules import QuantizedMatmul, full_precision
+from qwt2.surgery import expose_operations, fold_batchnorms
 from qwt2.tracing import trace
 
 
@@ -71,8 +73,9 @@ def boolean(q):
 def test_attention_taken_apart_computes_the_same(product, mask):
     model = randomize(Tokens(Attention(product, mask)))
     expected = outputs(model, images(4))
-    names, skipped = expose_matmuls(model, trace(model, images(1)))
-    assert names == ["layer.matmul1", "layer.matmul2"] and not skipped
+    exposed = expose_operations(model, trace(model, images(1)), residual=False)
+    names = exposed.matmuls
+    assert names == ["layer.matmul1", "layer.matmul2"] and not exposed.skipped
     first, second = (model.get_submodule(name) for name in names)
     assert isinstance(first, QuantizedMatmul) and isinstance(second, QuantizedMatmul)
     assert not first.a_quantizer.is_softmax and second.a_quantizer.is_softmax
@@ -87,13 +90,13 @@ def test_whole_networks_taken_apart_compute_the_same(name):
     expected = outputs(model, images(4))
     changed = copy.deepcopy(model)
     fold_batchnorms(changed, trace(changed, images(1)))
-    names, skipped = expose_matmuls(changed, trace(changed, images(1)))
-    assert not skipped
-    for matmul in names:
+    exposed = expose_operations(changed, trace(changed, images(1)), residual=False)
+    assert not exposed.skipped
+    for matmul in exposed.matmuls:
         changed.get_submodule(matmul).quantized = False
     assert torch.allclose(outputs(changed, images(4)), expected, atol=2e-5)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in changed.modules())
-    assert len(names) == {"vit": 4, "swin": 6, "resnet": 0, "mobilenet": 0}[name]
+    assert len(exposed.matmuls) == {"vit": 4, "swin": 6, "resnet": 0, "mobilenet": 0}[name]
     assert torch.equal(outputs(model, images(4)), expected)  # the original is as it was
 
 
@@ -105,23 +108,8 @@ def test_attention_that_cannot_be_rewritten_stays_in_float_with_its_reason():
     model = randomize(Tokens(DataDependent()))
     with torch.no_grad():
         model.stem.bias.add_(10.0)
-    names, skipped = expose_matmuls(model, trace(model, images(1)))
-    assert not names and "cannot be traced" in skipped["layer"]
-
-
-def test_a_product_in_the_model_s_own_forward_is_refused():
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 8, 8, 8)
-
-        def forward(self, x):
-            x = self.stem(x).flatten(2)
-            return x @ x.transpose(1, 2)
-
-    model = Root()
-    with pytest.raises(Qwt2Error, match="move that into a submodule"):
-        expose_matmuls(model, trace(model, images(1)))
+    exposed = expose_operations(model, trace(model, images(1)), residual=False)
+    assert not exposed.matmuls and "cannot be traced" in exposed.skipped["layer"]
 
 
 def test_wiring_of_a_transformer():
@@ -129,7 +117,7 @@ def test_wiring_of_a_transformer():
     assert found.layers[0] == "patch_embed.proj" and found.layers[-1] == "head"
     assert found.layers[1:5] == ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
     assert set(found.calls.values()) == {1}
-    assert list(found.matmul_sites) == ["blocks.0.attn", "blocks.1.attn"]
+    assert [name for name, site in found.sites.items() if site.products] == ["blocks.0.attn", "blocks.1.attn"]
     assert found.norm_consumers["blocks.0.norm1"] == ["blocks.0.attn.qkv"]
     assert found.norm_consumers["blocks.1.norm2"] == ["blocks.1.mlp.fc1"]
     assert "norm" not in found.norm_consumers  # the class token is cut out between the norm and the head
@@ -212,6 +200,31 @@ def test_layers_with_arithmetic_of_their_own_stay_in_float():
     assert found.layers == ["1"] and "forward method of its own" in str(found.unsupported["0"])
 
 
+def test_a_linear_that_other_than_the_norm_feeds_is_not_the_norm_s():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(self.norm(x)) + self.fc(x)
+
+    assert not trace(Tokens(Block()), images(1)).norm_consumers
+
+
+def test_a_batchnorm_with_a_second_input_is_not_folded():
+    class Block(nn.Module):
+        def __init__(self, second):
+            super().__init__()
+            self.conv, self.other, self.bn, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), second
+
+        def forward(self, x):
+            return self.bn(self.conv(x)) + self.bn(self.second(self, x))
+
+    assert not trace(Block(lambda block, x: x), images(1)).batchnorm_of
+    assert trace(Block(lambda block, x: block.other(x)), images(1)).batchnorm_of == {"conv": "bn", "other": "bn"}
+
+
 def test_a_model_without_layers_is_refused():
     with pytest.raises(Qwt2Error, match="Flatten runs no Linear or Conv2d layer"):
         trace(nn.Flatten(), images(1))
@@ -237,3 +250,20 @@ def test_blocks_and_units():
         execution_units(layers, ["tail"])
     with pytest.raises(Qwt2Error, match="'layers.1' holds another block"):
         execution_units(layers, ["layers.1", "layers.1.blocks.0"])
+
+
+def test_what_is_added_to_a_convolution_is_quantized_and_the_convolution_not_twice():
+    model = randomize(ResNet(BasicBlock, layers=(2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5))
+    expected = outputs(model, images(4))
+    qmodel = qwt2.quantize(model, images(8).split(4), "percentile")
+    # The other blocks add two convolutions (the stem's, behind its pooling, is one), with quantizers at their outputs.
+    assert qmodel.quantization.additions == ["layer1.1.add1"]
+    addition = qmodel.get_submodule("layer1.1.add1")
+    assert addition.a_quantizer is None and addition.b_quantizer.grid.bits == 8
+    with full_precision(qmodel):
+        assert torch.allclose(outputs(qmodel, images(4)), expected, atol=2e-5)
+
+
+def test_published_variants_leave_additions_alone():
+    qmodel = qwt2.quantize(BUILDERS["resnet"](), images(8).split(4), "percentile", variant="published")
+    assert not qmodel.quantization.additions

@@ -98,9 +98,24 @@ def test_threads_are_given_back():
 
 def test_operations_it_has_not_are_named():
     x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2]) for n in "xy")
-    graph = helper.make_graph([helper.make_node("Hardmax", ["x"], ["y"])], "g", [x], [y])
-    with pytest.raises(Qwt2Error, match="torch_int8 has no Hardmax; run this file on another engine"):
+    graph = helper.make_graph([helper.make_node("Frobnicate", ["x"], ["y"])], "g", [x], [y])
+    with pytest.raises(Qwt2Error, match="torch_int8 has no Frobnicate; run this file on another engine"):
         TorchGraph(helper.make_model(graph))
+
+
+def test_other_float_operations_are_those_of_the_reference():
+    """Also on sequences: Hardmax of the second half of a quantized tensor."""
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n, shape in (("x", [2, 4]), ("y", [2, 2])))
+    constants = {"s": np.float32(0.5), "z": np.uint8(128), "sizes": np.array([2, 2]), "second": np.array(1)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]), helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("SplitToSequence", ["d", "sizes"], ["parts"], axis=1),
+        helper.make_node("SequenceAt", ["parts", "second"], ["part"]), helper.make_node("Hardmax", ["part"], ["y"]),
+    ]  # fmt: skip
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], tensors), opset_imports=[helper.make_opsetid("", 20)])
+    found = TorchGraph(model)({"x": np.array([[9, 9, 1.2, 1.9], [9, 9, 0.1, -0.3]], np.float32)})["y"]
+    assert found.tolist() == [[0, 1], [1, 0]]
 
 
 @pytest.mark.parametrize(

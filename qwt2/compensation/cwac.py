@@ -7,8 +7,9 @@ the integer layer's own scales and biases.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -101,29 +102,29 @@ class CWAC:
         for index in range(len(quantized.batches)):
             held_out = self.gate != "none" and _is_held_out(index, len(quantized.batches), self.holdout)
             outputs = self._block_outputs if self.granularity == "block" else self._layer_outputs
-            for name, (y_q, y_f, axis) in outputs(qmodel, names, index, quantized, reference).items():
+            for name, y_q, y_f, axis in outputs(qmodel, names, index, quantized, reference):
                 fits[name].update(y_q, y_f, axis, held_out)
         for fit in fits.values():
             fit.solve()
         return list(fits.values())
 
-    def _layer_outputs(self, qmodel, names, index, quantized, reference) -> dict[str, tuple[Tensor, Tensor, int]]:
+    def _layer_outputs(self, qmodel, names, index, quantized, reference) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+        """(layer, quantized output, target, channel axis), once for each run of each layer."""
         inputs = quantized.layer_inputs(index, names)
         targets = inputs if reference is None else reference.layer_inputs(index, names)
-        result = {}
         for name in names:
             layer: QuantizedLayer = qmodel.get_submodule(name)
-            result[name] = (layer.uncompensated(inputs[name]), layer.full_precision(targets[name]), layer.channel_axis)
-        return result
+            for x, target in zip(inputs[name], targets[name], strict=True):
+                yield name, layer.uncompensated(x), layer.full_precision(target), layer.channel_axis
 
-    def _block_outputs(self, qmodel, names, index, quantized, reference) -> dict[str, tuple[Tensor, Tensor, int]]:
+    def _block_outputs(self, qmodel, names, index, quantized, reference) -> Iterator[tuple[str, Tensor, Tensor, int]]:
         y_q = quantized.run(index)
         if reference is not None:
             y_f = reference.run(index)
         else:
             with full_precision(qmodel):
                 y_f = quantized.run(index)
-        return {names[0]: (y_q, y_f, block_channel_axis(qmodel, names[0]))}
+        yield names[0], y_q, y_f, block_channel_axis(qmodel, names[0])
 
 
 class _Fit:
@@ -133,6 +134,7 @@ class _Fit:
         self.name, self.settings = name, settings
         self.fitted, self.held_out = ChannelMoments(), ChannelMoments()
         self.kept, self.reason = True, ""
+        self.gate_before_db = self.gate_after_db = math.nan
 
     def update(self, y_q: Tensor, y_f: Tensor, axis: int, held_out: bool) -> None:
         (self.held_out if held_out else self.fitted).update(y_q, y_f, axis)
@@ -145,13 +147,16 @@ class _Fit:
         better = torch.ones_like(alpha, dtype=torch.bool)
         if self.settings.gate != "none":
             gain = self.held_out.squared_error() - self.held_out.squared_error(alpha, beta)
+            self.gate_before_db, self.gate_after_db = self.held_out.sqnr_db(), self.held_out.sqnr_db(alpha, beta)
             better = gain > 0 if self.settings.gate == "channel" else (gain.sum() > 0).expand_as(alpha)
             # The gate has decided; the final parameters use every calibration image.
             self.fitted.merge(self.held_out)
             alpha, beta = self.fitted.affine(self.settings.estimator)
         self.kept = bool(better.any())
         if not self.kept:
-            self.reason = "no gain on held-out images"
+            self.reason = (
+                f"no gain on held-out images: {self.gate_before_db:.2f} dB without, {self.gate_after_db:.2f} dB with it"
+            )
         self.alpha = torch.where(better, alpha, torch.ones_like(alpha))
         self.beta = torch.where(better, beta, torch.zeros_like(beta))
 
@@ -175,6 +180,9 @@ class _Fit:
             reason=self.reason,
             alpha=self.alpha,
             beta=self.beta,
+            output_rms=math.sqrt(float((self.fitted.var_f + self.fitted.mean_f.square()).mean())),
+            gate_before_db=self.gate_before_db,
+            gate_after_db=self.gate_after_db,
         )
 
 

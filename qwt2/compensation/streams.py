@@ -4,7 +4,8 @@ A unit is a block, or a layer outside all blocks. After unit k has run, the inpu
 found by running the model with unit k replaced by its stored outputs, every earlier unit replaced
 by NaN, and a stop at unit k + 1: this runs only the cheap code between the two, whatever it is. If
 NaN shows up in the captured inputs, an earlier unit's output is used beyond its successor (feature
-pyramids, dense connections); the prefix is then run in full, once per batch.
+pyramids, dense connections); the prefix is then run in full, once per batch. So it is throughout
+where a layer runs several times in one pass, as one stored output cannot stand for all of them.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ class UnitStream:
         batches: image tensors.
         reference: True follows the full-precision network, False the quantized one.
         offload_dir: folder for the stored inputs, or ``None``.
+
+    Attributes:
+        repeated: layers that run several times in one pass.
     """
 
     def __init__(self, model: nn.Module, batches: list[Tensor], reference: bool, offload_dir: str | None):
@@ -90,7 +94,8 @@ class UnitStream:
         self.position = 0
         self.inputs = ActivationStore(offload_dir, "reference" if reference else "quantized")
         self.output_shapes: dict[tuple[str, int], torch.Size] = {}
-        self.needs_prefix: set[int] = set()
+        self.repeated = set(quantization_info(model).repeated)
+        self.needs_prefix: set[int] = set(range(len(self.units))) if self.repeated else set()
         for index in range(len(batches)):
             self.inputs[index] = self._run_to(index, 0, {})
 
@@ -109,36 +114,44 @@ class UnitStream:
         with self.mode():
             return self.unit(*args, **kwargs)
 
-    def layer_inputs(self, index: int, names: list[str]) -> dict[str, Tensor]:
-        """Inputs of layers inside the current unit for one batch; runs no further than it must."""
-        args, kwargs = self.inputs[index]
-        captured: dict[str, Tensor] = {}
+    def layer_inputs(self, index: int, names: list[str]) -> dict[str, list[Tensor]]:
+        """Inputs of layers inside the current unit for one batch, one for each run; runs no further than it must."""
+        captured: dict[str, list[Tensor]] = {name: [] for name in names}
+        several = not self.repeated.isdisjoint(names)
         with ExitStack() as stack:
             stack.enter_context(self.mode())
             for name in names:
-                stack.enter_context(self._capturing(name, captured, stop=name == names[-1]))
+                stack.enter_context(self._capturing(name, captured[name], stop=name == names[-1] and not several))
             try:
-                self.unit(*args, **kwargs)
+                if several:
+                    self.model(self.batches[index])
+                else:
+                    args, kwargs = self.inputs[index]
+                    self.unit(*args, **kwargs)
             except _Stop:
                 pass
         return captured
 
-    def _capturing(self, name: str, captured: dict[str, Tensor], stop: bool):
+    def _capturing(self, name: str, captured: list[Tensor], stop: bool):
         module = self.model.get_submodule(name)
         own = module.forward
 
         def forward(x: Tensor) -> Tensor:
-            captured[name] = x.clone()  # later in-place operations must not reach it
+            captured.append(x.clone())  # later in-place operations must not reach it
             if stop:
                 raise _Stop
             return own(x)
 
         return replaced_forward(module, forward)
 
-    def advance(self) -> None:
-        """Run the current unit on every batch and move on to the next one."""
+    def advance(self, output_of: Callable[[int], Tensor] | None = None) -> None:
+        """Move on to the next unit, with the outputs of the current one on every batch.
+
+        Args:
+            output_of: gives them by the batch's number; the unit is run where there is no cheaper way.
+        """
         for index in range(len(self.batches)):
-            output = self.run(index)
+            output = (output_of or self.run)(index)
             if not torch.isfinite(output).all():
                 raise Qwt2Error(f"{self.units[self.position]} gives NaN or infinity on the calibration images")
             self.output_shapes[self.units[self.position], index] = output.shape

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -69,12 +71,25 @@ class Engine:
         return logits
 
 
+def load_package(module: str, package: str) -> ModuleType:
+    """Import what an optional engine needs.
+
+    Raises:
+        Qwt2Error: it is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise Qwt2Error(f"the engine needs {name}, which cannot be imported ({error}); install it with: pip install {package}") from error
+
+
 def load_engine(path: str | os.PathLike, name: str = "onnxruntime", threads: int = 1) -> Engine:
     """Load an exported ONNX file into an engine.
 
     Args:
         path: a file from :func:`qwt2.export_onnx`.
-        name: "onnxruntime", "openvino" or "torch_int8" (exact and slow: the oracle for the others).
+        name: "onnxruntime", "openvino", "inductor", "tvm", or "torch_int8" (exact and slow: the oracle).
         threads: CPU threads.
 
     Raises:

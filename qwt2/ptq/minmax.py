@@ -3,4 +3,11 @@
 from qwt2.ptq import PTQ_METHODS
 from qwt2.ptq.recipe import PTQMethod, Recipe
 
-PTQ_METHODS.register("minmax")(PTQMethod(variants={"default": Recipe(observer="minmax")}))
+PTQ_METHODS.register("minmax")(
+    PTQMethod(
+        variants={
+            "default": Recipe(observer="minmax"),
+            "tensorrt": Recipe(observer="minmax", symmetric_activations=True),
+        }
+    )
+)

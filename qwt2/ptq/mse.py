@@ -3,4 +3,11 @@
 from qwt2.ptq import PTQ_METHODS
 from qwt2.ptq.recipe import PTQMethod, Recipe
 
-PTQ_METHODS.register("mse")(PTQMethod(variants={"default": Recipe(observer="mse")}))
+PTQ_METHODS.register("mse")(
+    PTQMethod(
+        variants={
+            "default": Recipe(observer="mse"),
+            "tensorrt": Recipe(observer="mse", symmetric_activations=True),
+        }
+    )
+)

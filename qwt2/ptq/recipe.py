@@ -16,6 +16,8 @@ class Recipe:
     Args:
         observer: chooses every range (see :mod:`qwt2.observers`).
         symmetric_weights: signed symmetric weight codes, as integer kernels want them.
+        symmetric_activations: signed symmetric codes for every activation, zero point 0, as TensorRT wants them. What
+            is never negative (after ReLU or softmax) then has half the codes.
         symmetric_matmuls: signed symmetric codes for q, k and v, likewise.
         zero_in_range: zero is representable by every activation quantizer.
         integer_zero_points: what remains fractional after re-parameterisation is rounded.
@@ -24,11 +26,13 @@ class Recipe:
         fold_batchnorm: BatchNorm goes into the layer before it, before quantization.
         conv_input_bits: bits of every convolution's input, whatever the precision says.
         output_bits: bits of the output of convolutions that something else than a quantized layer
-            reads; engines with integer-only convolution kernels need them. ``None`` leaves it float.
+            reads, and of what is added to it; engines with integer-only convolution kernels need the
+            former, and add in the convolution's epilogue with both. ``None`` leaves them float.
     """
 
     observer: str
     symmetric_weights: bool = True
+    symmetric_activations: bool = False
     symmetric_matmuls: bool = True
     zero_in_range: bool = True
     integer_zero_points: bool = True

@@ -78,6 +78,7 @@ PTQ_METHODS.register("repq")(
     RepQ(
         variants={
             "default": Recipe(observer="percentile"),
+            "tensorrt": Recipe(observer="percentile", symmetric_activations=True),
             "published": Recipe(
                 observer="percentile",
                 symmetric_weights=False,

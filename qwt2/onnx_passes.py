@@ -1,0 +1,181 @@
+"""Rewriting of exported graphs into equal ones that engines fuse better; every value stays what it was, bit for bit.
+
+Only nodes that compute value by value are moved past nodes that move values, and rounding to a grid is repeated only on
+what lies on it already.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import onnx
+from onnx import helper, numpy_helper
+
+from qwt2.errors import Qwt2Error
+from qwt2.onnx_file import POOLED
+
+_ACTIVATIONS = ("Gelu", "Relu", "HardSwish", "Sigmoid", "Tanh")
+_QUANTIZERS = ("Clip", "QuantizeLinear", "DequantizeLinear")
+
+
+def rewrite_for_engines(model: onnx.ModelProto) -> None:
+    """Apply every pass of this module, in place."""
+    drop_identities(model)
+    move_below(model, _reshapes_behind_layers(model), (*_ACTIVATIONS, *_QUANTIZERS))
+    move_below(model, _transposes_of_last_axis(model), _QUANTIZERS)
+    quantize_before_pooling(model)
+
+
+def drop_identities(model: onnx.ModelProto) -> None:
+    """Let readers of an Identity read what it reads; engines match their patterns on neighbours."""
+    graph = model.graph
+    outputs = {value.name for value in graph.output}
+    source: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        node.input[:] = [source.get(name, name) for name in node.input]
+        if node.op_type == "Identity" and node.output[0] not in outputs:
+            source[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    _set_nodes(graph, kept)
+
+
+def move_below(model: onnx.ModelProto, names: set[str], kinds: tuple[str, ...]) -> None:
+    """Move nodes that move values below the nodes of these kinds that alone read them, as far as it goes.
+
+    Args:
+        names: output tensors of the nodes to move.
+        kinds: operations that compute value by value, if their other inputs are single numbers.
+    """
+    graph = model.graph
+    numbers = _numbers(graph)
+    outputs = {value.name for value in graph.output}
+    readers = _readers(graph)
+    moved = []
+    for node in [n for n in graph.node if set(n.output) & names]:
+        chain = []
+        tensor = node.output[0]
+        while tensor not in outputs and len(readers[tensor]) == 1:
+            [reader] = readers[tensor]
+            if reader.op_type not in kinds or not all(name in numbers for name in reader.input[1:] if name):
+                break
+            chain.append(reader)
+            tensor = reader.output[0]
+        if chain:
+            moved.append((node, chain))
+    nodes, stale = list(graph.node), set()
+    for node, chain in moved:
+        stale |= {node.output[0], *(reader.output[0] for reader in chain[:-1])}
+        end = chain[-1].output[0]
+        chain[0].input[0] = node.input[0]
+        node.input[0] = chain[-1].output[0] = f"{end}/unmoved"
+        node.output[0] = end
+        nodes.remove(node)
+        nodes.insert(nodes.index(chain[-1]) + 1, node)
+    shapes = [value for value in graph.value_info if value.name not in stale]
+    del graph.value_info[:]
+    graph.value_info.extend(shapes)
+    _set_nodes(graph, nodes)
+
+
+def _reshapes_behind_layers(model: onnx.ModelProto) -> set[str]:
+    """Linear layers are exported with two dimensions; the activation that follows belongs to their kernel."""
+    made = {name: node for node in model.graph.node for name in node.output}
+    return {
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "Reshape" and node.input[0] in made and made[node.input[0]].op_type == "Gemm"
+    }
+
+
+def _transposes_of_last_axis(model: onnx.ModelProto) -> set[str]:
+    """Matrix products take a transposed operand as it is, if nothing lies between."""
+    found = set()
+    for node in model.graph.node:
+        if node.op_type == "Transpose":
+            [order] = [attribute.ints for attribute in node.attribute if attribute.name == "perm"]
+            if order[-1] != len(order) - 1:
+                found.add(node.output[0])
+    return found
+
+
+def quantize_before_pooling(model: onnx.ModelProto) -> None:
+    """Quantize what a MaxPool reads too, where only quantizers of one scale read its output.
+
+    The largest value's code is the largest code, so the quantizers behind it find everything on their grid; the pooling
+    and the layer in front then work on codes.
+
+    Raises:
+        Qwt2Error: the scales differed once the graph was made; it is of another model then.
+    """
+    graph = model.graph
+    readers = _readers(graph)
+    made = {name: node for node in graph.node for name in node.output}
+    nodes = []
+    for node in graph.node:
+        quantizers = [_quantizer(reader, readers) for reader in readers[node.output[0]]]
+        if node.op_type == "MaxPool" and quantizers and all(quantizers):
+            grids = {tuple(_values(graph, n.input[1:]) for n in quantizer) for quantizer in quantizers}
+            behind = made.get(node.input[0])
+            if behind is not None and behind.output[0].startswith(POOLED):  # made by this pass before
+                if len(grids) > 1:
+                    raise Qwt2Error(f"quantizers behind {node.name} differ; export the model with qwt2.export_onnx again")
+            elif len(grids) == 1:
+                before = _copies(quantizers[0], node.input[0], f"{POOLED}{node.output[0]}")
+                node.input[0] = before[-1].output[0]
+                nodes += before
+        nodes.append(node)
+    _set_nodes(graph, nodes)
+
+
+def _quantizer(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> list[onnx.NodeProto]:
+    """The Clip (if any), QuantizeLinear and DequantizeLinear that start with ``node``, or nothing."""
+    chain = [node]
+    while chain[-1].op_type in ("Clip", "QuantizeLinear") and len(readers[chain[-1].output[0]]) == 1:
+        chain += readers[chain[-1].output[0]]
+    kinds = [n.op_type for n in chain]
+    return chain if kinds[-2:] == ["QuantizeLinear", "DequantizeLinear"] else []
+
+
+def _copies(nodes: list[onnx.NodeProto], tensor: str, name: str) -> list[onnx.NodeProto]:
+    """Copies of a chain of nodes that start at ``tensor``."""
+    copies = []
+    for number, node in enumerate(nodes):
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = f"{name}/{number}"
+        copy.input[0], copy.output[0] = tensor, f"{name}/{number}"
+        tensor = copy.output[0]
+        copies.append(copy)
+    return copies
+
+
+def _values(graph: onnx.GraphProto, names: list[str]) -> tuple[bytes, ...]:
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    return tuple(numpy_helper.to_array(tensors[name]).tobytes() for name in names if name)
+
+
+def _numbers(graph: onnx.GraphProto) -> set[str]:
+    """Names of constants that hold one number."""
+    names = {tensor.name for tensor in graph.initializer if all(size == 1 for size in tensor.dims)}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            value = helper.get_attribute_value(node.attribute[0])
+            if isinstance(value, (int, float)) or (isinstance(value, onnx.TensorProto) and all(s == 1 for s in value.dims)):
+                names.add(node.output[0])
+    return names
+
+
+def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    return readers
+
+
+def _set_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
