@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--activation-bits", type=int, default=8)
     p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
     p.add_argument("--profile", default="default", help="of the file: default (CPU engines) or tensorrt")
+    p.add_argument("--opset", type=int, default=20, help="version of ONNX's operators in the file: 18 to 20")
     p.add_argument("--weight-storage", default="int8", help="int8, or int4 for weights of at most 4 bits")
     p.add_argument("--calibration-images", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=32)
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     variant = "tensorrt" if arguments.profile == "tensorrt" else "default"
     precision = Precision(arguments.weight_bits, arguments.activation_bits)
-    check_format(arguments.profile, arguments.weight_storage)
+    check_format(arguments.profile, arguments.weight_storage, arguments.opset)
     for engine in arguments.engines:  # a wrong name must not cost the work that comes before
         ENGINES.get(engine)
     if arguments.compensation != "none":
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         fits = compensate(qmodel, batches, arguments.compensation).modules
     progress.start("fold and export")
     folded = fold(qmodel)
-    export_onnx(folded, arguments.output, batches[0][:1], arguments.profile, arguments.weight_storage)
+    export_onnx(folded, arguments.output, batches[0][:1], arguments.profile, arguments.weight_storage, arguments.opset)
     engines, mismatches = _check_engines(arguments, model, folded, batches[0][:CHECKED_IMAGES], progress)
     report = {
         "model": arguments.model, "method": arguments.method, "compensation": arguments.compensation,

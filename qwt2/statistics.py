@@ -36,7 +36,7 @@ class ChannelMoments:
         batch.var_q, batch.var_f, batch.cov = torch.zeros(3, q.shape[1], dtype=torch.float64, device=q.device)
         rows = max(1, PART // q.shape[1]) if q.device.type == "cpu" else batch.count
         for part_q, part_f in zip(q.split(rows), f.split(rows)):
-            part_q, part_f = part_q.double().sub_(batch.mean_q), part_f.double().sub_(batch.mean_f)
+            part_q, part_f = part_q - batch.mean_q, part_f - batch.mean_f  # the means' float64 is the result's
             batch.cov += (part_q * part_f).sum(0) / batch.count
             batch.var_q += part_q.square_().sum(0) / batch.count
             batch.var_f += part_f.square_().sum(0) / batch.count
