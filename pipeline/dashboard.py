@@ -237,7 +237,8 @@ def _layer_chart(runs: Sequence[Run], names: Sequence[str]) -> Any:
     for run, name in zip(runs, names):
         modules: dict[str, list[float]] = {}
         for layer in run.layers():
-            modules.setdefault(layer.module, []).append(layer.sqnr_after_db)
+            if layer.sqnr_after_db is not None:
+                modules.setdefault(layer.module, []).append(layer.sqnr_after_db)
         longest = max(longest, len(modules))
         means = [sum(values) / len(values) for values in modules.values()]
         if modules:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from pipeline.runs import Run, all_runs
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import read_json, write_json
-from qwt2.results import LAYER_COLUMNS
 
 FOLDER = Path("wandb")
 PUBLISHED = FOLDER / "published.json"
@@ -141,7 +140,7 @@ def _offline_folders(run_id: str) -> list[Path]:
 
 def _content_digest(run: Run) -> str:
     """Of all that is published, so that a re-measured run is published again."""
-    content = [run.sweeps, run.figures, run.ptq, run.fp32, run.config, run.artifacts, [list(layer) for layer in run.layers()]]
+    content = [run.sweeps, run.figures, run.ptq, run.fp32, run.config, run.artifacts, [layer.record for layer in run.layers()]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -162,10 +161,12 @@ def _publish_one(run: Run, mode: str, project: str, entity: str | None) -> None:
     try:
         layers = run.layers()
         if layers:
-            table = wandb.Table(list(LAYER_COLUMNS), [list(layer) for layer in layers])
+            columns = list(dict.fromkeys(name for layer in layers for name in layer.record))
+            fitted = [[layer.module, layer.sqnr_after_db] for layer in layers if layer.sqnr_after_db is not None]
+            sqnr = wandb.Table(["module", "sqnr_after_db"], fitted)
             published.log({
-                "layers": table,
-                "sqnr_by_module": wandb.plot.bar(table, "module", "sqnr_after_db", title="SQNR after compensation, dB"),
+                "layers": wandb.Table(columns, [[layer.record.get(name) for name in columns] for layer in layers]),
+                "sqnr_by_module": wandb.plot.bar(sqnr, "module", "sqnr_after_db", title="SQNR after compensation, dB"),
             })  # fmt: skip
         published.summary.update(summary(run))
     finally:

@@ -59,7 +59,7 @@ class Run:
         return f"{self.model}-{self.precision}-{self.method}"
 
     def layers(self) -> list[Layer]:
-        """The compensated modules in execution order, every seed; Qwt2Error if the table is missing or damaged."""
+        """The modules in execution order, every seed; Qwt2Error if the table is missing or damaged."""
         if self.layers_file is None:
             return []
         return [layer for layer in read_layers(self.layers_file) if layer.method == self.method]

@@ -26,7 +26,8 @@ def main() -> None:
 
 def _layers(path: Path) -> str:
     """The SQNR of every compensated module, in execution order."""
-    rows = [f"{r.module},{r.method},{r.sqnr_before_db:.4f},{r.sqnr_after_db:.4f}" for r in read_layers(path)]
+    fitted = [layer for layer in read_layers(path) if layer.sqnr_after_db is not None]
+    rows = [f"{r.module},{r.method},{r.sqnr_before_db:.4f},{r.sqnr_after_db:.4f}" for r in fitted]
     return "\n".join([LAYERS, *rows]) + "\n"
 
 

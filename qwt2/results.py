@@ -98,6 +98,12 @@ class Layer(NamedTuple):
     figures: dict[str, float | None]
     mismatch: dict[str, tuple[float, float]]
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its values by column, as in the file."""
+        measured = {e + suffix: v for e, values in self.mismatch.items() for suffix, v in zip(MISMATCH_SUFFIXES, values)}
+        return dict(zip(LAYER_COLUMNS, self)) | self.figures | measured
+
 
 class Method(NamedTuple):
     """The parts of a method's name `<ptq>[_<variant>][+<compensation>]`; absent parts are empty."""

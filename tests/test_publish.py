@@ -123,11 +123,14 @@ def test_configuration_and_layers_are_published(published):
     run = runs["vit_micro-w3a3-repq+cwac"]
     assert run["config"]["precision"]["weight_bits"] == 3 and run["config"]["compensation"].keys() == {"cwac"}
     assert run["config"]["model"]["train"]["steps"] == 1500 and run["config"]["method"] == "repq+cwac"
-    (file,) = (run["folder"] / "files/media/table").glob("*.json")
+    (file,) = (run["folder"] / "files/media/table").glob("layers_*.json")
     table = json.loads(file.read_text())
-    layers = read_layers(published / "out/evaluate/vit_micro-w3a3/layers.csv")
-    expected = [list(layer) for layer in layers if layer.method == "repq+cwac"]
-    assert table["data"] == expected and len(expected) > 20
+    layers = [x for x in read_layers(published / "out/evaluate/vit_micro-w3a3/layers.csv") if x.method == "repq+cwac"]
+    assert {"module", "sqnr_after_db", "alpha_p50", "onnxruntime_steps"} <= set(table["columns"]) and len(layers) > 20
+    assert table["data"] == [[layer.record.get(name) for name in table["columns"]] for layer in layers]
+    (chart,) = (run["folder"] / "files/media/table").glob("sqnr_by_module_*.json")
+    fitted = [[layer.module, layer.sqnr_after_db] for layer in layers if layer.sqnr_after_db is not None]
+    assert json.loads(chart.read_text())["data"] == fitted
     assert any("visualize.sqnr_by_module" in key for key in run["config"])  # the chart
     assert not (runs["vit_micro-w3a3-repq"]["folder"] / "files/media").exists()
 
