@@ -59,12 +59,12 @@ def measure(method: str, implementation: str, file: str, images: int) -> dict:
         work = lambda: save_quantized(quantize(model, batches, "repq", PRECISION), file)  # noqa: E731
     else:
         work = compensation(method, implementation, load_quantized(model, file), batches)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     with PeakMemory() as memory, torch.no_grad():
         work()
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": round(seconds, 1), "peak_rss_mb": round(peak), "added_mb": round(memory.megabytes)}
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_rss_mb": round(peak), "added_mb": round(memory.megabytes)}
 
 
 def compensation(method: str, implementation: str, qmodel: torch.nn.Module, batches: list[torch.Tensor]):
