@@ -20,6 +20,7 @@ test: $(STAMP)
 benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.architectures
 	python -m benchmarks.calibration_cost
+	python -m benchmarks.experiments
 	$(PEERS)/bin/python -m benchmarks.peers
 
 # A page on this machine that compares all runs.

@@ -1,5 +1,6 @@
 """Made-up stage outputs, shaped like the default grid's, to test what reads them. Never published as results."""
 
+import copy
 import csv
 import io
 import json
@@ -204,3 +205,37 @@ def write_out(out: Path, models=tuple(MODELS), precisions=PRECISIONS) -> None:
         (baseline / "metrics.json").write_text(json.dumps(metrics))
         for precision in precisions:
             write_cell(out, model, precision)
+
+
+def write_cells(count: int, tables: int = 3) -> None:
+    """Finished cells of sweeps in the current folder, the last one failed; the first ``tables`` have their tables too."""
+    from hydra import compose, initialize_config_dir
+
+    from pipeline.cells import by_method, cell_config
+
+    configs = {}
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        for model in MODELS:
+            for precision in PRECISIONS:
+                for name in ("qwt", "cwac"):
+                    overrides = [f"model={model}", f"precision={precision}", f"compensation={name}", "sweep=s"]
+                    configs[model, precision, name] = cell_config(compose("cell", overrides))
+    for number in range(count):
+        (model, precision, name), config = list(configs.items())[number % len(configs)]
+        config, folder = copy.deepcopy(config) | {"seeds": [number]}, Path(f"out/cells/{number:016x}")
+        method = f"{MODELS[model]}+{name}"
+        rows = [r for r in cell_rows(model, precision) if r.method in (method, MODELS[model])]
+        rows = [row._replace(value=min(99.9, row.value + number / 1e3)) if row.metric == "top1" else row for row in rows]
+        (folder / "evaluate").mkdir(parents=True)
+        (folder / "config.yaml").write_text("")
+        record = {"status": "finished", "config": config, "method": method, "figures": by_method(rows), "artifacts": {},
+                  "fp32": {"top1": FP32[model], "top5": 99.0}}  # fmt: skip
+        if number == count - 1:
+            record = {"status": "failed", "config": config, "error": "out of luck", "fp32": {"top1": 1.0}}
+        (folder / "cell.json").write_text(json.dumps(record))
+        if number < tables:
+            write_rows(folder / "evaluate/rows.csv", rows)
+            (folder / "evaluate/layers.csv").write_text(layers_csv(model, precision))
+        job = Path(f"out/sweeps/{('bits', 'sizes', 'ablation')[number % 3]}/jobs/{number}.json")
+        job.parent.mkdir(parents=True, exist_ok=True)
+        job.write_text(json.dumps({"cell": folder.name, "number": number, "overrides": {}, "status": "finished"}))

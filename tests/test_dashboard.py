@@ -1,12 +1,8 @@
 """The page of all runs: served on loopback, nothing from elsewhere; in a browser, filtered, sorted, two runs compared."""
 
-import copy
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,11 +13,11 @@ import yaml
 from browser import CHROMIUM, Browser
 
 import synthetic
+from benchmarks.experiments import served
 from pipeline import dashboard, resolve
-from pipeline.cells import by_method, cell_config
 from pipeline.runs import all_runs
 from qwt2.errors import Qwt2Error
-from qwt2.results import read_layers, write_rows
+from qwt2.results import read_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = 1000
@@ -38,61 +34,15 @@ def results(tmp_path_factory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     resolve.main()
-    write_cells()
+    synthetic.write_cells(CELLS)
     os.chdir(before)
     return folder
 
 
-def write_cells() -> None:
-    from hydra import compose, initialize_config_dir
-
-    configs = {}
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for model in synthetic.MODELS:
-            for precision in synthetic.PRECISIONS:
-                for name in ("qwt", "cwac"):
-                    overrides = [f"model={model}", f"precision={precision}", f"compensation={name}", "sweep=s"]
-                    configs[model, precision, name] = cell_config(compose("cell", overrides))
-    for number in range(CELLS):
-        (model, precision, name), config = list(configs.items())[number % len(configs)]
-        config, folder = copy.deepcopy(config) | {"seeds": [number]}, Path(f"out/cells/{number:016x}")
-        method = f"{synthetic.MODELS[model]}+{name}"
-        rows = [r for r in synthetic.cell_rows(model, precision) if r.method in (method, synthetic.MODELS[model])]
-        rows = [row._replace(value=min(99.9, row.value + number / 1e3)) if row.metric == "top1" else row for row in rows]
-        (folder / "evaluate").mkdir(parents=True)
-        (folder / "config.yaml").write_text("")
-        record = {"status": "finished", "config": config, "method": method, "figures": by_method(rows), "artifacts": {},
-                  "fp32": {"top1": synthetic.FP32[model], "top5": 99.0}}  # fmt: skip
-        if number == CELLS - 1:
-            record = {"status": "failed", "config": config, "error": "out of luck", "fp32": {"top1": 1.0}}
-        (folder / "cell.json").write_text(json.dumps(record))
-        if number < 3:
-            write_rows(folder / "evaluate/rows.csv", rows)
-            (folder / "evaluate/layers.csv").write_text(synthetic.layers_csv(model, precision))
-        job = Path(f"out/sweeps/{('bits', 'sizes', 'ablation')[number % 3]}/jobs/{number}.json")
-        job.parent.mkdir(parents=True, exist_ok=True)
-        job.write_text(json.dumps({"cell": folder.name, "number": number, "overrides": {}, "status": "finished"}))
-
-
 @pytest.fixture(scope="module")
 def address(results):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pipeline.dashboard", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=results, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    url = f"http://127.0.0.1:{port}/"
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(url, timeout=5).close()
-                break
-            except urllib.error.URLError:
-                time.sleep(0.1)
+    with served(results) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.fixture
