@@ -9,10 +9,15 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3.11
 
-.PHONY: repro test readme lock benchmarks dashboard publish verify determinism kills clean
+.PHONY: repro repro-classification test readme lock benchmarks dashboard publish verify determinism kills clean
 
 repro: $(STAMP)
 	python -m pipeline.warm dvc repro
+
+# The same without detection: its cells, and a report of them alone.
+repro-classification: $(STAMP)
+	python -m pipeline.warm dvc repro $$(python -m pipeline.resolve classification)
+	python -m pipeline.report classification
 
 test: $(STAMP)
 	pytest -n 2 --dist loadgroup

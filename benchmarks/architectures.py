@@ -1,4 +1,4 @@
-"""Every full-size architecture of `conf/model` through the library, with random weights and images.
+"""Every full-size classifier of `conf/model` through the library, with random weights and images.
 
 Shows that each quantizes, compensates, folds, exports and runs on every engine, and what that takes. Random weights say
 nothing about accuracy; agreement between simulation and engines does not need trained ones.
@@ -34,7 +34,7 @@ PRECISION = Precision(weight_bits=8, activation_bits=8)
 def main() -> None:
     torch.set_num_threads(THREADS)
     configurations = [(path, yaml.safe_load(path.read_text())) for path in sorted(MODELS.glob("*.yaml"))]
-    full_size = [(path, cfg) for path, cfg in configurations if cfg["train"] is None]
+    full_size = [(path, cfg) for path, cfg in configurations if "timm" in cfg and cfg["train"] is None]
     rows = [measure(cfg, ptq_method(cfg)) for _, cfg in tqdm(full_size, desc="architectures")]
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(RESULT) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

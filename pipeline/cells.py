@@ -23,7 +23,7 @@ from pipeline.resolve import checked, select
 from pipeline.stage import OUT, Cell, config_path, declared, locked, set_threads
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
-from qwt2.results import Row, read_rows
+from qwt2.results import HEADLINE, Row, read_rows
 
 CELLS = OUT / "cells"
 SHARED = CELLS / "shared"
@@ -138,10 +138,12 @@ def sentence(error: Exception) -> str:
 def figures(record: dict[str, Any]) -> dict[str, float]:
     """The figures by which cells are compared; percentages, dB and ratios to plain PTQ."""
     own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
-    found = {"fp32_top1": record["fp32"]["top1"], "ptq_top1": ptq["torch/top1"], "top1": own["torch/top1"]}
-    found |= {"agreement": own["torch/agreement"], "sqnr_db": own["torch/logits_sqnr_db"]}
+    headline = HEADLINE["detection" if "mmdet" in record["config"]["model"] else "classification"]
+    found = {f"fp32_{headline}": record["fp32"][headline], f"ptq_{headline}": ptq[f"torch/{headline}"]}
+    measured = {headline: headline, "segm_ap": "segm_ap", "agreement": "agreement", "sqnr_db": "logits_sqnr_db"}
+    found |= {name: own[f"torch/{metric}"] for name, metric in measured.items() if f"torch/{metric}" in own}
     for engine in sorted({name.partition("/")[0] for name in own} - {"torch"}):
-        found[f"{engine}_top1"] = own[f"{engine}/top1"]
+        found[f"{engine}_{headline}"] = own[f"{engine}/{headline}"]
         found[f"{engine}_latency_ratio"] = own[f"{engine}/latency_ratio_to_ptq"]
     return found
 
@@ -164,7 +166,8 @@ def _remove(cell: Cell, stages: tuple[str, ...]) -> None:
 
 def data_folder(cfg: dict[str, Any]) -> Path:
     """Where the cell's dataset lies: with DVC if it built this one, else prepared now, once for all cells."""
-    if _built_by_dvc("data", "data", select(cfg, "data"), config_path("data")):
+    stored = _made_with("data", config_path("data"))
+    if cfg["datasets"].items() <= stored.get("datasets", {}).items() and _is_whole("data", "data"):
         return OUT / "data"
     return _shared("data", cfg, Cell("", Path(), Path()))
 
@@ -172,17 +175,20 @@ def data_folder(cfg: dict[str, Any]) -> Path:
 def baseline_folder(cfg: dict[str, Any]) -> Path:
     """Where the cell's full-precision model lies: with DVC if it built this one, else made now, once for all cells."""
     model = cfg["model"]["name"]
-    if _built_by_dvc(f"baseline@{model}", f"baseline/{model}", select(cfg, "baseline"), config_path("baseline", model)):
+    config = yaml.safe_load(select(cfg, "baseline"))
+    if _made_with(f"baseline@{model}", config_path("baseline", model)) == config and _is_whole(f"baseline@{model}", f"baseline/{model}"):
         return OUT / "baseline" / model
     return _shared("baseline", cfg, Cell("", data_folder(cfg), Path()))
 
 
-def _built_by_dvc(stage: str, out: str, config: str, path: Path) -> bool:
-    """Whether the stage's output is there, whole, and made with this configuration."""
-    built = dvcfiles.locked_stages().get(stage)
-    if built is None or built.get("params", {}).get(path.as_posix()) != yaml.safe_load(config):
-        return False
-    return dvcfiles.md5(OUT / out) == built["outs"][0]["md5"]
+def _made_with(stage: str, path: Path) -> dict[str, Any]:
+    """The configuration that a stage of DVC last ran with; empty if it never ran."""
+    return dvcfiles.locked_stages().get(stage, {}).get("params", {}).get(path.as_posix(), {})
+
+
+def _is_whole(stage: str, out: str) -> bool:
+    """Whether what a stage of DVC made lies there as it left it."""
+    return dvcfiles.md5(OUT / out) == dvcfiles.locked_stages()[stage]["outs"][0]["md5"]
 
 
 def _shared(stage: str, cfg: dict[str, Any], cell: Cell) -> Path:

@@ -5,23 +5,24 @@ from pipeline.stage import Cell, run_stage
 
 
 def main(cfg, cell: Cell) -> None:
-    from pipeline.models import baseline, calibration_batches, open_cell_dataset, simulate
     from pipeline.resources import PeakMemory
+    from pipeline.tasks import open_task
     from qwt2 import compensate, load_quantized, save_quantized
     from qwt2.io import write_json
 
-    model, dataset = baseline(cfg, cell), open_cell_dataset(cfg, cell)
+    task = open_task(cfg, cell)
+    network = task.baseline(cell)
 
     def compensate_one(run: tuple[str, int, str]) -> dict:
         variant, seed, name = run
         options = dict(cfg["compensation"][name])
-        qmodel = load_quantized(model, cell.quantized(variant, "ptq", seed))
-        batches = calibration_batches(cfg, dataset, seed)
+        qmodel = load_quantized(network, cell.quantized(variant, "ptq", seed))
+        batches = list(task.calibration(network, seed))
         with PeakMemory() as memory:
             report = compensate(qmodel, batches, options.pop("method"), **options)
         path = cell.quantized(variant, name, seed)
         save_quantized(qmodel, path)
-        simulate(qmodel, dataset, path.with_suffix(".npy"))
+        task.predict(qmodel, path)
         run_facts = {"variant": variant, "compensation": name, "seed": seed}
         costs = {"seconds": report.seconds, "peak_memory_mb": memory.megabytes}
         return run_facts | costs | {"modules": [module.to_dict() for module in report.modules]}

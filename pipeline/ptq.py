@@ -5,25 +5,27 @@ from pipeline.stage import Cell, run_stage
 
 
 def main(cfg, cell: Cell) -> None:
-    from pipeline.models import baseline, calibration_batches, open_cell_dataset, simulate
+    from pipeline.tasks import open_task
     from qwt2 import Precision, quantize, save_quantized
 
-    model, dataset = baseline(cfg, cell), open_cell_dataset(cfg, cell)
+    task = open_task(cfg, cell)
+    network = task.baseline(cell)
     precision = Precision(**{k: v for k, v in cfg["precision"].items() if k != "name"})
 
     def quantize_one(run: tuple[str, int]) -> None:
         variant, seed = run
         qmodel = quantize(
-            model,
-            calibration_batches(cfg, dataset, seed),
+            network,
+            task.calibration(network, seed),
             method=cfg["ptq"]["method"],
             precision=precision,
             variant=variant,
             observer_images=cfg["calibration"]["observer_images"],
+            **task.structure(network),
         )
         path = cell.quantized(variant, "ptq", seed)
         save_quantized(qmodel, path)
-        simulate(qmodel, dataset, path.with_suffix(".npy"))
+        task.predict(qmodel, path)
 
     runs = [(variant, seed) for variant in cfg["ptq"]["variants"] for seed in cfg["seeds"]]
     each("quantize", quantize_one, runs, cfg["workers"])

@@ -1,6 +1,6 @@
 """Stage `report`: gather the evaluated cells into results/summary.csv and results/report.html."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,10 @@ from pipeline.stage import OUT, RESULTS, Cell, run_stage
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
 from qwt2.report import Conditions, render, vega_bundle
-from qwt2.results import UNITS, Layer, Results, Row, read_layers, read_rows, write_rows
+from qwt2.report.detection import Line, lines
+from qwt2.results import HEADLINE, UNITS, Layer, Results, Row, read_layers, read_rows, write_rows
 
-
-# The figure that stands for a task where there is room for one.
-HEADLINE = {"classification": "top1"}
+_NEEDED = {"classification": ("top1", "top5"), "detection": ("bbox_ap", "bbox_ap50")}
 
 
 def main(config: Mapping[str, Any], _cell: Cell) -> None:
@@ -27,10 +26,11 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
     """
     models, precisions = config["grid"]["model"], config["grid"]["precision"]
     cells = [(model, precision) for model in models for precision in precisions]
-    rows = collect(out, models, cells, config["data"]["name"])
+    rows = collect(out, {model: config["models"][model] for model in models}, cells)
     layers = [layer for model, precision in cells for layer in cell_layers(out, model, precision)]
     operations = {cell: read_json(_cell_folder(out, *cell) / "operations.json") for cell in cells}
-    page = render(Results(rows), layers, _conditions(config, out, cells), operations)
+    results_table = Results(rows)
+    page = render(results_table, layers, _conditions(config, out, cells), operations, _pictures(out, results_table))
     write_rows(results / "summary.csv", rows)
     write_text(results / "report.html", page)
     write_json(results / "metrics.json", accuracies(rows))
@@ -58,22 +58,27 @@ def accuracy_table(rows: Iterable[Row]) -> str:
     return "\n".join(["cell,top1", *lines]) + "\n"
 
 
-def collect(out: Path, models: Sequence[str], cells: Iterable[tuple[str, str]], dataset: str) -> list[Row]:
-    """The figures of the baselines and of exactly these (model, precision) cells."""
-    rows = [row for model in models for row in baseline_rows(out, model, dataset)]
-    return rows + [row for model, precision in cells for row in cell_rows(out, model, precision, dataset)]
+def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[tuple[str, str]]) -> list[Row]:
+    """The figures of the baselines and of exactly these (model, precision) cells.
+
+    `models` holds the ``task`` and ``dataset`` of every model.
+    """
+    rows = [row for model, facts in models.items() for row in baseline_rows(out, model, facts["task"], facts["dataset"])]
+    return rows + [
+        row for model, precision in cells for row in cell_rows(out, model, precision, models[model]["dataset"])
+    ]
 
 
-def baseline_rows(out: Path, model: str, dataset: str) -> list[Row]:
+def baseline_rows(out: Path, model: str, task: str, dataset: str) -> list[Row]:
     """Accuracy of the fp32 network, from ``baseline/<model>/metrics.json``."""
     path = out / "baseline" / model / "metrics.json"
     metrics = read_json(path)
-    missing = {"top1", "top5"} - set(metrics)
+    missing = set(_NEEDED[task]) - set(metrics)
     if missing:
         raise Qwt2Error(f"{path} has no {' and no '.join(sorted(missing))}; run `dvc repro -f baseline@{model}`.")
     return [
-        Row("classification", dataset, model, "fp32", "fp32", "torch", name, metrics[name], None, UNITS[name], 1)
-        for name in ("top1", "top5")
+        Row(task, dataset, model, "fp32", "fp32", "torch", name, metrics[name], None, UNITS[name], 1)
+        for name in metrics if name in UNITS
     ]
 
 
@@ -95,21 +100,32 @@ def cell_layers(out: Path, model: str, precision: str) -> list[Layer]:
     return layers
 
 
+def _pictures(out: Path, results: Results) -> dict[str, bytes]:
+    """Of every detector, what it finds at the precision where plain PTQ loses most."""
+    worst: dict[str, Line] = {}
+    for line in lines(results.of_task("detection")):
+        worst[line.model] = max(worst.get(line.model, line), line, key=lambda one: one.loss)
+    return {
+        f"{line.model}-{line.precision}": (_cell_folder(out, line.model, line.precision) / "pictures.png").read_bytes()
+        for line in worst.values()
+    }
+
+
 def _check_cell(path: Path, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
     if found != expected:
         raise Qwt2Error(f"{path} has a row of {', '.join(found)}, but belongs to {', '.join(expected)}; run its stage.")
 
 
 def _conditions(config: Mapping[str, Any], out: Path, cells: Iterable[tuple[str, str]]) -> Conditions:
+    used = dict.fromkeys(config["models"][model]["dataset"] for model in config["grid"]["model"])
     machines = []
     for cell in cells:
         machine = read_json(_cell_folder(out, *cell) / "machine.json")
         if machine not in machines:
             machines.append(machine)
     return Conditions(
-        dataset=config["data"]["name"],
-        val_images=config["data"]["val_images"],
-        calibration_images=config["calibration"]["images"],
+        datasets={name: config["datasets"][name]["val_images"] for name in used},
+        calibration_images=sorted({config["models"][model]["calibration_images"] for model in config["grid"]["model"]}),
         latency=config["evaluate"]["latency"],
         machines=machines,
     )

@@ -5,6 +5,7 @@ that read it and no others.
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,24 @@ from qwt2.precision import Precision
 
 CONF = Path("conf")
 
-_ARCHITECTURE = ("model.name", "model.timm", "model.kwargs")
+# By the task: what builds the network, without where its weights come from.
+_ARCHITECTURES = {
+    "classification": ("model.name", "model.timm", "model.kwargs"),
+    "detection": tuple(f"model.{key}" for key in ("name", "mmdet", "options", "parts", "boxes", "mask_boxes")),
+}
+_ARCHITECTURE = "the keys of the task in _ARCHITECTURES"
 # What each stage reads: dotted keys of the composed configuration.
 KEYS = {
-    "data": ("data",),
+    "data": ("datasets",),
     "baseline": ("threads", "data", "model"),
-    "ptq": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq", "precision"),
-    "compensate": ("threads", "workers", "seeds", "data", "calibration", *_ARCHITECTURE, "ptq.variants", "compensation"),
-    "fold": ("threads", "seeds", "data", *_ARCHITECTURE, "exported", "evaluate.mismatch_images"),
+    "ptq": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision"),
+    "compensate": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq.variants", "compensation"),
+    "fold": ("threads", "seeds", "data", _ARCHITECTURE, "exported", "evaluate.mismatch_images"),
     "evaluate": (
-        *("threads", "seeds", "data", *_ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
+        *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
         *("compensations", "exported", "evaluate"),
     ),
-    "report": ("grid", "data", "calibration", "evaluate"),
+    "report": ("grid", "datasets", "models", "evaluate"),
 }
 
 
@@ -47,16 +53,23 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
     grid = read_grid()
     overrides = overrides or []
     files: dict[Path, str] = {}
-    shared: dict[str, Any] = {}
+    shared: dict[str, Any] = {"datasets": {}, "models": {}}
     for model in grid["model"]:
         for precision in grid["precision"]:
             cfg = compose_cell([f"model={model}", f"precision={precision}", *overrides])
-            shared = cfg | {"grid": grid}
-            files[config_path("baseline", model)] = select(shared, "baseline")
+            shared["datasets"] |= cfg["datasets"]
+            shared["models"][model] = {
+                "task": cfg["task"], "dataset": cfg["data"]["name"], "calibration_images": cfg["calibration"]["images"]
+            }  # fmt: skip
+            shared["evaluate"] = cfg["evaluate"]
+            files[config_path("baseline", model)] = select(cfg, "baseline")
             for stage in ("ptq", "compensate", "fold", "evaluate"):
                 files[config_path(stage, f"{model}-{precision}")] = select(cfg, stage)
-    for stage in ("data", "report"):
-        files[config_path(stage)] = select(shared, stage)
+    files[config_path("data")] = select(shared, "data")
+    files[config_path("report")] = select(shared | {"grid": grid}, "report")
+    for task in {facts["task"] for facts in shared["models"].values()}:
+        models = [model for model in grid["model"] if shared["models"][model]["task"] == task]
+        files[config_path("report", task)] = select(shared | {"grid": grid | {"model": models}}, "report")
     return files
 
 
@@ -71,6 +84,15 @@ def read_grid() -> dict[str, list[str]]:
     if not all(grid.values()):
         raise Qwt2Error(f"{path} must name at least one model and one precision")
     return grid
+
+
+def cells_of(task: str) -> list[str]:
+    """The grid's cells whose models are of `task`; Qwt2Error where there are none."""
+    files = resolve()
+    if config_path("report", task) not in files:
+        raise Qwt2Error(f"the grid has no model of task {task!r}; use classification or detection")
+    grid = yaml.safe_load(files[config_path("report", task)])["grid"]
+    return [f"{model}-{precision}" for model in grid["model"] for precision in grid["precision"]]
 
 
 def compose_cell(overrides: list[str]) -> dict[str, Any]:
@@ -94,7 +116,10 @@ def checked(composed: DictConfig) -> dict[str, Any]:
     for engine in cfg["evaluate"]["engines"]:
         ENGINES.get(engine)
     exported = [name for name, options in cfg["compensation"].items() if options.get("granularity") != "block"]
-    return cfg | {"compensations": list(cfg["compensation"]), "exported": exported}
+    return cfg | {
+        "compensations": list(cfg["compensation"]), "exported": exported, "datasets": {cfg["data"]["name"]: cfg["data"]},
+        "task": "detection" if "mmdet" in cfg["model"] else "classification",
+    }  # fmt: skip
 
 
 def one_sentence(error: Exception, overrides: list[str]) -> str:
@@ -114,7 +139,8 @@ def one_sentence(error: Exception, overrides: list[str]) -> str:
 def select(cfg: dict[str, Any], stage: str) -> str:
     """The keys that `stage` declares, as YAML."""
     chosen: dict[str, Any] = {}
-    for key in KEYS[stage]:
+    keys = [key for entry in KEYS[stage] for key in (_ARCHITECTURES[cfg["task"]] if entry is _ARCHITECTURE else (entry,))]
+    for key in keys:
         *parents, last = key.split(".")
         source, target = cfg, chosen
         for parent in parents:
@@ -123,8 +149,14 @@ def select(cfg: dict[str, Any], stage: str) -> str:
     return yaml.safe_dump(chosen, sort_keys=True)
 
 
-def main() -> None:
-    """Write the resolved files, and remove those that no cell of the grid has any more."""
+def main(arguments: list[str]) -> None:
+    """Write the resolved files, and remove those that no cell of the grid has any more.
+
+    With the name of a task as argument, print the stages that evaluate its cells instead.
+    """
+    if arguments:
+        print(*(f"evaluate@{cell}" for cell in cells_of(arguments[0])))
+        return
     files = resolve()
     for path in set(RESOLVED.glob("*.yaml")) - set(files):
         path.unlink()
@@ -133,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(lambda: main(sys.argv[1:]))

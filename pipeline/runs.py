@@ -81,7 +81,8 @@ def grid_runs() -> Iterator[Run]:
             continue
         files = (RESOLVED / f"baseline@{model}.yaml",)
         config = _merged(files)
-        fp32 = _figures(baseline_rows(OUT, model, config["data"]["name"]))
+        task = "detection" if "mmdet" in config["model"] else "classification"
+        fp32 = _figures(baseline_rows(OUT, model, task, config["data"]["name"]))
         yield Run(_id(config, "fp32"), (GRID,), model, "fp32", "fp32", "finished", config, files, fp32, fp32=fp32)
         for precision in grid["precision"]:
             if (OUT / "evaluate" / f"{model}-{precision}" / "rows.csv").is_file():

@@ -38,7 +38,21 @@ class ImageFolder:
     skip_corrupt: bool = MISSING
 
 
-DATASETS = {"digits": Digits, "imagefolder": ImageFolder}
+@dataclass
+class Coco:
+    name: str = MISSING
+    path: str = MISSING
+    num_classes: int = MISSING
+    train_images: Optional[int] = MISSING
+    val_images: Optional[int] = MISSING
+    seed: int = MISSING
+
+
+# By the task, because a task's models take its datasets alone.
+DATASETS = {
+    "classification": {"digits": Digits, "imagefolder": ImageFolder},
+    "detection": {"digits_coco": Digits, "coco": Coco},
+}
 
 
 @dataclass
@@ -61,6 +75,31 @@ class Model:
     pretrained: bool = MISSING
     checkpoint: Optional[str] = MISSING
     train: Optional[Train] = MISSING
+
+
+@dataclass
+class TrainDetector:
+    steps: int = MISSING
+    batch_size: int = MISSING
+    learning_rate: float = MISSING
+    weight_decay: float = MISSING
+    warmup_steps: int = MISSING
+    seed: int = MISSING
+
+
+@dataclass
+class Detector:
+    name: str = MISSING
+    mmdet: str = MISSING
+    options: dict[str, Any] = MISSING
+    parts: list[str] = MISSING
+    boxes: int = MISSING
+    mask_boxes: int = MISSING
+    checkpoint: Optional[str] = MISSING
+    train: Optional[TrainDetector] = MISSING
+
+
+MODELS = {"classification": Model, "detection": Detector}
 
 
 @dataclass
@@ -97,7 +136,7 @@ class Config:
     workers: int = MISSING
     seeds: list[int] = MISSING
     data: Any = MISSING
-    model: Model = MISSING
+    model: Any = MISSING
     ptq: PTQ = MISSING
     precision: dict[str, Any] = MISSING
     compensation: dict[str, Any] = MISSING
@@ -110,10 +149,11 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
     Raises `Qwt2Error` naming the key that does not exist, is not set, or holds a value of the wrong kind.
     """
-    name = cfg.data.name
-    if name not in DATASETS:
-        raise Qwt2Error(f"data.name is {name!r}; choose one of {', '.join(DATASETS)}")
-    schema = OmegaConf.structured(Config(data=DATASETS[name]()))
+    task = "detection" if "mmdet" in cfg.model else "classification"
+    name, datasets = cfg.data.name, DATASETS[task]
+    if name not in datasets:
+        raise Qwt2Error(f"data.name is {name!r}; for {task}, choose one of {', '.join(datasets)}")
+    schema = OmegaConf.structured(Config(data=datasets[name](), model=MODELS[task]()))
     try:
         values = OmegaConf.to_container(OmegaConf.merge(schema, cfg), resolve=True, throw_on_missing=True)
     except ConfigKeyError as error:
@@ -133,11 +173,12 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_weights(model: Mapping[str, Any]) -> None:
     """Weights come from training, from timm or from a file; a random network is never meant."""
-    sources = [f"model.{key}" for key in ("pretrained", "checkpoint", "train") if model[key]]
+    known = [f"model.{key}" for key in ("pretrained", "checkpoint", "train") if key in model]
+    sources = [key for key in known if model[key.removeprefix("model.")]]
     if len(sources) != 1:
         raise Qwt2Error(
-            f"model {model['name']} needs exactly one source of weights (model.pretrained, model.checkpoint or "
-            f"model.train), but has {' and '.join(sources) or 'none'}"
+            f"model {model['name']} needs exactly one source of weights ({', '.join(known[:-1])} or "
+            f"{known[-1]}), but has {' and '.join(sources) or 'none'}"
         )
 
 
@@ -145,7 +186,7 @@ def _whole_numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
     """Dotted keys and values of every whole number whose meaning this file declares."""
     for name, value in values.items():
         key = prefix + name
-        if isinstance(value, Mapping) and key not in ("model.kwargs", "precision", "compensation"):
+        if isinstance(value, Mapping) and key not in ("model.kwargs", "model.options", "precision", "compensation"):
             yield from _whole_numbers(value, f"{key}.")
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, int) and not isinstance(item, bool):

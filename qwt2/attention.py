@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwt2.inputs import Inputs, call
 from qwt2.surgery import replace_module
 from qwt2.tracing import evaluation_mode
 
@@ -66,7 +67,7 @@ class ExplicitAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def make_attention_explicit(model: nn.Module, example: Tensor) -> dict[str, str]:
+def make_attention_explicit(model: nn.Module, example: Inputs) -> dict[str, str]:
     """Replace every ``nn.MultiheadAttention`` that ``model`` calls by an :class:`ExplicitAttention`, in place.
 
     Args:
@@ -94,7 +95,7 @@ def make_attention_explicit(model: nn.Module, example: Tensor) -> dict[str, str]
     return left
 
 
-def _record_calls(model: nn.Module, modules: dict[str, nn.Module], example: Tensor) -> dict[str, list[dict[str, Any]]]:
+def _record_calls(model: nn.Module, modules: dict[str, nn.Module], example: Inputs) -> dict[str, list[dict[str, Any]]]:
     calls: dict[str, list[dict[str, Any]]] = {name: [] for name in modules}
     signature = inspect.signature(nn.MultiheadAttention.forward)
 
@@ -111,7 +112,7 @@ def _record_calls(model: nn.Module, modules: dict[str, nn.Module], example: Tens
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with evaluation_mode(model), torch.no_grad():
-            model(example)
+            call(model, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:

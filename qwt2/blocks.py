@@ -24,9 +24,9 @@ def find_blocks(model: nn.Module, layers: list[str]) -> list[str]:
     candidates: list[str] = []
     for layer in layers:
         for prefix in _numbered_prefixes(layer):
-            if prefix not in candidates and sum(_inside(other, prefix) for other in layers) >= 2:
+            if prefix not in candidates and sum(is_inside(other, prefix) for other in layers) >= 2:
                 candidates.append(prefix)
-    return [c for c in candidates if not any(other != c and _inside(other, c) for other in candidates)]
+    return [c for c in candidates if not any(other != c and is_inside(other, c) for other in candidates)]
 
 
 def execution_units(layers: list[str], blocks: Iterable[str]) -> list[str]:
@@ -37,19 +37,20 @@ def execution_units(layers: list[str], blocks: Iterable[str]) -> list[str]:
     """
     blocks = list(blocks)
     for block in blocks:
-        if not any(_inside(layer, block) for layer in layers):
+        if not any(is_inside(layer, block) for layer in layers):
             raise Qwt2Error(f"block {block!r} holds no quantized layer; name modules that do, or leave blocks out")
-        if any(_inside(other, block) for other in blocks if other != block):
+        if any(is_inside(other, block) for other in blocks if other != block):
             raise Qwt2Error(f"block {block!r} holds another block; name blocks that do not overlap")
     units: list[str] = []
     for layer in layers:
-        unit = next((block for block in blocks if _inside(layer, block)), layer)
+        unit = next((block for block in blocks if is_inside(layer, block)), layer)
         if unit not in units:
             units.append(unit)
     return units
 
 
-def _inside(name: str, prefix: str) -> bool:
+def is_inside(name: str, prefix: str) -> bool:
+    """Whether a module is ``prefix`` or lies in it."""
     return name == prefix or name.startswith(prefix + ".")
 
 

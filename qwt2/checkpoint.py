@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from qwt2.errors import Qwt2Error
+from qwt2.inputs import zeros
 from qwt2.io import atomic_path
 from qwt2.modules import AffineBlock, CompensatedBlock, QuantizedLayer
 from qwt2.quantization import QuantizationInfo, prepare, quantization_info, wrap_block
@@ -49,8 +50,9 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """
     header, tensors = _read(path)
     info = QuantizationInfo.from_dict(header["quantization"])
-    example = torch.zeros(1, *info.input_shape)
-    qmodel = prepare(model, example, info.method, info.precision, info.variant, info.blocks)
+    qmodel = prepare(
+        model, zeros(info.input_shape), info.method, info.precision, info.variant, info.blocks, info.sections, info.parts
+    )
     for name, settings in header["wrappers"].items():
         wrap_block(qmodel, name, _wrapper(qmodel.get_submodule(name), settings, tensors, name))
     _restore(qmodel, tensors, header["axes"], path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from qwt2.inputs import Inputs, call
 
 
 def stored_numbers(model: nn.Module) -> int:
@@ -12,8 +14,8 @@ def stored_numbers(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
-def multiply_accumulates(model: nn.Module, image: Tensor) -> int:
+def multiply_accumulates(model: nn.Module, image: Inputs) -> int:
     """Multiply-accumulate operations of one forward pass (products and convolutions)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
+        call(model, image)
     return counter.get_total_flops() // 2

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import onnx
@@ -38,6 +39,7 @@ def export_onnx(
     profile: str = "default",
     weight_storage: str = "int8",
     opset: int = OPSETS[-1],
+    output_names: Sequence[str] | None = ("logits",),
 ) -> Path:
     """Write a folded model as an ONNX file with a dynamic batch dimension.
 
@@ -55,6 +57,7 @@ def export_onnx(
             the same int8 model of it. The file is of opset 21, the first one with INT4, and the model that is
             restored of ``opset``.
         opset: version of ONNX's operators, 18 to 20; the outputs are the same.
+        output_names: names of what the model returns, in order; ``None`` leaves them to the exporter.
 
     Returns:
         ``path``.
@@ -71,7 +74,7 @@ def export_onnx(
         try:
             program = torch.onnx.export(
                 folded, (example,), dynamo=True, opset_version=opset, input_names=["images"],
-                output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+                output_names=output_names and list(output_names), dynamic_shapes=({0: torch.export.Dim("batch")},),
                 custom_translation_table=_translations(), verbose=False, optimize=False,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
@@ -110,11 +113,11 @@ class Exporter:
     """Exports many models; one whose structure was exported before is written into a copy of that file.
 
     Args:
-        example_input: one input batch.
+        example_input, output_names: as in :func:`export_onnx`.
     """
 
-    def __init__(self, example_input: Tensor):
-        self.example_input = example_input
+    def __init__(self, example_input: Tensor, output_names: Sequence[str] | None = ("logits",)):
+        self.example_input, self.output_names = example_input, output_names
         self._templates: dict[str, Path] = {}
 
     def export(self, folded: nn.Module, path: str | os.PathLike) -> Path:
@@ -122,7 +125,7 @@ class Exporter:
         structure = _structure(folded)
         if structure in self._templates:
             return rewrite_onnx(self._templates[structure], folded, path)
-        self._templates[structure] = export_onnx(folded, path, self.example_input)
+        self._templates[structure] = export_onnx(folded, path, self.example_input, output_names=self.output_names)
         return Path(path)
 
 

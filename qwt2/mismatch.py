@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from qwt2.inputs import Inputs
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -45,8 +47,8 @@ class Mismatch:
         return cls(max(m.steps for m in mismatches), max(m.fraction for m in mismatches))
 
 
-def record_modules(folded: "nn.Module", images: "torch.Tensor") -> dict[str, np.ndarray]:
-    """Inputs and outputs of every integer module of a folded model on some images.
+def record_modules(folded: "nn.Module", inputs: "Inputs") -> dict[str, np.ndarray]:
+    """Inputs and outputs of every integer module of a folded model on some images (of its first call there).
 
     Returns:
         Arrays named "<module>.input" (or ".a" and ".b" for products) and "<module>.result". Linear
@@ -54,6 +56,7 @@ def record_modules(folded: "nn.Module", images: "torch.Tensor") -> dict[str, np.
     """
     import torch
 
+    from qwt2.inputs import call
     from qwt2.integer import IntegerLayer, IntegerLinear, IntegerMatmul
 
     records: dict[str, np.ndarray] = {}
@@ -61,6 +64,8 @@ def record_modules(folded: "nn.Module", images: "torch.Tensor") -> dict[str, np.
     def hook(name: str):
         def record(module, args, output):
             flat = (lambda t: t.flatten(0, -2)) if isinstance(module, IntegerLinear) else (lambda t: t)
+            if f"{name}.result" in records:
+                return
             roles = ("a", "b") if isinstance(module, IntegerMatmul) else ("input",)
             for role, value in zip((*roles, "result"), (*args, output)):
                 # cloned: networks with in-place activations overwrite what a hook saw
@@ -75,7 +80,7 @@ def record_modules(folded: "nn.Module", images: "torch.Tensor") -> dict[str, np.
     ]
     try:
         with torch.no_grad():
-            folded(images)
+            call(folded, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -102,13 +107,14 @@ def engine_mismatch(
     return result
 
 
-def fold_mismatch(qmodel: "nn.Module", folded: "nn.Module", images: "torch.Tensor") -> dict[str, Mismatch]:
+def fold_mismatch(qmodel: "nn.Module", folded: "nn.Module", inputs: "Inputs") -> dict[str, Mismatch]:
     """Compare the folded integer modules with the unfolded fake-quantized ones, layer by layer.
 
     Both get the inputs that the layer has in the unfolded model.
     """
     import torch
 
+    from qwt2.inputs import call
     from qwt2.quantization import quantized_layers
 
     result: dict[str, Mismatch] = {}
@@ -120,14 +126,15 @@ def fold_mismatch(qmodel: "nn.Module", folded: "nn.Module", images: "torch.Tenso
             if layer.output_quantizer is not None:
                 step = float(layer.output_quantizer.scale)
             actual = folded.get_submodule(name)(args[0])
-            result[name] = Mismatch.of(actual.numpy(), expected, step)
+            found = Mismatch.of(actual.numpy(), expected, step)
+            result[name] = Mismatch.worst([found, result.get(name, found)])
 
         return compare
 
     handles = [layer.register_forward_hook(hook(name)) for name, layer in quantized_layers(qmodel).items()]
     try:
         with torch.no_grad():
-            qmodel(images)
+            call(qmodel, inputs)
     finally:
         for handle in handles:
             handle.remove()

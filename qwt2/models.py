@@ -63,13 +63,18 @@ def load_weights(model: "nn.Module", path: str | os.PathLike) -> None:
 
     Raises `Qwt2Error` naming the file and what does not fit.
     """
-    import torch
-
-    state = _read_state(Path(path))
+    state = read_state(Path(path))
     if convert := _published_names_filter(model):
         state = convert(state, model)
+    _check_classes(model, state, model.state_dict(), path)
+    fit_weights(model, state, path)
+
+
+def fit_weights(model: "nn.Module", state: Mapping[str, "torch.Tensor"], path: str | os.PathLike) -> None:
+    """Load a state dict into `model`, in place; `Qwt2Error` naming the file `path` unless every name and shape fits."""
+    import torch
+
     own = model.state_dict()
-    _check_classes(model, state, own, path)
     problems = [f"lacks {name}" for name in own if name not in state]
     problems += [f"has {name}, which the model has not" for name in state if name not in own]
     problems += [
@@ -112,7 +117,8 @@ def _check_pretrained(cfg: Mapping[str, Any]) -> None:
         )
 
 
-def _read_state(path: Path) -> dict[str, "torch.Tensor"]:
+def read_state(path: Path) -> dict[str, "torch.Tensor"]:
+    """The state dict in a weight file (see `load_weights`)."""
     if path.suffix == ".safetensors":
         return load_tensors(path)
     import pickle

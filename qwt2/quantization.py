@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import asdict, dataclass, field
 from typing import Any, Iterable
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qwt2.attention import make_attention_explicit
-from qwt2.blocks import execution_units, find_blocks
+from qwt2.blocks import execution_units, find_blocks, is_inside
 from qwt2.errors import Qwt2Error
+from qwt2.inputs import Inputs, as_inputs, call, first, image_count, joined, shapes, tensors
 from qwt2.modules import (
     QuantizedConv2d,
     QuantizedLayer,
@@ -25,7 +27,13 @@ from qwt2.precision import Precision
 from qwt2.ptq import PTQ_METHODS
 from qwt2.ptq.recipe import PTQMethod, Recipe
 from qwt2.quantizers import LogSqrt2Quantizer, Quantizer, UniformQuantizer
-from qwt2.surgery import expose_operations, fold_batchnorms, merge_parametrizations, replace_module
+from qwt2.surgery import (
+    expose_operations,
+    expose_transposed_convolutions,
+    fold_batchnorms,
+    merge_parametrizations,
+    replace_module,
+)
 from qwt2.tracing import Trace, trace
 
 
@@ -37,10 +45,13 @@ class QuantizationInfo:
         layers: quantized Linear and Conv2d modules in execution order.
         matmuls: quantized products of activations.
         additions: residual additions with quantized operands.
+        edges: the first layer and the last ones, which have bits of their own.
         blocks: the blocks that compensation works on.
+        sections: modules outside the blocks whose layers are executed, and compensated, together.
+        parts: the modules that were to be quantized; ``None``, all.
         float_modules: module name -> why it stays in float.
         exportable: whether integer engines can run the quantizers.
-        input_shape: shape of one calibration image.
+        input_shape: shape of one calibration image, or of each of its inputs by name.
         norm_consumers: LayerNorm -> the Linears that alone read its output.
         repeated: layers that run several times in one pass.
     """
@@ -50,18 +61,22 @@ class QuantizationInfo:
     precision: Precision
     layers: list[str] = field(default_factory=list)
     matmuls: list[str] = field(default_factory=list)
+    edges: list[str] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)
+    parts: list[str] | None = None
     float_modules: dict[str, str] = field(default_factory=dict)
     exportable: bool = True
-    input_shape: tuple[int, ...] = ()
+    input_shape: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
     norm_consumers: dict[str, list[str]] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
     additions: list[str] = field(default_factory=list)
 
     @property
     def units(self) -> list[str]:
-        """Blocks and the layers outside them, in execution order."""
-        return execution_units(self.layers, self.blocks)
+        """Blocks, sections and the layers outside them, in execution order."""
+        sections = [name for name in self.sections if any(layer.startswith(name + ".") for layer in self.layers)]
+        return execution_units(self.layers, [*self.blocks, *sections])
 
     @property
     def modules(self) -> dict[str, str]:
@@ -80,7 +95,9 @@ class QuantizationInfo:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantizationInfo":
-        values = dict(values, precision=Precision(**values["precision"]), input_shape=tuple(values["input_shape"]))
+        shape = values["input_shape"]
+        shape = {n: tuple(s) for n, s in shape.items()} if isinstance(shape, dict) else tuple(shape)
+        values = dict(values, precision=Precision(**values["precision"]), input_shape=shape)
         return cls(**values)
 
 
@@ -92,22 +109,29 @@ def quantize(
     variant: str = "default",
     observer_images: int = 32,
     blocks: Iterable[str] | None = None,
+    sections: Iterable[str] = (),
+    parts: Iterable[str] | None = None,
 ) -> nn.Module:
     """Quantize every Linear, Conv2d and attention product of a model after training.
 
     The model is copied; the copy's layers are replaced by fake-quantized ones whose parameters are
     chosen in one forward pass over the first calibration images, in execution order and with
-    everything upstream already quantized (as RepQ-ViT and QwT do).
+    everything upstream already quantized (as RepQ-ViT and QwT do). A layer that runs several times (a detector's head
+    on a pyramid's levels) has one input quantizer, chosen from all its inputs.
 
     Args:
-        model: float32 model; called with one image batch.
-        calibration: batches, each a tensor (N, ...) or a tuple that starts with one.
+        model: float32 model; called with one batch.
+        calibration: batches, each a tensor (N, ...), a tuple that starts with one, or a dictionary of tensors that the
+            model takes as keyword arguments, the first axis of each counting images.
         method: a registered PTQ method ("repq", "percentile", "mse", "minmax").
         precision: bit widths.
         variant: "default" runs on integer engines; "tensorrt" has the symmetric activations that TensorRT
             wants; "published" follows the papers' code, where a method has that variant.
         observer_images: how many calibration images choose the ranges (32 in the papers).
         blocks: names of the blocks that compensation will work on; found by their names if not given.
+        sections: names of modules outside the blocks that compensation runs as a whole: those whose layers run several
+            times or read what was computed long before (a detector's neck and heads).
+        parts: names of the modules to quantize; everything outside them stays in float. ``None``: all.
 
     Returns:
         A new model in evaluation mode, with an attribute ``quantization`` (:class:`QuantizationInfo`).
@@ -116,13 +140,13 @@ def quantize(
         Qwt2Error: unknown method or variant, an empty calibration set, values that are not finite
             (the module is named), or a model without quantizable layers.
     """
-    images = first_images(calibration, observer_images)
-    check_images(model, images)
+    inputs = first_inputs(calibration, observer_images)
+    check_images(model, inputs)
     ptq: PTQMethod = PTQ_METHODS.get(method)
-    qmodel = prepare(model, images[:1], method, precision, variant, blocks)
+    qmodel = prepare(model, first(inputs, 1), method, precision, variant, blocks, sections, parts)
     with torch.no_grad():
-        _calibrate_repeated(qmodel, images)
-        qmodel(images)
+        _calibrate_repeated(qmodel, inputs)
+        call(qmodel, inputs)
     for name, module in qmodel.named_modules():
         if isinstance(module, Quantizer) and not module.calibrated:
             raise Qwt2Error(f"{name} saw no data in calibration; every quantized layer must run on each image")
@@ -130,19 +154,19 @@ def quantize(
     return qmodel
 
 
-def _calibrate_repeated(qmodel: nn.Module, images: Tensor) -> None:
+def _calibrate_repeated(qmodel: nn.Module, inputs: Inputs) -> None:
     """Calibrate what runs several times in one pass on the full-precision values of all its runs."""
     runs: dict[str, list] = {name: [] for name, m in qmodel.named_modules() if isinstance(m, QuantizedModule)}
     with full_precision(qmodel):
-        _record_runs(qmodel, runs, images[:1], values=False)
+        _record_runs(qmodel, runs, first(inputs, 1), values=False)
         runs = {name: [] for name, calls in runs.items() if len(calls) > 1}
         if runs:
-            _record_runs(qmodel, runs, images, values=True)
+            _record_runs(qmodel, runs, inputs, values=True)
     for name, calls in runs.items():
         qmodel.get_submodule(name).calibrate(*zip(*calls))
 
 
-def _record_runs(qmodel: nn.Module, runs: dict[str, list], images: Tensor, values: bool) -> None:
+def _record_runs(qmodel: nn.Module, runs: dict[str, list], inputs: Inputs, values: bool) -> None:
     """Add an entry for every run of the named modules: its arguments and output, or nothing but the entry."""
 
     def recorder(name: str):
@@ -150,15 +174,15 @@ def _record_runs(qmodel: nn.Module, runs: dict[str, list], images: Tensor, value
 
     handles = [qmodel.get_submodule(name).register_forward_hook(recorder(name)) for name in runs]
     try:
-        qmodel(images)
+        call(qmodel, inputs)
     finally:
         for handle in handles:
             handle.remove()
 
 
 def prepare(
-    model: nn.Module, example: Tensor, method: str, precision: Precision, variant: str,
-    blocks: Iterable[str] | None = None,
+    model: nn.Module, example: Inputs, method: str, precision: Precision, variant: str,
+    blocks: Iterable[str] | None = None, sections: Iterable[str] = (), parts: Iterable[str] | None = None,
 ) -> nn.Module:  # fmt: skip
     """The first half of :func:`quantize`: the model with uncalibrated quantizers in place.
 
@@ -170,16 +194,21 @@ def prepare(
     recipe = ptq.recipe(variant)
     qmodel = copy.deepcopy(model).eval().requires_grad_(False)
     merge_parametrizations(qmodel)
-    left = make_attention_explicit(qmodel, example)
+    left = make_attention_explicit(qmodel, example) | expose_transposed_convolutions(qmodel)
     wiring = trace(qmodel, example)
     if recipe.fold_batchnorm:
         fold_batchnorms(qmodel, wiring)
         wiring = trace(qmodel, example)
+    sections, parts = list(sections), None if parts is None else list(parts)
+    found = _blocks_outside(qmodel, wiring, sections) if blocks is None else list(blocks)
+    edges = first_and_last(qmodel, wiring, found, bool(sections))
+    left |= _leave_out(wiring, parts)
+    found = [block for block in found if parts is None or any(is_inside(block, part) for part in parts)]
     exposed = expose_operations(qmodel, wiring, residual=recipe.output_bits is not None)
-    found = find_blocks(qmodel, wiring.layers) if blocks is None else list(blocks)
     info = QuantizationInfo(
         method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=exposed.matmuls,
-        additions=exposed.additions, blocks=found, exportable=recipe.exportable, input_shape=tuple(example.shape[1:]),
+        additions=exposed.additions, edges=[name for name in wiring.layers if name in edges], blocks=found,
+        sections=sections, parts=parts, exportable=recipe.exportable, input_shape=shapes(example),
         norm_consumers=wiring.norm_consumers, repeated=[name for name in wiring.layers if wiring.calls[name] > 1],
         float_modules={n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()}
         | exposed.skipped | left,
@@ -206,12 +235,20 @@ def check_weights(model: nn.Module) -> None:
             raise Qwt2Error(f"{name} holds NaN or infinity; load a sound checkpoint")
 
 
-def check_images(model: nn.Module, images: Tensor) -> None:
+def check_images(model: nn.Module, inputs: Inputs) -> None:
     """Refuse images that the model cannot take.
 
     Raises:
-        Qwt2Error: they are not float32, or not on the device of the model's parameters (one is named).
+        Qwt2Error: they are not float32, not on the device of the model's parameters (one is named), or given by a name
+            that its forward method does not have.
     """
+    parameters = inspect.signature(model.forward).parameters
+    if isinstance(inputs, dict) and (unknown := inputs.keys() - parameters.keys()):
+        raise Qwt2Error(
+            f"a calibration batch is a dict; give tensors (N, ...), or names that {type(model).__name__}.forward takes, "
+            f"which {sorted(unknown)[0]!r} is not"
+        )
+    images = next(iter(tensors(inputs).values()))
     if images.dtype != torch.float32:
         raise Qwt2Error(f"the calibration images are {images.dtype}; convert them to float32 and normalize them")
     for name, parameter in model.named_parameters():
@@ -221,41 +258,55 @@ def check_images(model: nn.Module, images: Tensor) -> None:
             )
 
 
-def batch_images(batch: Any) -> Tensor:
-    """The image tensor of a batch: the batch itself, or the first element of a tuple or list."""
-    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(images, Tensor) or images.dim() == 0:
-        raise Qwt2Error(f"a calibration batch is a {type(batch).__name__}; give tensors (N, ...) or tuples starting with one")
-    if images.shape[0] == 0:
-        raise Qwt2Error("a calibration batch is empty; give batches with at least one image")
-    return images
-
-
-def first_images(calibration: Iterable[Any], count: int) -> Tensor:
-    """The first ``count`` images of the calibration set in one tensor (fewer if it is smaller)."""
-    collected: list[Tensor] = []
+def first_inputs(calibration: Iterable[Any], count: int) -> Inputs:
+    """The inputs of the first ``count`` images of the calibration set in one batch (fewer if it is smaller)."""
+    collected: list[Inputs] = []
     for batch in calibration:
-        collected.append(batch_images(batch))
-        if sum(len(images) for images in collected) >= count:
+        collected.append(as_inputs(batch))
+        if sum(map(image_count, collected)) >= count:
             break
     if not collected:
         raise Qwt2Error("the calibration set is empty; give at least one batch of images")
-    try:
-        return torch.cat(collected)[:count]
-    except RuntimeError:
-        shapes = sorted({tuple(images.shape[1:]) for images in collected})
-        raise Qwt2Error(f"calibration batches differ in image shape {shapes}; resize them to one") from None
+    return first(joined(collected), count)
 
 
-def _insert_layers(qmodel: nn.Module, wiring: Trace, ptq: PTQMethod, recipe: Recipe, info: QuantizationInfo) -> None:
-    edges = first_and_last(qmodel, info)
+def _leave_out(wiring: Trace, parts: list[str] | None) -> dict[str, str]:
+    """Take what lies outside ``parts`` off the wiring; returns name -> reason.
+
+    Raises:
+        Qwt2Error: a part that holds no layer.
+    """
+    if parts is None:
+        return {}
+    for part in parts:
+        if not any(is_inside(layer, part) for layer in wiring.layers):
+            raise Qwt2Error(f"{part!r} holds no layer that runs, so nothing in it can be quantized; name other parts")
+
+    def kept(name: str) -> bool:
+        return any(is_inside(name, part) for part in parts)
+
+    left = [name for name in [*wiring.layers, *wiring.sites] if not kept(name)]
+    wiring.layers = [name for name in wiring.layers if kept(name)]
+    wiring.sites = {name: site for name, site in wiring.sites.items() if kept(name)}
+    wiring.norm_consumers = {n: readers for n, readers in wiring.norm_consumers.items() if all(map(kept, readers))}
+    wiring.escaping |= {n for n, readers in wiring.layer_readers.items() if not all(map(kept, readers))}
+    return dict.fromkeys(left, "is not among the parts to quantize")
+
+
+def _blocks_outside(qmodel: nn.Module, wiring: Trace, sections: list[str]) -> list[str]:
+    return find_blocks(qmodel, [n for n in wiring.layers if not any(is_inside(n, section) for section in sections)])
+
+
+def _insert_layers(
+    qmodel: nn.Module, wiring: Trace, ptq: PTQMethod, recipe: Recipe, info: QuantizationInfo
+) -> None:
     for name in info.layers:
         layer = qmodel.get_submodule(name)
         is_conv = isinstance(layer, nn.Conv2d)
         weight_bits, input_bits = info.precision.weight_bits, info.precision.activation_bits
         if is_conv and recipe.conv_input_bits:
             input_bits = recipe.conv_input_bits
-        if name in edges and info.precision.first_last_bits:
+        if name in info.edges and info.precision.first_last_bits:
             weight_bits = input_bits = info.precision.first_last_bits
         axis = ptq.input_axis(name, wiring.norm_consumers)
         input_quantizer = _activation_quantizer(recipe, input_bits, axis)
@@ -298,17 +349,16 @@ def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantiz
             setattr(addition, role, _activation_quantizer(recipe, recipe.output_bits, None))
 
 
-def first_and_last(qmodel: nn.Module, info: QuantizationInfo) -> set[str]:
-    """The first layer and the last, with its siblings: other heads as wide after the last block."""
-    layers = info.layers
-    outside = [u for u in info.units if u not in info.blocks]
-    last = qmodel.get_submodule(layers[-1])
-    after = info.units[info.units.index(info.blocks[-1]) + 1 :] if info.blocks else []
-    siblings = {
-        n for n in outside
-        if n in after and qmodel.get_submodule(n).weight.shape[0] == last.weight.shape[0]
-    }  # fmt: skip
-    return {layers[0], layers[-1]} | siblings
+def first_and_last(qmodel: nn.Module, wiring: Trace, blocks: list[str], many_outputs: bool) -> set[str]:
+    """The first layer and the last, with its siblings: other heads as wide after the last block.
+
+    With ``many_outputs``, every layer whose output is one of the network's is a last layer.
+    """
+    layers = wiring.layers
+    after = max((i for i, name in enumerate(layers) if any(is_inside(name, block) for block in blocks)), default=len(layers))
+    width = qmodel.get_submodule(layers[-1]).weight.shape[0]
+    siblings = {name for name in layers[after + 1 :] if qmodel.get_submodule(name).weight.shape[0] == width}
+    return {layers[0], layers[-1]} | siblings | (wiring.outputs if many_outputs else set())
 
 
 def _name_quantizers(qmodel: nn.Module) -> None:
@@ -353,6 +403,7 @@ def wrap_block(qmodel: nn.Module, name: str, wrapper: nn.Module) -> None:
     info.layers = [moved(n) for n in info.layers]
     info.matmuls = [moved(n) for n in info.matmuls]
     info.additions = [moved(n) for n in info.additions]
+    info.edges = [moved(n) for n in info.edges]
     info.float_modules = {moved(n): reason for n, reason in info.float_modules.items()}
     info.repeated = [moved(n) for n in info.repeated]
     info.norm_consumers = {moved(k): [moved(n) for n in v] for k, v in info.norm_consumers.items()}

@@ -33,15 +33,21 @@ LAYER_COLUMNS = (
 )
 MISMATCH_SUFFIXES = ("_steps", "_fraction")
 
+# The figure that stands for a task where there is room for one.
+HEADLINE = {"classification": "top1", "detection": "bbox_ap"}
+
 # Every metric and its only unit, in reading order.
 UNITS = {
     "top1": "percent",
     "top5": "percent",
     "bbox_ap": "percent",
+    "bbox_ap50": "percent",
     "segm_ap": "percent",
     "agreement": "percent",
     "logits_sqnr_db": "dB",
     "engine_top1_delta": "points",
+    "engine_bbox_ap_delta": "points",
+    "engine_segm_ap_delta": "points",
     "engine_mismatch_steps": "steps",
     "engine_mismatch_fraction": "ratio",
     "latency_ms": "ms",
@@ -135,6 +141,10 @@ class Results:
     def get(self, model: str, precision: str, method: str, engine: str, metric: str) -> Row | None:
         """The figure, or None where it was not measured."""
         return self._by_key.get((model, precision, method, engine, metric))
+
+    def of_task(self, task: str) -> "Results":
+        """The rows of one task alone."""
+        return Results(row for row in self.rows if row.task == task)
 
     def fp32_top1(self, model: str) -> Row | None:
         return self.get(model, "fp32", "fp32", "torch", "top1")

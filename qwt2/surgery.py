@@ -65,6 +65,44 @@ def fold_batchnorms(model: nn.Module, trace: Trace) -> None:
         replace_module(model, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
 
 
+class ShuffledConv2d(nn.Sequential):
+    """A transposed convolution whose kernel is as large as its stride: a 1x1 convolution, and its channels spread out.
+
+    Every output pixel has one input pixel, so that the layer is one plain product, which integer kernels exist for.
+    """
+
+    def __init__(self, layer: nn.ConvTranspose2d):
+        size = layer.stride[0]
+        conv = nn.Conv2d(layer.in_channels, layer.out_channels * size**2, 1, bias=layer.bias is not None)
+        # (C_in, C_out, k, k) -> (C_out, k, k, C_in), the order in which PixelShuffle takes its channels.
+        weight = layer.weight.detach().permute(1, 2, 3, 0).reshape(-1, layer.in_channels, 1, 1)
+        conv.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        if layer.bias is not None:
+            conv.bias = nn.Parameter(layer.bias.detach().repeat_interleave(size**2), requires_grad=False)
+        super().__init__(conv, nn.PixelShuffle(size))
+
+
+def expose_transposed_convolutions(model: nn.Module) -> dict[str, str]:
+    """Replace every ``nn.ConvTranspose2d`` that can be by a :class:`ShuffledConv2d`, in place.
+
+    Returns:
+        Module name -> why it was left as it is.
+    """
+    left = {}
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ConvTranspose2d)]:
+        if reason := _overlap(layer):
+            left[name] = reason
+        else:
+            replace_module(model, name, ShuffledConv2d(layer).train(layer.training))
+    return left
+
+
+def _overlap(layer: nn.ConvTranspose2d) -> str:
+    square = len({*layer.kernel_size, *layer.stride}) == 1
+    plain = layer.groups == 1 and not any(layer.padding) and not any(layer.output_padding) and set(layer.dilation) == {1}
+    return "" if square and plain else "a transposed convolution whose kernel differs from its stride, padded or grouped, stays in float"
+
+
 class PendingOperand(Quantizer):
     """Stands for the quantizer of an operand until a PTQ method chooses one."""
 

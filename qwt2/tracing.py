@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 from qwt2.errors import Qwt2Error
+from qwt2.inputs import Inputs, call, shapes
 
 LAYER_TYPES = (nn.Linear, nn.Conv2d)
 NORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
@@ -77,7 +79,9 @@ class Trace:
         norm_consumers: LayerNorm name -> names of the Linears that read its output, only for norms
             whose output nothing else reads and reaches them with its last axis intact.
         batchnorm_of: Conv2d or Linear name -> the BatchNorm that alone reads its output.
-        escaping: convolutions whose output is read by something that is not a quantized layer.
+        escaping: convolutions whose output is read by something that is not a layer.
+        layer_readers: of the other convolutions, the layers that read their output.
+        outputs: layers whose output is an output of the network.
         unsupported: module name -> functions that compute on activations and stay in float.
     """
 
@@ -87,10 +91,12 @@ class Trace:
     norm_consumers: dict[str, list[str]] = field(default_factory=dict)
     batchnorm_of: dict[str, str] = field(default_factory=dict)
     escaping: set[str] = field(default_factory=set)
+    layer_readers: dict[str, list[str]] = field(default_factory=dict)
+    outputs: set[str] = field(default_factory=set)
     unsupported: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
 
-def trace(model: nn.Module, example: Tensor) -> Trace:
+def trace(model: nn.Module, example: Inputs) -> Trace:
     """Run ``model`` once on ``example`` in evaluation mode and record its wiring.
 
     Args:
@@ -98,7 +104,8 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         example: one input batch, on the model's device.
 
     Raises:
-        Qwt2Error: the model calls no Linear or Conv2d, returns something else than one tensor, or cannot run on the
+        Qwt2Error: the model calls no Linear or Conv2d, returns something else than one tensor
+            for one tensor, or cannot run on the
             example (the module that fails is named).
     """
     if isinstance(model, LAYER_TYPES):
@@ -106,14 +113,15 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     recorder = _Recorder(model)
     with evaluation_mode(model), torch.no_grad(), recorder.hooks(), recorder:
         try:
-            output = model(example)
+            output = call(model, example)
+            recorder.note_outputs(output)
         except RuntimeError as error:
             name = recorder.stack[-1][0] if recorder.stack else ""
             raise Qwt2Error(
-                f"{name or type(model).__name__} cannot run on images of shape {tuple(example.shape)} "
+                f"{name or type(model).__name__} cannot run on images of shape {_shape_text(example)} "
                 f"({str(error).splitlines()[0]}); give images as the model takes them"
             ) from error
-    if not isinstance(output, Tensor):
+    if isinstance(example, Tensor) and not isinstance(output, Tensor):
         raise Qwt2Error(
             f"{type(model).__name__} returns a {type(output).__name__}; quantize a module whose forward returns one tensor"
         )
@@ -179,14 +187,30 @@ class _Recorder(TorchFunctionMode):
 
     def _leave(self, name: str):
         def hook(module, args, output):
-            self.stack.pop()
-            self.calls.pop()
             if isinstance(module, LAYER_TYPES):
                 self._note_layer(name, module, args[0], output)
+            self.stack.pop()
+            self.calls.pop()
             if isinstance(module, (nn.LayerNorm, *LAYER_TYPES)) and isinstance(output, Tensor):
                 self.tags[id(output)] = (output, name)
+            elif not isinstance(module, NORM_TYPES) and not any(True for _ in module.children()):
+                self._note_opaque(module, args, output)
 
         return hook
+
+    def _note_opaque(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """A module that computes out of sight (RoIAlign, a compiled function) reads what it does not pass on."""
+        passed_on = {self._tag_of(value) for value in (output if isinstance(output, (tuple, list)) else [output])}
+        self._read([x for x in args if self._tag_of(x) not in passed_on], ("function", type(module).__name__))
+
+    def note_outputs(self, outputs: Any) -> None:
+        """What the network returns is read by whoever called it."""
+        leaves = tree_flatten(outputs)[0]
+        self._read(leaves, ("function", "the network's output"))
+        self.trace.outputs = {
+            source for leaf in leaves
+            if (source := self._tag_of(leaf)) and isinstance(self.model.get_submodule(source), LAYER_TYPES)
+        }  # fmt: skip
 
     def _note_layer(self, name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         if not self.trace.calls[name] and not _has_plain_arithmetic(layer, x, output):
@@ -281,10 +305,11 @@ class _Recorder(TorchFunctionMode):
                     self.trace.norm_consumers[source] = sorted(modules, key=self.trace.layers.index)
             elif only_modules and len(modules) == 1 and isinstance(self._get(modules[0]), NORM_TYPES):
                 self.trace.batchnorm_of[source] = modules[0]
-            elif isinstance(layer, nn.Conv2d) and not (
-                only_modules and all(isinstance(self._get(n), LAYER_TYPES) for n in modules)
-            ):
-                self.trace.escaping.add(source)
+            elif isinstance(layer, nn.Conv2d):
+                if only_modules and all(isinstance(self._get(n), LAYER_TYPES) for n in modules):
+                    self.trace.layer_readers[source] = modules
+                else:
+                    self.trace.escaping.add(source)
         # A BatchNorm that reads something else as well must stay.
         folded = defaultdict(set)
         for layer, norm in self.trace.batchnorm_of.items():
@@ -311,6 +336,10 @@ def _has_plain_arithmetic(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
             x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
         )
     return expected.shape == output.shape and torch.allclose(expected, output, rtol=1e-4, atol=1e-5)
+
+
+def _shape_text(example: Inputs) -> str:
+    return str(tuple(example.shape)) if isinstance(example, Tensor) else str(shapes(example))
 
 
 def _is_getter(func) -> bool:

@@ -64,8 +64,8 @@ MODEL_REPORT = {
 
 CONFIG = {
     "grid": {"model": list(MODELS), "precision": list(PRECISIONS)},
-    "data": {"name": "digits", "val_images": 2000},
-    "calibration": {"images": 256},
+    "datasets": {"digits": {"name": "digits", "val_images": 2000}},
+    "models": {model: {"task": "classification", "dataset": "digits", "calibration_images": 256} for model in MODELS},
     "evaluate": {"latency": {"batch_size": 1, "repeats": 200, "threads": 1}},
 }
 

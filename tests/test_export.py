@@ -307,7 +307,7 @@ def test_exporter_exports_a_structure_once(tmp_path, monkeypatch):
     from qwt2 import export
 
     exports = []
-    monkeypatch.setattr(export, "export_onnx", lambda *args: (exports.append(1), export_onnx(*args))[1])
+    monkeypatch.setattr(export, "export_onnx", lambda *args, **names: (exports.append(1), export_onnx(*args, **names))[1])
     exporter = Exporter(tiny.images(2))
     models = small(), small(seed=1), small(4), small(4, seed=1)
     paths = [exporter.export(model, tmp_path / f"{i}.onnx") for i, model in enumerate(models)]

@@ -13,7 +13,8 @@ from qwt2.io import save_tensors
 from qwt2.models import build_model, load_weights
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
-CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+ALL = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+CONFIGS = {name: cfg for name, cfg in ALL.items() if "timm" in cfg}
 MICRO = [name for name in CONFIGS if name.endswith("_micro")]
 TINY = {
     "name": "tiny",

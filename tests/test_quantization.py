@@ -12,7 +12,7 @@ import qwt2
 from qwt2.errors import Qwt2Error
 from qwt2.modules import QuantizedMatmul, full_precision
 from qwt2.ptq import PTQ_METHODS
-from qwt2.quantization import first_and_last, quantized_layers
+from qwt2.quantization import quantized_layers
 
 ALL_BITS = [(w, a) for w in range(2, 9) for a in range(3, 9)]
 
@@ -45,7 +45,7 @@ def test_every_layer_and_product_is_quantized(name, method):
 def test_any_mix_of_bits(name, weight_bits, activation_bits):
     qmodel = quantized(name, weight_bits, activation_bits)
     assert torch.isfinite(logits(qmodel)).all()
-    edges = first_and_last(qmodel, qmodel.quantization)
+    edges = qmodel.quantization.edges
     for layer_name, layer in quantized_layers(qmodel).items():
         bits = (8, 8) if layer_name in edges else (weight_bits, activation_bits)
         assert (layer.weight_quantizer.grid.bits, layer.input_quantizer.grid.bits) == bits

@@ -22,7 +22,7 @@ from qwt2.report import Conditions, findings, render, render_model
 from qwt2.results import COLUMNS, Results, read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
-CONDITIONS = Conditions("digits", None, 256, {"batch_size": 1, "repeats": 9, "threads": 2}, [synthetic.MACHINE])
+CONDITIONS = Conditions({"digits": None}, [256], {"batch_size": 1, "repeats": 9, "threads": 2}, [synthetic.MACHINE])
 
 
 @pytest.fixture(scope="module")
@@ -184,16 +184,20 @@ def test_missing_cell_is_named(out):
     assert not (out.parent / "results").exists()
 
 
+def facts(dataset: str) -> dict[str, dict[str, str]]:
+    return {"vit_micro": {"task": "classification", "dataset": dataset}}
+
+
 def test_figures_of_another_cell_are_refused(out):
     rows = out / "evaluate" / "vit_micro-w3a3" / "rows.csv"
     write_rows(rows, synthetic.cell_rows("vit_micro", "w8a8"))
     with pytest.raises(Qwt2Error, match=r"w3a3/rows.csv has a row of vit_micro, w8a8, digits, but belongs to .*w3a3"):
-        collect(out, ["vit_micro"], [("vit_micro", "w3a3")], "digits")
+        collect(out, facts("digits"), [("vit_micro", "w3a3")])
 
 
 def test_figures_of_another_dataset_are_refused(out):
     with pytest.raises(Qwt2Error, match="belongs to vit_micro, w3a3, imagefolder"):
-        collect(out, ["vit_micro"], [("vit_micro", "w3a3")], "imagefolder")
+        collect(out, facts("imagefolder"), [("vit_micro", "w3a3")])
 
 
 def test_layers_of_another_cell_are_refused(out):

@@ -12,6 +12,7 @@ from qwt2.errors import Qwt2Error
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ["resnet_micro", "vit_micro"]
+REPORTS = {"report", "report@classification"}
 
 
 @pytest.fixture
@@ -45,16 +46,16 @@ def cells(*stages: str, models=MODELS, precisions=("w8a8", "w4a4")) -> set[str]:
 def test_every_stage_and_cell_has_a_file(conf):
     names = {path.stem for path in resolve()}
     baselines = {f"baseline@{model}" for model in MODELS}
-    assert names == cells("ptq", "compensate", "fold", "evaluate") | baselines | {"data", "report"}
+    assert names == cells("ptq", "compensate", "fold", "evaluate") | baselines | REPORTS | {"data"}
 
 
 @pytest.mark.parametrize(
     "file, old, new, readers",
     [
         ("config.yaml", "threads: 1 ", "threads: 2 ", None),
-        ("config.yaml", "repeats: 200", "repeats: 20", cells("evaluate") | {"report"}),
-        ("config.yaml", "mismatch_images: 8", "mismatch_images: 4", cells("evaluate", "fold") | {"report"}),
-        ("config.yaml", "observer_images: 32", "observer_images: 16", cells("ptq", "compensate") | {"report"}),
+        ("config.yaml", "repeats: 200", "repeats: 20", cells("evaluate") | REPORTS),
+        ("config.yaml", "mismatch_images: 8", "mismatch_images: 4", cells("evaluate", "fold") | REPORTS),
+        ("config.yaml", "observer_images: 32", "observer_images: 16", cells("ptq", "compensate")),
         ("model/vit_micro.yaml", "steps: 1500", "steps: 10", {"baseline@vit_micro"}),
         ("compensation/cwac.yaml", "order: sequential", "order: one_pass", cells("compensate")),
         ("precision/w4a4.yaml", "weight_bits: 4", "weight_bits: 5", cells("ptq", precisions=["w4a4"])),
@@ -68,7 +69,7 @@ def test_a_change_reaches_exactly_the_stages_that_read_it(conf, file, old, new, 
     after = resolve()
     assert before.keys() == after.keys()
     if readers is None:  # all that compute
-        readers = {path.stem for path in before} - {"data", "report"}
+        readers = {path.stem for path in before} - REPORTS - {"data"}
     assert changed(before, after) == readers
 
 
@@ -83,15 +84,37 @@ def test_a_new_precision_or_model_leaves_the_other_cells_alone(conf):
     before = resolve()
     write_grid([*MODELS, "swin_micro"], ["w8a8", "w4a4", "w3a3"])
     after = resolve()
-    assert before.keys() < after.keys() and changed(before, after) == {"report"}
+    assert before.keys() < after.keys() and changed(before, after) == REPORTS
+
+
+def test_detectors_are_resolved_beside_classifiers_and_apart(conf):
+    write_grid(["vit_micro", "mask_rcnn_swin_micro"], ["w4a4"])
+    files = {path.stem: yaml.safe_load(text) for path, text in resolve().items()}
+    tasks = {name: files[f"report@{name}"]["grid"]["model"] for name in ("classification", "detection")}
+    assert tasks == {"classification": ["vit_micro"], "detection": ["mask_rcnn_swin_micro"]}
+    assert files["report"]["grid"]["model"] == ["vit_micro", "mask_rcnn_swin_micro"]
+    assert set(files["data"]["datasets"]) == {"digits", "digits_coco"}
+    assert files["ptq@mask_rcnn_swin_micro-w4a4"]["model"]["parts"] == ["backbone", "neck", "heads"]
+    assert "train" not in files["ptq@mask_rcnn_swin_micro-w4a4"]["model"]  # where weights come from is baseline's
+    assert stage.cells_of("classification") == ["vit_micro-w4a4"]
+    write_grid(["vit_micro"], ["w4a4"])
+    with pytest.raises(Qwt2Error, match="no model of task 'detection'"):
+        stage.cells_of("detection")
+
+
+def test_a_task_takes_its_own_datasets_alone():
+    with pytest.raises(Qwt2Error, match="data.name is 'digits_coco'; for classification, choose one of digits, imagefolder"):
+        stage.compose_cell(["data=digits_coco"])
+    with pytest.raises(Qwt2Error, match="'data.path' is not set"):
+        stage.compose_cell(["model=mask_rcnn_swin_tiny"])
 
 
 def test_stage_writes_its_files_and_removes_those_of_former_cells(conf):
-    stage.main()
+    stage.main([])
     write_grid(["vit_micro"], ["w4a4"])
-    stage.main()
+    stage.main([])
     assert {path.stem for path in Path("out/resolved").iterdir()} == {
-        *("data", "report", "baseline@vit_micro"),
+        *("data", "report", "report@classification", "baseline@vit_micro"),
         *cells("ptq", "compensate", "fold", "evaluate", models=["vit_micro"], precisions=["w4a4"]),
     }
 
@@ -107,8 +130,9 @@ def test_resolving_imports_no_torch():
 @pytest.mark.parametrize("group", ["model", "precision", "ptq"])
 def test_every_option_of_every_group_composes(group):
     for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
-        cfg = stage.compose_cell([f"{group}={path.stem}"])
-        assert cfg[group].get("name", cfg[group].get("method")) == path.stem
+        needs_path = "data: coco" in path.read_text()
+        cfg = stage.compose_cell([f"{group}={path.stem}", *["data.path=some/folder"] * needs_path])
+        assert cfg[group].get("name", cfg[group].get("method")) == path.stem.removesuffix("_integer")
 
 
 def test_compensations_are_added_under_a_name_of_their_own():
@@ -129,8 +153,8 @@ def test_full_size_models_compose_with_a_folder_of_images():
     [
         (["precision=w4a9"], "options of group 'precision' are: .*w4a4.*w8a8"),
         (["model=vit_huge"], "options of group 'model' are: .*vit_base"),
-        (["data=imagenet"], "options of group 'data' are: digits, imagefolder"),
-        (["ptq=gptq"], "options of group 'ptq' are: minmax, mse, percentile, repq"),
+        (["data=imagenet"], "options of group 'data' are: coco, digits, digits_coco, imagefolder"),
+        (["ptq=gptq"], "options of group 'ptq' are: minmax, mse, percentile, percentile_integer, repq, repq_integer"),
         (["compensation@compensation.qwt=qwt3"], "options of group 'compensation' are: cwac, none, qwt"),
         (["data=imagefolder"], "'data.path' is not set"),
         (["+calibration.image=3"], "no key 'calibration.image'; the keys there are: images, batch_size, observer_images"),
@@ -142,7 +166,7 @@ def test_full_size_models_compose_with_a_folder_of_images():
         (["model.pretrained=true"], "has model.pretrained and model.train"),
         (["model.train=null"], "but has none"),
         (["data.val_images=null"], "'data.val_images' cannot be used"),
-        (["data.name=cifar"], "data.name is 'cifar'; choose one of digits, imagefolder"),
+        (["data.name=cifar"], "data.name is 'cifar'; for classification, choose one of digits, imagefolder"),
         (["precision.weight_bits=9"], "weight_bits is 9; use a whole number from 2 to 8"),
         (["precision.activation_bits=2"], "activation_bits is 2; use a whole number from 3 to 8"),
         (["evaluate.engines=[tensorflow]"], "'tensorflow'; use one of: inductor, onnxruntime, openvino"),

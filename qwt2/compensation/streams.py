@@ -5,12 +5,14 @@ found by running the model with unit k replaced by its stored outputs, every ear
 by NaN, and a stop at unit k + 1: this runs only the cheap code between the two, whatever it is. If
 NaN shows up in the captured inputs, an earlier unit's output is used beyond its successor (feature
 pyramids, dense connections); the prefix is then run in full, once per batch. So it is throughout
-where a layer runs several times in one pass, as one stored output cannot stand for all of them.
+where a layer runs several times in one pass, as one stored output cannot stand for all of them,
+unless all its runs are inside one section, which is a unit then.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -19,23 +21,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from qwt2.blocks import is_inside
 from qwt2.errors import Qwt2Error
+from qwt2.hooks import Stop, replaced_forward
+from qwt2.inputs import Inputs, as_inputs, call, shapes, tensors
 from qwt2.modules import full_precision
-from qwt2.quantization import batch_images, check_images, quantization_info
-
-
-class _Stop(Exception):
-    """Ends a forward pass once what was wanted has been captured."""
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let ``module`` run ``forward`` instead of its own method inside the ``with`` block."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
+from qwt2.quantization import QuantizationInfo, check_images, quantization_info
 
 
 class ActivationStore:
@@ -80,21 +71,21 @@ class UnitStream:
 
     Args:
         model: the quantized model.
-        batches: image tensors.
+        batches: the network's inputs.
         reference: True follows the full-precision network, False the quantized one.
         offload_dir: folder for the stored inputs, or ``None``.
 
     Attributes:
-        repeated: layers that run several times in one pass.
+        repeated: layers outside sections that run several times in one pass.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Tensor], reference: bool, offload_dir: str | None):
+    def __init__(self, model: nn.Module, batches: list[Inputs], reference: bool, offload_dir: str | None):
         self.model, self.batches, self.reference = model, batches, reference
         self.units = quantization_info(model).units
         self.position = 0
         self.inputs = ActivationStore(offload_dir, "reference" if reference else "quantized")
-        self.output_shapes: dict[tuple[str, int], torch.Size] = {}
-        self.repeated = set(quantization_info(model).repeated)
+        self.output_shapes: dict[tuple[str, int], Any] = {}
+        self.repeated = repeated_outside_sections(quantization_info(model))
         self.needs_prefix: set[int] = set(range(len(self.units))) if self.repeated else set()
         for index in range(len(batches)):
             self.inputs[index] = self._run_to(index, 0, {})
@@ -108,8 +99,8 @@ class UnitStream:
     def unit(self) -> nn.Module:
         return self.model.get_submodule(self.units[self.position])
 
-    def run(self, index: int) -> Tensor:
-        """The current unit's output for one batch."""
+    def run(self, index: int) -> Any:
+        """The current unit's output for one batch: a tensor, or a tree of them."""
         args, kwargs = self.inputs[index]
         with self.mode():
             return self.unit(*args, **kwargs)
@@ -117,18 +108,19 @@ class UnitStream:
     def layer_inputs(self, index: int, names: list[str]) -> dict[str, list[Tensor]]:
         """Inputs of layers inside the current unit for one batch, one for each run; runs no further than it must."""
         captured: dict[str, list[Tensor]] = {name: [] for name in names}
-        several = not self.repeated.isdisjoint(names)
+        elsewhere = not self.repeated.isdisjoint(names)
+        last = None if elsewhere or names[-1] in quantization_info(self.model).repeated else names[-1]
         with ExitStack() as stack:
             stack.enter_context(self.mode())
             for name in names:
-                stack.enter_context(self._capturing(name, captured[name], stop=name == names[-1] and not several))
+                stack.enter_context(self._capturing(name, captured[name], stop=name == last))
             try:
-                if several:
-                    self.model(self.batches[index])
+                if elsewhere:
+                    call(self.model, self.batches[index])
                 else:
                     args, kwargs = self.inputs[index]
                     self.unit(*args, **kwargs)
-            except _Stop:
+            except Stop:
                 pass
         return captured
 
@@ -139,7 +131,7 @@ class UnitStream:
         def forward(x: Tensor) -> Tensor:
             captured.append(x.clone())  # later in-place operations must not reach it
             if stop:
-                raise _Stop
+                raise Stop
             return own(x)
 
         return replaced_forward(module, forward)
@@ -152,19 +144,19 @@ class UnitStream:
         """
         for index in range(len(self.batches)):
             output = (output_of or self.run)(index)
-            if not torch.isfinite(output).all():
+            if not _is_finite(output):
                 raise Qwt2Error(f"{self.units[self.position]} gives NaN or infinity on the calibration images")
-            self.output_shapes[self.units[self.position], index] = output.shape
+            self.output_shapes[self.units[self.position], index] = tree_map(_shape_of, output)
             if self.position + 1 < len(self.units):
                 self.inputs[index] = self._next_inputs(index, output)
         self.position += 1
         if self.position == len(self.units):
             self.inputs.clear()
 
-    def _next_inputs(self, index: int, output: Tensor) -> Any:
+    def _next_inputs(self, index: int, output: Any) -> Any:
         target = self.position + 1
         if target not in self.needs_prefix:
-            stubs = {name: self._poison(name, index, output) for name in self.units[: self.position]}
+            stubs = {name: self._poison(name, index) for name in self.units[: self.position]}
             stubs[self.units[self.position]] = lambda *args, **kwargs: output
             captured = self._run_to(index, target, stubs)
             if not _has_nan(captured):
@@ -172,9 +164,9 @@ class UnitStream:
             self.needs_prefix.add(target)
         return self._run_to(index, target, {})
 
-    def _poison(self, name: str, index: int, like: Tensor) -> Callable:
+    def _poison(self, name: str, index: int) -> Callable:
         shape = self.output_shapes[name, index]
-        return lambda *args, **kwargs: like.new_full(shape, float("nan"))
+        return lambda *args, **kwargs: tree_map(_poisoned, shape)
 
     def _run_to(self, index: int, position: int, stubs: dict[str, Callable]) -> Any:
         """Arguments of the unit at ``position``, with other units replaced as ``stubs`` says."""
@@ -182,7 +174,7 @@ class UnitStream:
 
         def stop(*args, **kwargs):
             captured.append(_cloned((args, kwargs)))
-            raise _Stop
+            raise Stop
 
         with ExitStack() as stack:
             stack.enter_context(self.mode())
@@ -190,35 +182,60 @@ class UnitStream:
                 stack.enter_context(replaced_forward(self.model.get_submodule(name), stub))
             stack.enter_context(replaced_forward(self.model.get_submodule(self.units[position]), stop))
             try:
-                self.model(self.batches[index])
-            except _Stop:
+                call(self.model, self.batches[index])
+            except Stop:
                 pass
         if not captured:
             raise Qwt2Error(f"{self.units[position]} was not run on a calibration batch; give images of one kind")
         return captured[0]
 
 
-def calibration_batches(qmodel: nn.Module, calibration: Iterable[Any]) -> list[Tensor]:
-    """The image tensors of a calibration set for a quantized model.
+def calibration_batches(qmodel: nn.Module, calibration: Iterable[Any]) -> list[Inputs]:
+    """The inputs of a calibration set for a quantized model. Images of a detector may differ in size.
 
     Raises:
         Qwt2Error: no batches, an empty batch, images of another shape, type or device than the model takes, or
             NaN/infinity in them.
     """
-    batches = [batch_images(batch) for batch in calibration]
+    batches = [as_inputs(batch) for batch in calibration]
     if not batches:
         raise Qwt2Error("the calibration set is empty; give at least one batch of images")
     shape = quantization_info(qmodel).input_shape
     for number, batch in enumerate(batches):
         check_images(qmodel, batch)
-        if tuple(batch.shape[1:]) != shape:
+        if isinstance(batch, Tensor) != isinstance(shape, tuple) or (isinstance(batch, Tensor) and shapes(batch) != shape):
             raise Qwt2Error(
-                f"calibration batch {number} holds images of shape {tuple(batch.shape[1:])}, but the model was quantized "
+                f"calibration batch {number} holds images of shape {shapes(batch)}, but the model was quantized "
                 f"with {shape}; resize them to that"
             )
-        if not torch.isfinite(batch).all():
+        if not _is_finite(tensors(batch)):
             raise Qwt2Error(f"calibration batch {number} holds NaN or infinity; check the images and their transform")
     return batches
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is kept of a tensor that a unit returned."""
+
+    size: torch.Size
+    like: Tensor
+
+
+def _shape_of(leaf: Any) -> Any:
+    return _Shape(leaf.shape, leaf.new_empty(())) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _poisoned(leaf: Any) -> Any:
+    return leaf.like.new_full(leaf.size, float("nan")) if isinstance(leaf, _Shape) else leaf
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(bool(torch.isfinite(leaf).all()) for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
+
+
+def repeated_outside_sections(info: QuantizationInfo) -> set[str]:
+    """Layers whose runs do not all lie in one unit."""
+    return {name for name in info.repeated if not any(is_inside(name, section) for section in info.sections)}
 
 
 def _cloned(tree: Any) -> Any:

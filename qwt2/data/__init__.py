@@ -1,7 +1,7 @@
-"""Datasets: the embedded digits and folders in ImageNet's layout, behind one interface."""
+"""Datasets: the embedded digits and folders in ImageNet's layout, behind one interface; and scenes in COCO's format."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwt2.data.dataset import Dataset
@@ -9,20 +9,21 @@ from qwt2.errors import Qwt2Error
 
 __all__ = ["Dataset", "open_dataset", "write_dataset"]
 
-NAMES = ("digits", "imagefolder")
+CLASSIFICATION, DETECTION = ("digits", "imagefolder"), ("digits_coco", "coco")
 
 
 def write_dataset(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
     """Prepare the dataset that `cfg` describes and store what later steps need of it in `folder`."""
-    _check_name(cfg)
+    _check_name(cfg, CLASSIFICATION + DETECTION)
     if cfg["name"] == "digits":
-        from qwt2.data.digits import write_digits
-
-        write_digits(cfg, folder)
+        from qwt2.data.digits import write_digits as write
+    elif cfg["name"] == "digits_coco":
+        from qwt2.data.digits_coco import write_digits_coco as write
+    elif cfg["name"] == "coco":
+        from qwt2.data.coco import write_coco as write
     else:
-        from qwt2.data.imagefolder import write_index
-
-        write_index(cfg, folder)
+        from qwt2.data.imagefolder import write_index as write
+    write(cfg, folder)
 
 
 def open_dataset(
@@ -31,9 +32,10 @@ def open_dataset(
     """Open a dataset that `write_dataset` stored in `folder`.
 
     `model` is the model's configuration (see `qwt2.models.build_model`); `imagefolder` needs it, because
-    every timm model has its own input transform, the digits are stored as their models expect them.
+    every timm model has its own input transform, the digits are stored as their models expect them. What detectors
+    need is opened by `qwt2.data.coco.open_scenes`.
     """
-    _check_name(cfg)
+    _check_name(cfg, CLASSIFICATION)
     if cfg["name"] == "digits":
         from qwt2.data.digits import DigitsDataset
 
@@ -43,6 +45,6 @@ def open_dataset(
     return ImageFolderDataset(cfg, folder, model)
 
 
-def _check_name(cfg: Mapping[str, Any]) -> None:
-    if cfg["name"] not in NAMES:
-        raise Qwt2Error(f"unknown dataset {cfg['name']!r}; choose one of {', '.join(NAMES)}")
+def _check_name(cfg: Mapping[str, Any], names: Sequence[str]) -> None:
+    if cfg["name"] not in names:
+        raise Qwt2Error(f"unknown dataset {cfg['name']!r}; choose one of {', '.join(names)}")

@@ -121,9 +121,9 @@ def _balanced_draw(labels: np.ndarray, rows: np.ndarray, count: int, rng: np.ran
 
 
 def _render_chunk(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    ink = _warped_ink(scans, size, rng)[:, None]
-    background = _background(len(scans), size, rng)
-    colour = _ink_colour(background.mean(axis=(2, 3)), rng)[:, :, None, None]
+    ink = warped_ink(scans, size, rng)[:, None]
+    background = background_texture(len(scans), size, rng)
+    colour = ink_colour(background.mean(axis=(2, 3)), rng)[:, :, None, None]
     # Ink is unevenly dark, as in a scan; full opacity would make the digit a flat cut-out.
     opacity = ink * rng.uniform(0.75, 1.0, (len(scans), 1, 1, 1)).astype(np.float32)
     image = background * (1 - opacity) + colour * opacity
@@ -131,7 +131,7 @@ def _render_chunk(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def _warped_ink(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def warped_ink(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Coverage (N, size, size) in [0, 1] of the warped digits."""
     from scipy.ndimage import map_coordinates
 
@@ -167,7 +167,7 @@ def _inverse_affine(count: int, rng: np.random.Generator) -> np.ndarray:
     return ((slant @ rotation) / scale[:, :, None]).astype(np.float32)
 
 
-def _background(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+def background_texture(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Backgrounds (N, 3, size, size): a base colour, a linear ramp and two octaves of smooth texture."""
     axis = np.linspace(-0.5, 0.5, size, dtype=np.float32)
     direction = rng.uniform(-0.2, 0.2, (count, 3, 2, 1, 1)).astype(np.float32)
@@ -178,7 +178,7 @@ def _background(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(base + ramp + coarse + fine, 0, 1)
 
 
-def _ink_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def ink_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Colours (N, 3), brighter by 0.45 to 0.75 than the mean background colour (N, 3)."""
     # Always brighter: having both polarities to learn lengthens training far more than it adds to the benchmark.
     colour = background + rng.uniform(0.45, 0.75, (len(background), 1))

@@ -52,8 +52,8 @@ class Engine:
             self._sessions[batch_size] = self.compile(with_batch_size(self.model, batch_size), self.threads)
         return self._sessions[batch_size]
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Logits of a batch.
+    def __call__(self, images: np.ndarray) -> np.ndarray | list[np.ndarray]:
+        """Logits of a batch; of a model with several outputs a list, in the file's order.
 
         Args:
             images: float32 (N, C, H, W), of the exported size.
@@ -67,8 +67,8 @@ class Engine:
                 f"{self.name} got a {images.dtype} array of shape {images.shape}; "
                 f"the model takes float32 (N, {', '.join(map(str, expected))})"
             )
-        [logits] = self.session(len(images))({self.input.name: images}).values()
-        return logits
+        outputs = list(self.session(len(images))({self.input.name: images}).values())
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
 def load_package(module: str, package: str) -> ModuleType:

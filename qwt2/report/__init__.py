@@ -3,6 +3,7 @@
 :func:`render` makes the page of the benchmark, :func:`render_model` that of one quantized model.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import altair as alt
 import jinja2
 import vl_convert
 
-from qwt2.report import charts, findings, modules, tables
+from qwt2.report import charts, detection, findings, modules, tables
 from qwt2.results import LAYER_FIGURES, Layer, Results, precision_order
 
 
@@ -21,16 +22,14 @@ class Conditions:
     """What the figures were measured on and under, for the captions.
 
     Args:
-        dataset: name of the dataset.
-        val_images: number of validation images, None for all there are.
-        calibration_images: number of images of one calibration seed.
+        datasets: name of each dataset -> number of validation images, None for all there are.
+        calibration_images: numbers of images of one calibration seed, over the models.
         latency: settings of the timing: ``batch_size``, ``repeats``, ``threads``.
         machines: the different `qwt2.machine.describe` records of the evaluated cells.
     """
 
-    dataset: str
-    val_images: int | None
-    calibration_images: int
+    datasets: Mapping[str, int | None]
+    calibration_images: Sequence[int]
     latency: Mapping[str, int]
     machines: Sequence[Mapping[str, Any]]
 
@@ -40,15 +39,18 @@ def render(
     layers: Sequence[Layer],
     conditions: Conditions,
     operations: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> str:
     """The page. Equal arguments give equal bytes (of one Altair and vl-convert release).
 
     Args:
         operations: (model, precision) -> ``operations``, by engine what :func:`qwt2.operations.count_operations` says,
             and ``float_modules``, name -> reason.
+        pictures: PNG files of what detectors find, by the name of the cell.
     """
-    specs = _specs(results)
-    compared = findings.comparisons(results, "cwac")
+    classifiers, detectors = results.of_task("classification"), results.of_task("detection")
+    specs = _specs(results, classifiers.models)
+    compared = findings.comparisons(classifiers, "cwac")
     module_table = modules.table(layers)
     return _environment().get_template("page.html").render(
         vega=vega_bundle(),
@@ -56,15 +58,18 @@ def render(
         modules=module_table,
         module_chart=modules.chart(module_table["engines"]),
         operations=_operation_lines(operations or {}),
-        headline=findings.headline(results),
-        model_sentences={model: findings.model_sentence(results, model) for model in results.models},
+        headline=findings.headline(classifiers),
+        model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
         compared=len(compared),
         not_improved=findings.not_improved(compared),
-        targets=findings.targets(results),
+        targets=findings.targets(classifiers) if classifiers.rows else [],
+        detection=detection.lines(detectors),
+        detection_targets=detection.targets(detectors) if detectors.rows else [],
+        pictures={cell: base64.b64encode(file).decode() for cell, file in (pictures or {}).items()},
         tables=[tables.build(results, model) for model in results.models],
         precisions=sorted({row.precision for row in results.rows} - {"fp32"}, key=precision_order),
         kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
-        seeds=sorted({row.n for row in results.rows if (row.metric, row.engine) == ("top1", "torch")} - {1}),
+        seeds=sorted({row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}),
         explanations=_explanations(results),
         colours=[(tables.COMPENSATION_NAMES[name], colour) for name, colour in charts.COLOURS.items()],
         conditions=conditions,
@@ -144,9 +149,9 @@ def _operation_lines(operations: Mapping[tuple[str, str], Mapping[str, Any]]) ->
     ]
 
 
-def _specs(results: Results) -> dict[str, charts.Spec]:
+def _specs(results: Results, classifiers: Sequence[str]) -> dict[str, charts.Spec]:
     """Every chart by the id of its element: ``accuracy-<model>``, ``latency-<engine>-<model>``, ``size-<model>``."""
-    specs = {f"accuracy-{model}": charts.accuracy(results, model) for model in results.models}
+    specs = {f"accuracy-{model}": charts.accuracy(results, model) for model in classifiers}
     for model in results.models:
         for engine in results.engines(model):
             if any((row.model, row.engine, row.metric) == (model, engine, "latency_ms") for row in results.rows):

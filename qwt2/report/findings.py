@@ -102,7 +102,7 @@ def targets(results: Results) -> list[Target]:
 
 def _fp32_target(results: Results) -> Target:
     rows = [row for model in results.models if (row := results.fp32_top1(model))]
-    return _target(
+    return target(
         f"Every model reaches {FP32_TOP1:.0f} % top-1 before quantization",
         rows,
         lambda row: row.value >= FP32_TOP1,
@@ -121,7 +121,7 @@ def _easy_target(results: Results) -> Target:
 
 
 def _gain_target(results: Results) -> Target:
-    return _target(
+    return target(
         f"CWAC raises mean top-1 wherever plain PTQ loses {HARD_LOSS:.0f} points or more",
         [item for item in comparisons(results, "cwac") if item.is_hard],
         lambda item: item.gain > 0,
@@ -130,7 +130,7 @@ def _gain_target(results: Results) -> Target:
 
 
 def _engine_target(results: Results) -> Target:
-    return _target(
+    return target(
         f"Engine top-1 is within {ENGINE_DELTA} points of the simulation",
         _engine_deltas(results),
         lambda row: abs(row.value) <= ENGINE_DELTA,
@@ -140,7 +140,7 @@ def _engine_target(results: Results) -> Target:
 
 def _fold_target(results: Results) -> Target:
     limits = {"engine_mismatch_steps": FOLD_STEPS, "engine_mismatch_fraction": FOLD_FRACTION}
-    return _target(
+    return target(
         f"Folding moves a module's output by at most {FOLD_STEPS} step, on at most {FOLD_FRACTION:g} of its elements",
         [row for metric in limits for row in _folding(results, metric)],
         lambda row: row.value <= limits[row.metric],
@@ -150,7 +150,7 @@ def _fold_target(results: Results) -> Target:
 
 def _latency_target(results: Results) -> Target:
     low, high = LATENCY_RATIO
-    return _target(
+    return target(
         f"Latency of folded CWAC over plain PTQ is {low}-{high}",
         _folded(results, "latency_ratio_to_ptq"),
         lambda row: low <= row.value <= high,
@@ -159,7 +159,7 @@ def _latency_target(results: Results) -> Target:
 
 
 def _size_target(results: Results) -> Target:
-    return _target(
+    return target(
         f"Folding changes the file by stored biases only (under {FILE_GROWTH:.0%})",
         _file_growth(results),
         lambda pair: abs(pair[1]) < FILE_GROWTH,
@@ -173,7 +173,8 @@ _TARGETS = (
 )
 
 
-def _target(statement: str, items: list, meets: Callable, describe: Callable) -> Target:
+def target(statement: str, items: list, meets: Callable, describe: Callable) -> Target:
+    """The target that every item `meets`; `describe` names those that miss it."""
     if not items:
         return Target(statement, None, "not measured", [])
     misses = [describe(item) for item in items if not meets(item)]

@@ -14,10 +14,13 @@ HEADINGS = {
     "top1": ("top-1 %", "share of validation images classified correctly"),
     "top5": ("top-5 %", "share of validation images whose class is among the five best"),
     "bbox_ap": ("box AP", "COCO average precision of boxes"),
+    "bbox_ap50": ("box AP50", "average precision of boxes at an overlap of one half"),
     "segm_ap": ("mask AP", "COCO average precision of masks"),
     "agreement": ("agree %", "share of validation images on which the network and its fp32 original agree"),
     "logits_sqnr_db": ("SQNR dB", "signal to quantization noise ratio of the logits, against fp32"),
     "engine_top1_delta": ("Δ sim", "top-1 of the engine minus top-1 of the simulation, points"),
+    "engine_bbox_ap_delta": ("Δ sim", "box AP of the engine minus box AP of the simulation, points"),
+    "engine_segm_ap_delta": ("Δ sim mask", "mask AP of the engine minus mask AP of the simulation, points"),
     "engine_mismatch_steps": ("steps", "largest difference from the simulation, in output quantization steps"),
     "engine_mismatch_fraction": ("differs", "share of output elements that differ from the simulation"),
     "latency_ms": ("ms", "latency of one batch, median"),
@@ -34,7 +37,7 @@ FOLDING = {
     "engine_mismatch_steps": ("fold steps", "largest difference of a folded module from the unfolded, in output steps"),
     "engine_mismatch_fraction": ("fold differs", "share of a folded module's outputs that differ from the unfolded"),
 }
-_SECONDARY = {"top5", "engine_mismatch_fraction", "latency_cpu_ms", "peak_memory_mb"}
+_SECONDARY = {"top5", "bbox_ap50", "engine_segm_ap_delta", "engine_mismatch_fraction", "latency_cpu_ms", "peak_memory_mb"}
 _SECONDARY_IN_SIMULATION = {"engine_mismatch_steps"}
 _SECONDARY_ON_ENGINES = {"agreement", "logits_sqnr_db"}
 
@@ -156,7 +159,7 @@ def _spread(row: Row) -> str:
 def _misses(row: Row) -> bool:
     """Whether a figure misses the target set for it, where there is one."""
     method = Method.parse(row.method)
-    if row.metric == "engine_top1_delta":
+    if row.metric in ("engine_top1_delta", "engine_bbox_ap_delta"):
         return not method.variant and abs(row.value) > ENGINE_DELTA
     if row.metric == "latency_ratio_to_ptq":
         return method.compensation == "cwac" and not LATENCY_RATIO[0] <= row.value <= LATENCY_RATIO[1]
@@ -193,9 +196,9 @@ def _compact(value: float) -> str:
 
 
 _FORMATS: dict[str, Callable[[float], str]] = {
-    **dict.fromkeys(("top1", "top5", "bbox_ap", "segm_ap", "agreement"), "{:.2f}".format),
+    **dict.fromkeys(("top1", "top5", "bbox_ap", "bbox_ap50", "segm_ap", "agreement"), "{:.2f}".format),
     "logits_sqnr_db": "{:.1f}".format,
-    "engine_top1_delta": _signed,
+    **dict.fromkeys(("engine_top1_delta", "engine_bbox_ap_delta", "engine_segm_ap_delta"), _signed),
     "engine_mismatch_steps": "{:.3g}".format,
     "engine_mismatch_fraction": "{:.2g}".format,
     "latency_ms": _significant,

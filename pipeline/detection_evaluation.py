@@ -1,0 +1,73 @@
+"""Figures of one cell of detection: mmdet's detectors with engines inside them."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.detection import Detection as Task
+from pipeline.evaluation import Evaluation, Figures
+from pipeline.parallel import each
+from pipeline.stage import Cell
+from qwt2.detection.parts import DENSE, part_names, running_on
+from qwt2.detection.pictures import draw_grid
+from qwt2.engines import Engine, load_engine
+from qwt2.io import atomic_path, read_json
+
+
+class Detection(Evaluation):
+    """COCO's average precision; the dense part is timed."""
+
+    TASK = "detection"
+    DELTAS = {"bbox_ap": "engine_bbox_ap_delta", "segm_ap": "engine_segm_ap_delta"}
+    TIMED = DENSE
+
+    def __init__(self, cfg: Any, cell: Cell):
+        super().__init__(cfg, cell)
+        self.task = Task(cfg, cell)
+        self.network = self.task.baseline(cell)
+        self.parts = part_names(self.network)
+
+    def simulated_figures(self, method: str, variant: str) -> Figures:
+        paths = [self.cell.quantized(variant, method, seed).with_suffix(".json") for seed in self.seeds]
+        return by_metric([read_json(path)["metrics"] for path in paths])
+
+    def engine_figures(self, method: str, engine: str) -> Figures:
+        runs = [(method, engine, seed) for seed in self.seeds]
+        return by_metric(each(f"evaluate on {engine}", self.on_engine_with, runs, self.cfg["workers"]))
+
+    def on_engine_with(self, run: tuple[str, str, int]) -> dict[str, float]:
+        method, engine, seed = run
+        runs = {p: load_engine(self.cell.onnx(method, seed, p), engine, self.cfg["threads"]) for p in self.parts}
+        with running_on(self.network, runs, image_size(runs[DENSE])) as detector:
+            return self.task.measure(detector)["metrics"]
+
+    def write_pictures(self, path: Path) -> None:
+        """What fp32, plain PTQ and CWAC find, side by side."""
+        seed, known = self.seeds[0], {"ptq": "PTQ", "cwac": "PTQ + CWAC"}
+        files = {"fp32": self.cell.predictions} | {
+            heading: self.cell.quantized("default", method, seed) for method, heading in known.items() if method in self.methods
+        }
+        found = {heading: read_json(file.with_suffix(".json"))["pictures"] for heading, file in files.items()}
+        scenes = self.task.scenes
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(draw_grid(found, scenes.images["val"], scenes.classes))
+
+    def latency_input(self, batch_size: int) -> np.ndarray:
+        return np.resize(self.images, (batch_size, *self.images.shape[1:]))
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        images, _ = next(iter(self.task.validation))
+        return images.numpy()
+
+
+def by_metric(records: list[dict[str, float]]) -> Figures:
+    return {metric: [record[metric] for record in records] for metric in records[0]}
+
+
+def image_size(engine: Engine) -> tuple[int, int]:
+    """Height and width that an exported file takes."""
+    *_, height, width = (dim.dim_value for dim in engine.input.type.tensor_type.shape.dim)
+    return height, width

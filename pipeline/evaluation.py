@@ -1,0 +1,231 @@
+"""Figures of one cell of the grid: what every task measures, and classification."""
+
+from abc import ABC, abstractmethod
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.parallel import watched
+from pipeline.stage import Cell
+from qwt2.data import open_dataset
+from qwt2.engines import load_engine
+from qwt2.io import load_arrays, read_array, read_json
+from qwt2.latency import measure_latency
+from qwt2.metrics import agreement_percent, sqnr_db, topk_percent
+from qwt2.mismatch import Mismatch, engine_mismatch
+from qwt2.onnx_file import load_onnx
+from qwt2.operations import count_operations
+from qwt2.results import UNITS, Row
+
+Figures = dict[str, list[float]]  # metric -> values, one a calibration seed
+
+
+class Evaluation(ABC):
+    """Figures of one cell. Methods are named as in the results: `repq`, `repq+cwac`, `repq_published`, ...
+
+    Attributes:
+        TASK: its name in the results.
+        DELTAS: metric of accuracy -> metric of the engine's difference to the simulation in it.
+        TIMED: the file whose latency is measured, as in `Cell.onnx`.
+        parts: the files of an exported model.
+    """
+
+    TASK: str
+    DELTAS: dict[str, str]
+    TIMED = ""
+    parts = [""]
+
+    def __init__(self, cfg, cell: Cell):
+        self.cfg, self.cell = cfg, cell
+        self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
+        self.methods, self.exported = ["ptq", *self.compensations], ["ptq", *cfg["exported"]]
+        self.mismatches: dict[tuple[str, str], dict[str, Mismatch]] = {}  # of (method, engine), as they are measured
+
+    def label(self, method: str, variant: str = "default") -> str:
+        name = self.cfg["ptq"]["method"] + ("" if variant == "default" else f"_{variant}")
+        return name if method == "ptq" else f"{name}+{method}"
+
+    def row(self, method: str, engine: str, metric: str, values, variant: str = "default") -> Row:
+        """One figure; several values are its seeds."""
+        values = np.atleast_1d(np.asarray(values, dtype=np.float64))
+        std = float(values.std(ddof=1)) if len(values) > 1 else None
+        cfg = self.cfg
+        return Row(
+            self.TASK, cfg["data"]["name"], cfg["model"]["name"], cfg["precision"]["name"],
+            self.label(method, variant), engine, metric, float(values.mean()), std, UNITS[metric], len(values),
+        )  # fmt: skip
+
+    @abstractmethod
+    def simulated_figures(self, method: str, variant: str) -> Figures:
+        """Accuracy of the unfolded simulation."""
+
+    @abstractmethod
+    def engine_figures(self, method: str, engine: str) -> Figures:
+        """Accuracy on an integer engine."""
+
+    @abstractmethod
+    def latency_input(self, batch_size: int) -> np.ndarray:
+        """What a file in `TIMED` is called with."""
+
+    def rows_of(self, method: str, engine: str, figures: Figures, variant: str = "default") -> list[Row]:
+        return [self.row(method, engine, metric, values, variant) for metric, values in figures.items()]
+
+    def simulated(self) -> list[Row]:
+        """Accuracy of the unfolded simulation, every variant."""
+        return [
+            row
+            for variant in self.cfg["ptq"]["variants"]
+            for method in self.methods
+            for row in self.rows_of(method, "torch", self.simulated_figures(method, variant), variant)
+        ]
+
+    def compensation_costs(self) -> list[Row]:
+        """Time and memory that fitting took."""
+        rows = []
+        for variant in self.cfg["ptq"]["variants"]:
+            for name in self.compensations:
+                records = [r for r in self.fits if (r["variant"], r["compensation"]) == (variant, name)]
+                for metric, key in (("compensate_seconds", "seconds"), ("peak_memory_mb", "peak_memory_mb")):
+                    rows.append(self.row(name, "torch", metric, [r[key] for r in records], variant))
+        return rows
+
+    def folding(self) -> list[Row]:
+        """Folded against unfolded modules, and what each exported method stores and computes beyond plain PTQ."""
+        facts = read_json(self.cell.folder("fold") / "facts.json")
+        by_method = {m: [f for f in facts if f["method"] == m] for m in self.exported}
+        base = by_method["ptq"][0]
+        rows = []
+        for method, entries in by_method.items():
+            worst = Mismatch.worst([Mismatch(**entry["fold_mismatch"]) for entry in entries])
+            rows += self.mismatch_rows(method, "torch", worst)
+            for metric, key in (("extra_params", "stored_numbers"), ("extra_macs", "multiply_accumulates")):
+                rows.append(self.row(method, "torch", metric, [e[key] - base[key] for e in entries]))
+        return rows
+
+    def mismatch_rows(self, method: str, engine: str, worst: Mismatch) -> list[Row]:
+        return [
+            self.row(method, engine, "engine_mismatch_steps", worst.steps),
+            self.row(method, engine, "engine_mismatch_fraction", worst.fraction),
+        ]
+
+    def on_engine(self, engine: str) -> list[Row]:
+        """Accuracy of the exported methods on an integer engine, its distance from the simulation, and file sizes."""
+        rows = []
+        for method in watched(f"evaluate on {engine}", self.exported, [[method] for method in self.exported]):
+            figures, simulated = self.engine_figures(method, engine), self.simulated_figures(method, "default")
+            for metric, delta in self.DELTAS.items():
+                if metric in figures:
+                    figures[delta] = [y - x for y, x in zip(figures[metric], simulated[metric])]
+            files = [[self.cell.onnx(method, seed, part) for part in self.parts] for seed in self.seeds]
+            figures["file_bytes"] = [sum(path.stat().st_size for path in paths) for paths in files]
+            rows += self.rows_of(method, engine, figures)
+            self.mismatches[method, engine] = self.measure_mismatches(files[0], engine)
+            rows += self.mismatch_rows(method, engine, Mismatch.worst(list(self.mismatches[method, engine].values())))
+        return rows
+
+    def measure_mismatches(self, files: list[Path], engine: str) -> dict[str, Mismatch]:
+        """Of every module of every file."""
+        found: dict[str, Mismatch] = {}
+        for path in files:
+            records = load_arrays(path.with_suffix(".records.safetensors"))
+            found |= engine_mismatch(load_onnx(path), engine, records, self.cfg["threads"])
+        return found
+
+    def latency(self, engine: str) -> list[Row]:
+        """Latency of every exported method, interleaved in one run."""
+        settings = self.cfg["evaluate"]["latency"]
+        images = self.latency_input(settings["batch_size"])
+        files = {method: [self.cell.onnx(method, seed, self.TIMED) for seed in self.seeds] for method in self.exported}
+        calls = {
+            method: [partial(load_engine(path, engine, settings["threads"]), images) for path in paths]
+            for method, paths in files.items()
+        }
+        measured = measure_latency(calls, base="ptq", repeats=settings["repeats"])
+        return [
+            self.row(method, engine, metric, value)
+            for method, latency in measured.items()
+            for metric, value in (
+                ("latency_ms", latency.wall_ms),
+                ("latency_cpu_ms", latency.cpu_ms),
+                ("latency_ratio_to_ptq", latency.ratio),
+            )
+        ]
+
+    def write_pictures(self, path: Path) -> None:
+        """Where a task's predictions can be looked at, they are drawn."""
+
+    def layers(self) -> list[dict]:
+        """What is known of each module: one record a method, seed and module or block."""
+        records = {}
+        for fit in self.fits:
+            label = self.label(fit["compensation"], fit["variant"])
+            for module in fit["modules"]:
+                kind = self.facts("ptq")["modules"].get(module["module"], "block")
+                records[label, fit["seed"], module["module"]] = module | {"kind": kind}
+        for (method, engine), mismatches in self.mismatches.items():
+            for module, kind in self.facts(method)["modules"].items():
+                record = records.setdefault((self.label(method), self.seeds[0], module), {"kind": kind})
+                if module in mismatches:
+                    record[f"{engine}_steps"] = mismatches[module].steps
+                    record[f"{engine}_fraction"] = mismatches[module].fraction
+        model, precision = self.cfg["model"]["name"], self.cfg["precision"]["name"]
+        return [
+            record | {"model": model, "precision": precision, "method": method, "seed": seed, "module": module}
+            for (method, seed, module), record in records.items()
+        ]
+
+    def operations(self) -> dict:
+        """What plain PTQ's files run in integers and in float on each engine, and the modules left in float."""
+        counts = {}
+        for engine in self.cfg["evaluate"]["engines"]:
+            files = [self.cell.onnx("ptq", self.seeds[0], part) for part in self.parts]
+            sessions = [load_engine(path, engine, self.cfg["threads"]).session(1) for path in files]
+            counts[engine] = count_operations([operation for session in sessions for operation in session.operations()])
+        return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
+
+    def facts(self, method: str) -> dict:
+        """What stage `fold` knows of a method's model at the first seed."""
+        facts = read_json(self.cell.folder("fold") / "facts.json")
+        return next(f for f in facts if (f["method"], f["seed"]) == (method, self.seeds[0]))
+
+    @property
+    def fits(self) -> list[dict]:
+        return read_json(self.cell.folder("compensate") / "report.json")
+
+
+class Classification(Evaluation):
+    """Imports no torch."""
+
+    TASK = "classification"
+    DELTAS = {"top1": "engine_top1_delta"}
+
+    def __init__(self, cfg, cell: Cell):
+        super().__init__(cfg, cell)
+        self.dataset = open_dataset(cfg["data"], cell.data / cfg["data"]["name"], cfg["model"])
+        self.labels = self.dataset.labels("val")
+        self.reference = read_array(cell.predictions.with_suffix(".npy"))
+
+    def simulated_figures(self, method: str, variant: str) -> Figures:
+        paths = [self.cell.quantized(variant, method, seed).with_suffix(".npy") for seed in self.seeds]
+        return self.accuracy([read_array(path) for path in paths])
+
+    def engine_figures(self, method: str, engine: str) -> Figures:
+        return self.accuracy([self.engine_logits(self.cell.onnx(method, seed), engine) for seed in self.seeds])
+
+    def accuracy(self, logits: list[np.ndarray]) -> Figures:
+        return {
+            "top1": [topk_percent(z, self.labels, 1) for z in logits],
+            "top5": [topk_percent(z, self.labels, 5) for z in logits],
+            "agreement": [agreement_percent(z, self.reference) for z in logits],
+            "logits_sqnr_db": [sqnr_db(z, self.reference) for z in logits],
+        }
+
+    def engine_logits(self, path: Path, engine: str) -> np.ndarray:
+        model = load_engine(path, engine, self.cfg["threads"])
+        batches = self.dataset.array_batches("val", self.cfg["evaluate"]["batch_size"])
+        return np.concatenate([model(images) for images, _ in batches])
+
+    def latency_input(self, batch_size: int) -> np.ndarray:
+        images, _ = next(self.dataset.array_batches("val", batch_size))
+        return images

@@ -1,0 +1,1 @@
+"""Detectors: mmdet's models, configurations and scoring, quantized and run on integer engines like classifiers."""

@@ -1,0 +1,162 @@
+"""A detector as a network that can be quantized: everything with weights, run on given regions.
+
+A two-stage detector chooses the regions that its heads look at from its own outputs, so the full-precision and the
+quantized network look at different ones, and their outputs do not pair up. Here the regions are inputs: those that the
+full-precision network chose (:func:`regions`).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwt2.errors import Qwt2Error
+from qwt2.hooks import replaced_forward
+from qwt2.inputs import Inputs
+
+PARTS = ("backbone", "neck", "heads")
+
+
+class Detector(nn.Module):
+    """Backbone, neck, dense head, and the box and mask heads of an mmdet detector on given regions.
+
+    Args:
+        detector: an mmdet detector; with a RoI head of one stage (Mask R-CNN) or several (Cascade Mask R-CNN), or none.
+    """
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor, boxes: Tensor | None = None, mask_boxes: Tensor | None = None) -> list[Any]:
+        """The heads' raw outputs.
+
+        Args:
+            images: (N, 3, H, W), normalized.
+            boxes: (N, stages, K, 4) regions for the box heads, in pixels.
+            mask_boxes: (N, L, 4) regions for the mask heads.
+        """
+        features = self.detector.extract_feat(images)
+        outputs = [self.dense_head(features, images)]
+        if boxes is not None:
+            extractors = stages(self.detector.roi_head.bbox_roi_extractor)
+            for stage, (extract, head) in enumerate(zip(extractors, box_heads(self.detector).values())):
+                outputs.append(head(_region_features(extract, features, boxes[:, stage])))
+        if mask_boxes is not None:
+            extractors = stages(self.detector.roi_head.mask_roi_extractor)
+            for extract, head in zip(extractors, mask_heads(self.detector).values()):
+                outputs.append(head(_region_features(extract, features, mask_boxes)))
+        return outputs
+
+    def dense_head(self, features: tuple[Tensor, ...], images: Tensor) -> Any:
+        """What is computed at every position, or by a transformer for the whole image."""
+        if hasattr(self.detector, "forward_transformer"):
+            return self.detector.bbox_head(**self.detector.forward_transformer(features, _whole_images(images)))
+        head = getattr(self.detector, "rpn_head", None) or self.detector.bbox_head
+        return head(features)
+
+
+def stages(module: nn.Module) -> list[nn.Module]:
+    """A cascade's modules of one kind, one a stage; of other detectors the only one."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+def box_heads(detector: nn.Module) -> dict[str, nn.Module]:
+    """The box heads of a two-stage detector by their names in :class:`Detector`, in the order of the stages."""
+    return _heads(detector, "bbox_head")
+
+
+def mask_heads(detector: nn.Module) -> dict[str, nn.Module]:
+    """The mask heads likewise."""
+    return _heads(detector, "mask_head")
+
+
+def sections(detector: nn.Module) -> list[str]:
+    """Names of the modules that are compensated as a whole: neck and heads."""
+    dense = ["neck", "rpn_head"] if hasattr(detector, "roi_head") else ["neck", "bbox_head"]
+    named = [f"detector.{name}" for name in dense if getattr(detector, name, None) is not None]
+    return [*named, *box_heads(detector), *mask_heads(detector)]
+
+
+def parts(detector: nn.Module, names: list[str]) -> list[str]:
+    """Names of the modules to quantize for some of :data:`PARTS`; what is neither backbone nor neck is a head.
+
+    Raises:
+        Qwt2Error: another name, or none.
+    """
+    if unknown := set(names) - set(PARTS) or (not names and {""}):
+        raise Qwt2Error(f"model.parts names {sorted(unknown)[0]!r}; choose some of {', '.join(PARTS)}")
+    layers = (nn.Linear, nn.Conv2d)
+    children = {name for name, child in detector.named_children() if any(isinstance(m, layers) for m in child.modules())}
+    members = {"backbone": ["backbone"], "neck": ["neck"], "heads": sorted(children - {"backbone", "neck"})}
+    return [f"detector.{child}" for name in PARTS if name in names for child in members[name] if child in children]
+
+
+def regions(detector: nn.Module, images: Tensor, samples: list[Any], count: int, mask_count: int) -> Inputs:
+    """The inputs of :class:`Detector` for a batch: the regions that the full-precision detector chooses.
+
+    Args:
+        images: (N, 3, H, W), from the detector's data preprocessor.
+        samples: mmdet's data samples of the images.
+        count: regions an image and box head; fewer proposals are repeated.
+        mask_count: regions an image and mask head.
+    """
+    if not hasattr(detector, "roi_head"):
+        return {"images": images}
+    chosen: dict[str, list[Tensor]] = {"bbox": [], "mask": []}
+    with ExitStack() as stack, torch.no_grad():
+        for kind, seen in chosen.items():
+            for extractor in stages(getattr(detector.roi_head, f"{kind}_roi_extractor", nn.ModuleList())):
+                stack.enter_context(replaced_forward(extractor, _watching(extractor.forward, seen)))
+        detector.predict(images, samples, rescale=False)
+    stage_boxes = [_by_image(rois, len(images), count) for rois in chosen["bbox"]]
+    inputs = {"images": images, "boxes": torch.stack(stage_boxes, 1)}
+    if mask_heads(detector):
+        # Where nothing was detected, the first proposals stand in.
+        rois = chosen["mask"][0] if chosen["mask"] else chosen["bbox"][0][:0]
+        inputs["mask_boxes"] = _by_image(rois, len(images), mask_count, fallback=stage_boxes[0])
+    return inputs
+
+
+def _watching(forward, seen: list[Tensor]):
+    def watch(features, rois, *args, **kwargs):
+        seen.append(rois)
+        return forward(features, rois, *args, **kwargs)
+
+    return watch
+
+
+def _by_image(rois: Tensor, images: int, count: int, fallback: Tensor | None = None) -> Tensor:
+    """Regions (K, 5) with image numbers as (N, count, 4), repeated in turn where there are too few."""
+    result = []
+    for number in range(images):
+        boxes = rois[rois[:, 0] == number, 1:]
+        if not len(boxes):
+            boxes = fallback[number] if fallback is not None else rois.new_zeros(1, 4)
+        result.append(boxes[torch.arange(count) % len(boxes)])
+    return torch.stack(result)
+
+
+def _region_features(extract: nn.Module, features: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
+    """Features (N * K, C, h, w) of regions (N, K, 4)."""
+    numbers = torch.arange(len(boxes), dtype=boxes.dtype).repeat_interleave(boxes.shape[1])[:, None]
+    return extract(features[: extract.num_inputs], torch.cat([numbers, boxes.flatten(0, 1)], 1))
+
+
+def _heads(detector: nn.Module, kind: str) -> dict[str, nn.Module]:
+    head = getattr(getattr(detector, "roi_head", None), kind, None)
+    if head is None:
+        return {}
+    name = f"detector.roi_head.{kind}"
+    return {f"{name}.{i}": m for i, m in enumerate(head)} if isinstance(head, nn.ModuleList) else {name: head}
+
+
+def _whole_images(images: Tensor) -> list[Any]:
+    """Data samples that say that no image of the batch is padded."""
+    from mmdet.structures import DetDataSample
+
+    size = tuple(images.shape[-2:])
+    return [DetDataSample(metainfo={"batch_input_shape": size, "img_shape": size}) for _ in images]

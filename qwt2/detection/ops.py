@@ -1,0 +1,89 @@
+"""mmcv's compiled operators where it has none: NMS and RoIAlign of torchvision in their place.
+
+mmcv has no wheels for recent PyTorch releases, and compiling it takes minutes and a compiler. mmcv-lite is the same
+package without the operators; detectors need two of them, which torchvision has too. A compiled mmcv is used as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qwt2.errors import Qwt2Error
+
+_EXTENSION = "mmcv._ext"
+
+
+def ensure_operators() -> str:
+    """Make ``mmcv.ops`` importable; call it before mmdet's models are imported.
+
+    Returns:
+        "mmcv" where its own operators are compiled, else "torchvision".
+    """
+    if isinstance(sys.modules.get(_EXTENSION), _Bridge):
+        return "torchvision"
+    if importlib.util.find_spec(_EXTENSION) is not None:
+        return "mmcv"
+    import torchvision  # noqa: F401  # registers the operators
+
+    sys.modules[_EXTENSION] = _Bridge(_EXTENSION)
+    return "torchvision"
+
+
+class _Bridge(ModuleType):
+    """Stands for mmcv's extension module; operators it has not can be imported, and refuse to run."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, loader=None)  # who looks for the extension looks for this
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _missing(name)
+
+    @staticmethod
+    def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+        """Indices of the boxes (N, 4) that are kept, by falling score."""
+        from torchvision.ops import nms
+
+        # mmcv's offset makes a box's width x2 - x1 + offset, which moving its far corner does as well.
+        return nms(boxes + boxes.new_tensor([0, 0, offset, offset]) if offset else boxes, scores, iou_threshold)
+
+    @staticmethod
+    def roi_align_forward(
+        x, rois, output, argmax_y, argmax_x, aligned_height, aligned_width, spatial_scale, sampling_ratio, pool_mode, aligned
+    ) -> None:
+        """Write the features of regions (K, 5) into ``output`` (K, C, aligned_height, aligned_width)."""
+        _refuse_max_pooling(pool_mode)
+        size = (aligned_height, aligned_width)
+        output.copy_(torch.ops.torchvision.roi_align(x, rois, spatial_scale, *size, sampling_ratio, aligned))
+
+    @staticmethod
+    def roi_align_backward(
+        gradient, rois, argmax_y, argmax_x, gradient_x, aligned_height, aligned_width, spatial_scale, sampling_ratio,
+        pool_mode, aligned,
+    ) -> None:  # fmt: skip
+        """Write the gradient of the input into ``gradient_x`` (N, C, H, W)."""
+        _refuse_max_pooling(pool_mode)
+        size, shape = (aligned_height, aligned_width), gradient_x.shape
+        gradient_x.copy_(
+            torch.ops.torchvision._roi_align_backward(gradient, rois, spatial_scale, *size, *shape, sampling_ratio, aligned)
+        )
+
+
+def _refuse_max_pooling(pool_mode: int) -> None:
+    if pool_mode != 1:
+        raise Qwt2Error("RoIAlign with pool_mode='max' needs a compiled mmcv; use pool_mode='avg' or install mmcv with its operators")
+
+
+def _missing(name: str):
+    def refuse(*args, **kwargs):
+        raise Qwt2Error(f"this detector needs mmcv's operator {name}, which mmcv-lite has not; install a compiled mmcv 2.1")
+
+    return refuse

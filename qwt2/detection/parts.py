@@ -1,0 +1,171 @@
+"""The parts of a detector that an integer engine runs, inside the mmdet detector that does the rest.
+
+Files hold the dense part (backbone, neck and dense head), and each box and mask head. Anchors, NMS, RoIAlign and the
+pasting of masks stay in PyTorch, so that mmdet's own code makes detections of what the engine computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from qwt2.detection.network import Detector, box_heads, mask_heads
+from qwt2.errors import Qwt2Error
+from qwt2.hooks import replaced_forward
+from qwt2.inputs import Inputs
+
+DENSE = "dense"
+_REGIONS_AT_ONCE = 32  # engines are compiled for one number of regions; the last ones are filled up with zeros
+
+Run = Callable[[np.ndarray], Any]
+
+
+class Part(nn.Module):
+    """One part of a network, its modules named as in the network.
+
+    Args:
+        network: the whole.
+        name: `DENSE`, or the name of a head.
+    """
+
+    def __init__(self, network: Detector, name: str):
+        super().__init__()
+        self.detector, self.name = network.detector, name
+        self.dense_head = network.dense_head
+        self.quantization = getattr(network, "quantization", None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images (N, 3, H, W), or features of regions (K, C, h, w), to every output in order."""
+        if self.name != DENSE:
+            return tuple(tree_flatten(self.get_submodule(self.name)(x))[0])
+        features = self.detector.extract_feat(x)
+        outputs = tree_flatten(self.dense_head(features, x))[0]
+        return (*features, *outputs) if _is_two_stage(self.detector) else tuple(outputs)
+
+    def holds(self, module: str) -> bool:
+        """Whether a module of the network is run by this part."""
+        heads = {**box_heads(self.detector), **mask_heads(self.detector)}
+        if self.name == DENSE:
+            return not any(module.startswith(head + ".") for head in heads)
+        return module.startswith(self.name + ".")
+
+
+def part_names(network: Detector) -> list[str]:
+    """The names of a network's parts, the dense one first."""
+    return [DENSE, *box_heads(network.detector), *mask_heads(network.detector)]
+
+
+def part_inputs(network: Detector, inputs: Inputs) -> dict[str, Tensor]:
+    """The parts of a network, and what each is called with when the network is called with ``inputs``."""
+    seen = {DENSE: inputs["images"]}
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
+        for name in part_names(network)[1:]
+    ]
+    try:
+        with torch.no_grad():
+            network(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@contextmanager
+def running_on(network: Detector, runs: Mapping[str, Run], size: tuple[int, int]) -> Iterator[nn.Module]:
+    """The mmdet detector, its parts computed by ``runs`` inside the `with` block.
+
+    Args:
+        network: its parts are not run.
+        runs: for every part, arrays in and arrays out (:class:`qwt2.engines.Engine`).
+        size: height and width that the dense part takes; smaller images are padded, as mmdet pads those of a batch. A
+            transformer would take padding for a part of the image, so its images must have this size.
+    """
+    detector = network.detector
+    dense = _Dense(detector, runs[DENSE], size)
+    with ExitStack() as stack:
+        for target, name, new in dense.replacements():
+            stack.enter_context(_replaced(target, name, new))
+        for name in part_names(network)[1:]:
+            stack.enter_context(replaced_forward(network.get_submodule(name), _on_regions(runs[name])))
+        yield detector
+
+
+class _Dense:
+    """Runs the dense part once an image batch; neck features and head outputs are asked for one after the other."""
+
+    def __init__(self, detector: nn.Module, run: Run, size: tuple[int, int]):
+        self.detector, self.run, self.size = detector, run, size
+        self.outputs: list[Tensor] = []
+
+    def replacements(self) -> Iterator[tuple[nn.Module, str, Callable]]:
+        yield self.detector, "extract_feat", self.features
+        if hasattr(self.detector, "forward_transformer"):
+            yield self.detector, "forward_transformer", lambda *args, **kwargs: {"hidden_states": None}
+            yield self.detector.bbox_head, "forward", lambda *args, **kwargs: tuple(self.outputs)
+        else:
+            head = self.detector.rpn_head if _is_two_stage(self.detector) else self.detector.bbox_head
+            yield head, "forward", lambda *args, **kwargs: self.by_kind()
+
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        if hasattr(self.detector, "forward_transformer") and images.shape[-2:] != torch.Size(self.size):
+            raise Qwt2Error(
+                f"an image of {_times(images.shape[-2:])} pixels does not have the exported size {_times(self.size)}; "
+                "resize all images to one size, without keeping their ratio"
+            )
+        outputs = [torch.from_numpy(array) for array in self.run(padded(images, self.size).numpy())]
+        levels = len(outputs) // 3 if _is_two_stage(self.detector) else 0
+        self.outputs = outputs[levels:]
+        return tuple(outputs[:levels])
+
+    def by_kind(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores and box offsets, each a list over the levels."""
+        levels = len(self.outputs) // 2
+        return self.outputs[:levels], self.outputs[levels:]
+
+
+def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images with zeros at the bottom and on the right, up to a height and width.
+
+    Raises `Qwt2Error` for larger ones.
+    """
+    height, width = images.shape[-2:]
+    if height > size[0] or width > size[1]:
+        raise Qwt2Error(f"an image of {height} x {width} pixels is larger than the exported {_times(size)}")
+    return F.pad(images, (0, size[1] - width, 0, size[0] - height))
+
+
+def _times(size: Sequence[int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _on_regions(run: Run) -> Callable[[Tensor], Any]:
+    def forward(x: Tensor) -> Any:
+        filled = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % _REGIONS_AT_ONCE)).numpy()
+        pieces = [run(np.ascontiguousarray(piece)) for piece in np.split(filled, len(filled) // _REGIONS_AT_ONCE)]
+        if isinstance(pieces[0], np.ndarray):
+            return torch.from_numpy(np.concatenate(pieces)[: len(x)])
+        return tuple(torch.from_numpy(np.concatenate(arrays)[: len(x)]) for arrays in zip(*pieces))
+
+    return forward
+
+
+def _is_two_stage(detector: nn.Module) -> bool:
+    return hasattr(detector, "roi_head")
+
+
+@contextmanager
+def _replaced(target: nn.Module, name: str, new: Callable) -> Iterator[None]:
+    """Like `replaced_forward`, for any method."""
+    setattr(target, name, new)
+    try:
+        yield
+    finally:
+        delattr(target, name)

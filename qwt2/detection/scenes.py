@@ -1,0 +1,132 @@
+"""Detection data through mmdet's own pipelines, and mmdet's CocoMetric on what a detector finds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qwt2.data.coco import Scenes
+from qwt2.detection.models import quiet
+from qwt2.errors import Qwt2Error
+
+_KEEP_BYTES = 2**28
+METRICS = {"bbox_ap": "coco/bbox_mAP", "bbox_ap50": "coco/bbox_mAP_50", "segm_ap": "coco/segm_mAP"}
+
+
+def dataset_config(config: Any, scenes: Scenes, split: str, training: bool = False) -> dict[str, Any]:
+    """mmdet's settings of a split, with the pipeline that the detector's configuration has for it."""
+    loader = config.train_dataloader if training else config.test_dataloader
+    settings = loader.dataset
+    while "pipeline" not in settings:  # wrapped (RepeatDataset and the like)
+        settings = settings.dataset
+    return {
+        "type": "CocoDataset",
+        "metainfo": {"classes": tuple(scenes.classes)},
+        "ann_file": str(scenes.annotations[split]),
+        "data_prefix": {"img": f"{scenes.images[split]}/"},
+        "pipeline": settings.pipeline,
+        "test_mode": not training,
+    }
+
+
+def build_dataset(config: Any, scenes: Scenes, split: str) -> Any:
+    """mmdet's `CocoDataset` of a split for testing, in the order of its annotation file."""
+    from mmdet.registry import DATASETS
+
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long it took
+        return DATASETS.build(dataset_config(config, scenes, split))
+
+
+class Batches:
+    """Images (N, 3, H, W), padded to one size, and their data samples, as a detector takes them, batch by batch.
+
+    Small sets are kept in memory, because they are gone through many times.
+
+    Args:
+        config: the detector's configuration.
+        dataset: mmdet's.
+        batch_size: images; the last batch may be smaller.
+        indices: which images in which order; all, if not given.
+    """
+
+    def __init__(self, config: Any, dataset: Any, batch_size: int, indices: np.ndarray | None = None):
+        from mmdet.registry import MODELS
+
+        self.dataset, self.batch_size = dataset, batch_size
+        self.indices = np.arange(len(dataset)) if indices is None else indices
+        self._preprocess = MODELS.build(config.model.data_preprocessor)
+        self._kept: list[tuple[Tensor, list[Any]]] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Any]]]:
+        yield from self._kept
+        kept = sum(images.nbytes for images, _ in self._kept)
+        for start in range(len(self._kept) * self.batch_size, len(self.indices), self.batch_size):
+            batch = self._load(self.indices[start : start + self.batch_size])
+            kept += batch[0].nbytes
+            if kept <= _KEEP_BYTES:
+                self._kept.append(batch)
+            yield batch
+
+    def _load(self, indices: np.ndarray) -> tuple[Tensor, list[Any]]:
+        items = [self.dataset[int(index)] for index in indices]
+        data = self._preprocess({key: [item[key] for item in items] for key in ("inputs", "data_samples")}, False)
+        return data["inputs"], data["data_samples"]
+
+
+def draw_calibration(available: int, count: int, seed: int) -> np.ndarray:
+    """Which of the training images calibrate; a larger count with the same seed starts with those of the smaller one.
+
+    Raises `Qwt2Error` for fewer images than asked for.
+    """
+    if not 0 < count <= available:
+        raise Qwt2Error(f"calibration asks for {count} images, but must be between 1 and the {available} training images")
+    return np.random.default_rng(seed).permutation(available)[:count]
+
+
+@torch.no_grad()
+def detect(detector: nn.Module, batches: Batches) -> list[Any]:
+    """mmdet's data samples of all images with what the detector finds (`pred_instances`)."""
+    return [sample for images, samples in batches for sample in detector.predict(images, samples)]
+
+
+def shown(sample: Any, least_score: float = 0.3) -> dict[str, Any]:
+    """What a picture of one image shows: file, boxes, labels, scores and masks (COCO run lengths) of sure detections."""
+    from pycocotools import mask as coco_mask
+
+    found = sample.pred_instances[sample.pred_instances.scores >= least_score].to_dict()
+    masks = found.get("masks")
+    encoded = [] if masks is None else [coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in masks]
+    return {
+        "file": os.path.basename(sample.img_path),
+        "boxes": found["bboxes"].tolist(),
+        "labels": found["labels"].tolist(),
+        "scores": found["scores"].tolist(),
+        "masks": [{"size": list(mask["size"]), "counts": mask["counts"].decode()} for mask in encoded],
+    }
+
+
+def score(found: list[Any], scenes: Scenes, split: str = "val") -> dict[str, float]:
+    """Average precision in percent, from mmdet's `CocoMetric`: `bbox_ap`, `bbox_ap50`, and `segm_ap` where there are masks.
+
+    Raises `Qwt2Error` where a detector gives something that is not finite.
+    """
+    from mmdet.evaluation.metrics import CocoMetric
+
+    for sample in found:
+        instances = sample.pred_instances
+        if not (torch.isfinite(instances.scores).all() and torch.isfinite(instances.bboxes).all()):
+            raise Qwt2Error("the detector's boxes or scores hold NaN or infinity; check the weights and the precision")
+    kinds = ["bbox", "segm"] if any("masks" in sample.pred_instances for sample in found) else ["bbox"]
+    with contextlib.redirect_stdout(io.StringIO()), quiet():
+        metric = CocoMetric(ann_file=str(scenes.annotations[split]), metric=kinds)
+        metric.dataset_meta = {"classes": tuple(scenes.classes)}
+        metric.process({}, [sample.to_dict() for sample in found])
+        figures = metric.evaluate(len(found))
+    # mmdet rounds to three digits, and gives no figures where nothing at all is found.
+    return {name: round(100.0 * figures.get(key, 0.0), 1) for name, key in METRICS.items() if key.partition("/")[2][:4] in kinds}

@@ -1,0 +1,94 @@
+"""What the figures of detectors say: average precision side by side, and the targets."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qwt2.report.findings import LATENCY_RATIO, Target, target
+from qwt2.results import Method, Results, Row
+
+FP32_AP = {"bbox_ap": 60.0, "segm_ap": 50.0}  # percent that a default detector must reach before it is quantized
+HARD_LOSS = 5.0  # points of box AP that plain PTQ loses where compensation is asked to help
+RECOVERED = 1 / 3  # share of that loss that CWAC is asked to recover
+ENGINE_DELTA = 0.3  # points of box AP between an engine and the simulation
+
+
+class Line(NamedTuple):
+    """One detector at one precision: box and mask AP of the simulation in percent, by compensation ("" is plain PTQ)."""
+
+    model: str
+    precision: str
+    ptq: str
+    fp32: dict[str, Row | None]
+    box: dict[str, Row]
+    mask: dict[str, Row | None]
+
+    @property
+    def loss(self) -> float:
+        """Points of box AP that plain PTQ loses against fp32."""
+        return self.fp32["bbox_ap"].value - self.box[""].value
+
+    def recovered(self, compensation: str) -> float | None:
+        """Share of the loss that a compensation recovers; None where nothing is lost."""
+        return (self.box[compensation].value - self.box[""].value) / self.loss if self.loss > 0 else None
+
+
+def lines(results: Results) -> list[Line]:
+    """Every detector and precision, from many bits to few."""
+    return [line for model in results.models for precision in results.precisions(model) for line in _lines(results, model, precision)]
+
+
+def _lines(results: Results, model: str, precision: str) -> Iterator[Line]:
+    fp32 = {metric: results.get(model, "fp32", "fp32", "torch", metric) for metric in FP32_AP}
+    methods = results.methods(model, precision)
+    for ptq in (name for name in methods if Method.parse(name)[1:] == ("", "")):
+        known = {Method.parse(name).compensation: name for name in methods if Method.parse(name).quantizer == ptq}
+        rows = {c: results.get(model, precision, name, "torch", "bbox_ap") for c, name in known.items()}
+        masks = {c: results.get(model, precision, name, "torch", "segm_ap") for c, name in known.items()}
+        if fp32["bbox_ap"] and all(rows.values()):
+            yield Line(model, precision, ptq, fp32, rows, masks)
+
+
+def targets(results: Results) -> list[Target]:
+    """The figures that the default detectors are to reach, each with what misses it."""
+    found = lines(results)
+    hard = [line for line in found if line.loss >= HARD_LOSS and "cwac" in line.box]
+    hard_models = {line.model for line in hard}
+    baselines = [row for row in results.rows if row.precision == "fp32" and row.metric in FP32_AP]
+    deltas = [row for row in results.rows if row.metric == "engine_bbox_ap_delta"]
+    low, high = LATENCY_RATIO
+    ratios = [
+        row for row in results.rows
+        if row.metric == "latency_ratio_to_ptq" and Method.parse(row.method).compensation == "cwac"
+    ]  # fmt: skip
+    return [
+        target(
+            f"Every detector reaches box AP {FP32_AP['bbox_ap']:.0f} and mask AP {FP32_AP['segm_ap']:.0f} before quantization",
+            baselines,
+            lambda row: row.value >= FP32_AP[row.metric],
+            lambda row: f"{row.model} {row.metric} {row.value:.1f}",
+        ),
+        target(
+            f"At one precision at least, plain PTQ loses {HARD_LOSS:.0f} points of box AP or more on every detector",
+            results.models,
+            lambda model: model in hard_models,
+            str,
+        ),
+        target(
+            "CWAC recovers a third of the loss or more there",
+            hard,
+            lambda line: line.recovered("cwac") >= RECOVERED,
+            lambda line: f"{line.model}-{line.precision} {line.recovered('cwac'):.0%}",
+        ),
+        target(
+            f"Engine box AP is within {ENGINE_DELTA} points of the simulation",
+            deltas,
+            lambda row: abs(row.value) <= ENGINE_DELTA + 1e-9,
+            lambda row: f"{row.model}-{row.precision} {row.method} on {row.engine} {row.value:+.2f}",
+        ),
+        target(
+            f"Latency of the folded dense part over plain PTQ's is {low}-{high}",
+            ratios,
+            lambda row: low <= row.value <= high,
+            lambda row: f"{row.model}-{row.precision} on {row.engine} {row.value:.3f}",
+        ),
+    ]

@@ -1,0 +1,78 @@
+"""Small mmdet detectors and scenes: the wiring of the default ones, with a few thousand weights, never trained."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from pipeline.resolve import compose_cell
+from qwt2.data import write_dataset
+from qwt2.data.coco import Scenes, open_scenes
+from qwt2.detection.models import build_detector, detector_config
+from qwt2.detection.network import Detector, regions
+from qwt2.detection.scenes import Batches, build_dataset
+from qwt2.inputs import Inputs
+
+DATA = {"name": "digits_coco", "num_classes": 10, "image_size": 112, "train_images": 12, "val_images": 6, "seed": 0}
+_SMALLER = {
+    "model": {
+        "neck": {"out_channels": 16},
+        "rpn_head": {"in_channels": 16, "feat_channels": 16},
+        "roi_head": {
+            "bbox_roi_extractor": {"out_channels": 16},
+            "bbox_head": {"in_channels": 16, "fc_out_channels": 32},
+            "mask_roi_extractor": {"out_channels": 16},
+            "mask_head": {"in_channels": 16, "conv_out_channels": 16, "num_convs": 1},
+        },
+        "test_cfg": {"rpn": {"nms_pre": 50, "max_per_img": 16}, "rcnn": {"score_thr": 0.0, "max_per_img": 5}},
+    }
+}
+_BACKBONES = {
+    "swin": {"embed_dims": 16, "depths": [2, 1, 1], "num_heads": [1, 2, 2]},
+    "resnet": {"base_channels": 8, "stem_channels": 8},
+}
+_WIDTHS = {"swin": [16, 32, 64], "resnet": [8, 16, 32]}
+
+
+def settings(kind: str) -> dict[str, Any]:
+    """The `model` section of a small detector: "swin" or "resnet"."""
+    cfg = compose_cell([f"model=mask_rcnn_{kind}_micro"])["model"]
+    smaller = _SMALLER | {"model": _SMALLER["model"] | {"backbone": _BACKBONES[kind]}}
+    smaller["model"]["neck"] = {"out_channels": 16, "in_channels": _WIDTHS[kind]}
+    return cfg | {"options": OmegaConf.to_container(OmegaConf.merge(cfg["options"], smaller)), "boxes": 4, "mask_boxes": 2}
+
+
+def detector(kind: str) -> nn.Module:
+    """A detector whose layers all pass a signal on; mmdet's own initial values (0.01) would leave nothing to quantize."""
+    model = build_detector(settings(kind))
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            fan_in = module.weight[0].numel() if not isinstance(module, nn.ConvTranspose2d) else module.weight.shape[0]
+            module.weight.data = torch.randn(module.weight.shape, generator=generator) * (1.5 / fan_in) ** 0.5
+            if module.bias is not None:
+                module.bias.data = 0.1 * torch.randn(module.bias.shape, generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.data = 0.2 * torch.randn(module.running_mean.shape, generator=generator)
+            module.running_var.data = 0.5 + torch.rand(module.running_var.shape, generator=generator)
+    return model
+
+
+@functools.cache
+def scenes() -> Scenes:
+    """A dozen scenes of digits, composed once."""
+    folder = Path(tempfile.mkdtemp(prefix="qwt2-test-"))
+    write_dataset(DATA, folder)
+    return open_scenes(DATA, folder)
+
+
+def batches(kind: str, network: Detector, count: int = 4, size: int = 2) -> list[Inputs]:
+    """Calibration batches with the regions that the detector itself chooses."""
+    config = detector_config(settings(kind))
+    dataset = build_dataset(config, scenes(), "train")
+    loaded = Batches(config, dataset, size, torch.arange(count).numpy())
+    return [regions(network.detector, images, samples, 4, 2) for images, samples in loaded]
