@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pipeline import dvcfiles
 from pipeline.logs import LOG, log_to
 from pipeline.resolve import checked, select
-from pipeline.stage import OUT, Cell, config_path, declared, locked, set_threads
+from pipeline.stage import OUT, Cell, config_path, declared, locked, set_threads, task_of
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
 from qwt2.results import HEADLINE, Row, read_rows
@@ -138,7 +138,7 @@ def sentence(error: Exception) -> str:
 def figures(record: dict[str, Any]) -> dict[str, float]:
     """The figures by which cells are compared; percentages, dB and ratios to plain PTQ."""
     own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
-    headline = HEADLINE["detection" if "mmdet" in record["config"]["model"] else "classification"]
+    headline = HEADLINE[task_of(record["config"]["model"])]
     found = {f"fp32_{headline}": record["fp32"][headline], f"ptq_{headline}": ptq[f"torch/{headline}"]}
     measured = {headline: headline, "segm_ap": "segm_ap", "agreement": "agreement", "sqnr_db": "logits_sqnr_db"}
     found |= {name: own[f"torch/{metric}"] for name, metric in measured.items() if f"torch/{metric}" in own}

@@ -22,13 +22,14 @@ from qwt2.results import format_number, method_order, precision_order
 
 HOST = "127.0.0.1"
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-# Shown figure -> its name in the run, heading. `gain` is the difference to plain PTQ.
+# Shown figure -> its name in the run, heading. `gain` is the difference to plain PTQ, {accuracy} the headline of the task.
 FIGURES = {
-    "top1": ("torch/top1", "top-1 %"),
+    "accuracy": ("torch/{accuracy}", "top-1 or box AP %"),
+    "segm_ap": ("torch/segm_ap", "mask AP %"),
     "gain": (None, "gain on PTQ"),
     "agreement": ("torch/agreement", "agree %"),
     "sqnr": ("torch/logits_sqnr_db", "SQNR dB"),
-    **{f"{engine}_top1": (f"{engine}/top1", f"{name} top-1") for engine, name in ENGINES.items()},
+    **{f"{engine}_accuracy": (engine + "/{accuracy}", f"{name} accuracy") for engine, name in ENGINES.items()},
     **{f"{engine}_ms": (f"{engine}/latency_ms", f"{name} ms") for engine, name in ENGINES.items()},
     **{f"{engine}_ratio": (f"{engine}/latency_ratio_to_ptq", f"{name} ÷ PTQ") for engine, name in ENGINES.items()},
     "bytes": ("onnxruntime/file_bytes", "bytes"),
@@ -140,9 +141,10 @@ def table_row(run: Run) -> dict[str, Any]:
         "config": f"[config](/config/{run.id})",
     }  # fmt: skip
     for column, (name, _) in FIGURES.items():
-        row[column] = run.figures.get(name) if name else None
-    if "torch/top1" in run.figures and "torch/top1" in run.ptq:
-        row["gain"] = run.figures["torch/top1"] - run.ptq["torch/top1"]
+        row[column] = run.figures.get(name.format(accuracy=run.headline)) if name else None
+    simulated = f"torch/{run.headline}"
+    if simulated in run.figures and simulated in run.ptq:
+        row["gain"] = run.figures[simulated] - run.ptq[simulated]
     return row
 
 
@@ -173,13 +175,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dag.AgGrid:
 
 
 def accuracy_against_bits(rows: Iterable[Mapping[str, Any]]) -> go.Figure:
-    """Simulated top-1 by precision, many bits to few; one line's colour a method, its symbol a model."""
-    return _scatter(rows, "precision", "top1", "weight and activation bits", "top-1 %")
+    """Simulated accuracy by precision, many bits to few; one line's colour a method, its symbol a model."""
+    return _scatter(rows, "precision", "accuracy", "weight and activation bits", FIGURES["accuracy"][1])
 
 
 def accuracy_against_latency(rows: Iterable[Mapping[str, Any]], engine: str) -> go.Figure:
-    """Top-1 on an engine against milliseconds a call."""
-    return _scatter(rows, f"{engine}_ms", f"{engine}_top1", f"latency on {ENGINES[engine]}, ms", "top-1 %")
+    """Accuracy on an engine against milliseconds a call."""
+    return _scatter(rows, f"{engine}_ms", f"{engine}_accuracy", f"latency on {ENGINES[engine]}, ms", FIGURES["accuracy"][1])
 
 
 def _scatter(rows: Iterable[Mapping[str, Any]], x: str, y: str, x_title: str, y_title: str) -> go.Figure:

@@ -1,6 +1,6 @@
 """Stage `evaluate`: accuracy, mismatch and latency of one cell on the integer engines."""
 
-from pipeline.stage import Cell, run_stage
+from pipeline.stage import Cell, run_stage, task_of
 from qwt2 import machine
 from qwt2.io import write_json
 from qwt2.results import write_layers, write_rows
@@ -19,7 +19,7 @@ def main(cfg, cell: Cell) -> None:
 
 
 def _evaluation(cfg, cell: Cell):
-    if "mmdet" in cfg["model"]:
+    if task_of(cfg["model"]) == "detection":
         from pipeline.detection_evaluation import Detection
 
         return Detection(cfg, cell)

@@ -184,9 +184,10 @@ def config(run: Run) -> dict[str, Any]:
 
 def summary(run: Run) -> dict[str, float]:
     """Every figure of the run as ``<engine>/<metric>``; with it plain PTQ's and the full-precision network's accuracy."""
-    beside = {"fp32/top1": run.fp32["torch/top1"]}
-    if "torch/top1" in run.ptq:
-        beside["ptq/top1"] = run.ptq["torch/top1"]
+    simulated = f"torch/{run.headline}"
+    beside = {f"fp32/{run.headline}": run.fp32[simulated]}
+    if simulated in run.ptq:
+        beside[f"ptq/{run.headline}"] = run.ptq[simulated]
     return dict(run.figures) | beside
 
 
@@ -195,18 +196,26 @@ def report(project: str, entity: str | None, runs: list[Run]) -> Any:
     import wandb_workspaces.reports.v2 as wr
 
     engines = sorted({name.partition("/")[0] for run in runs for name in run.figures} - {"torch"})
+    headlines = sorted({run.headline for run in runs}, reverse=True)
     runset = wr.Runset(project=project, **({"entity": entity} if entity else {}))
     accuracy = [
-        wr.ScatterPlot("Accuracy against bits", x=wr.Config("precision.weight_bits"), y=wr.SummaryMetric("torch/top1")),
-        wr.BarPlot("Top-1 by method", metrics=[wr.SummaryMetric("torch/top1")], groupby=wr.Config("method")),
-        wr.ScatterPlot("Gain over plain PTQ", x=wr.SummaryMetric("ptq/top1"), y=wr.SummaryMetric("torch/top1")),
+        panel
+        for name in headlines
+        for panel in (
+            wr.ScatterPlot(f"{name} against bits", x=wr.Config("precision.weight_bits"), y=wr.SummaryMetric(f"torch/{name}")),
+            wr.BarPlot(f"{name} by method", metrics=[wr.SummaryMetric(f"torch/{name}")], groupby=wr.Config("method")),
+            wr.ScatterPlot(
+                f"{name}: gain over plain PTQ", x=wr.SummaryMetric(f"ptq/{name}"), y=wr.SummaryMetric(f"torch/{name}")
+            ),
+        )
     ]
     speed = [
         wr.ScatterPlot(
-            f"Accuracy against latency, {engine}",
+            f"{name} against latency, {engine}",
             x=wr.SummaryMetric(f"{engine}/latency_ms"),
-            y=wr.SummaryMetric(f"{engine}/top1"),
+            y=wr.SummaryMetric(f"{engine}/{name}"),
         )
+        for name in headlines
         for engine in engines
     ]
     return wr.Report(

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.schema import check
-from pipeline.stage import RESOLVED, config_path
+from pipeline.stage import RESOLVED, config_path, task_of
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
@@ -118,7 +118,7 @@ def checked(composed: DictConfig) -> dict[str, Any]:
     exported = [name for name, options in cfg["compensation"].items() if options.get("granularity") != "block"]
     return cfg | {
         "compensations": list(cfg["compensation"]), "exported": exported, "datasets": {cfg["data"]["name"]: cfg["data"]},
-        "task": "detection" if "mmdet" in cfg["model"] else "classification",
+        "task": task_of(cfg["model"]),
     }  # fmt: skip
 
 

@@ -16,10 +16,10 @@ import yaml
 from pipeline.cells import CELLS, read_record
 from pipeline.report import baseline_rows, cell_rows
 from pipeline.resolve import read_grid
-from pipeline.stage import OUT, RESOLVED
+from pipeline.stage import OUT, RESOLVED, task_of
 from pipeline.sweeps import SWEEPS, jobs
 from qwt2.errors import Qwt2Error
-from qwt2.results import Layer, Method, Row, read_layers
+from qwt2.results import HEADLINE, Layer, Method, Row, read_layers
 
 GRID = "grid"
 
@@ -58,6 +58,11 @@ class Run:
     def name(self) -> str:
         return f"{self.model}-{self.precision}-{self.method}"
 
+    @property
+    def headline(self) -> str:
+        """The figure that stands for the run's task."""
+        return HEADLINE[task_of(self.config["model"])]
+
     def layers(self) -> list[Layer]:
         """The modules in execution order, every seed; Qwt2Error if the table is missing or damaged."""
         if self.layers_file is None:
@@ -81,8 +86,7 @@ def grid_runs() -> Iterator[Run]:
             continue
         files = (RESOLVED / f"baseline@{model}.yaml",)
         config = _merged(files)
-        task = "detection" if "mmdet" in config["model"] else "classification"
-        fp32 = _figures(baseline_rows(OUT, model, task, config["data"]["name"]))
+        fp32 = _figures(baseline_rows(OUT, model, task_of(config["model"]), config["data"]["name"]))
         yield Run(_id(config, "fp32"), (GRID,), model, "fp32", "fp32", "finished", config, files, fp32, fp32=fp32)
         for precision in grid["precision"]:
             if (OUT / "evaluate" / f"{model}-{precision}" / "rows.csv").is_file():

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +117,11 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def task_of(model: Mapping[str, Any]) -> str:
+    """The task of a model's configuration: mmdet's are detectors, timm's classifiers."""
+    return "detection" if "mmdet" in model else "classification"
 
 
 def load_config(stage: str, cell: str = "") -> Declared:

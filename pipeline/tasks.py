@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.stage import Cell
+from pipeline.stage import Cell, task_of
 from qwt2.errors import Qwt2Error
 from qwt2.inputs import Inputs
 from qwt2.io import read_array, write_array
 
 
 def open_task(cfg: Any, cell: Cell) -> "Task":
-    """The task of a resolved configuration: a model of mmdet is a detector, one of timm a classifier."""
-    if "mmdet" in cfg["model"]:
+    """The task of a resolved configuration."""
+    if task_of(cfg["model"]) == "detection":
         from pipeline.detection import Detection
 
         return Detection(cfg, cell)

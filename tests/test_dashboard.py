@@ -33,7 +33,7 @@ def results(tmp_path_factory) -> Path:
     synthetic.write_out(folder / "out", ["vit_micro"], ["w8a8", "w4a4"])
     before = Path.cwd()
     os.chdir(folder)
-    resolve.main()
+    resolve.main([])
     synthetic.write_cells(CELLS)
     os.chdir(before)
     return folder
@@ -73,12 +73,9 @@ def type_into_filter(browser: Browser, heading: str, text: str) -> None:
 
 @pytest.mark.timeout(240)
 def test_runs_are_filtered_sorted_and_compared(address, browser, results):
-    started = time.monotonic()
     browser.open(address)
     browser.wait("document.querySelectorAll('.ag-center-cols-container .ag-row').length")
     browser.wait("document.querySelectorAll('#bits .points path').length")
-    loading = browser.run("performance.now()") / 1e3
-    print(f"{CELLS + 11} runs shown after {loading:.2f} s ({time.monotonic() - started:.2f} s with the browser's start)")
     assert browser.run(COUNT) == CELLS + 11  # the grid: five methods at two precisions, and fp32
 
     type_into_filter(browser, "sweeps", "sizes")
@@ -92,12 +89,12 @@ def test_runs_are_filtered_sorted_and_compared(address, browser, results):
     drawn = browser.wait("document.querySelectorAll('#bits .points path').length")
     assert drawn == browser.run(COUNT)  # the plots follow the filter
 
-    heading = "document.querySelector('.ag-header-cell[col-id=top1] .ag-header-cell-label')"
+    heading = "document.querySelector('.ag-header-cell[col-id=accuracy] .ag-header-cell-label')"
     for order in (1, -1):
         browser.run(f"{heading}.click()")
-        browser.wait(f"document.querySelector('.ag-header-cell[col-id=top1]').ariaSort == '{'ascending' if order > 0 else 'descending'}'")
+        browser.wait(f"document.querySelector('.ag-header-cell[col-id=accuracy]').ariaSort == '{'ascending' if order > 0 else 'descending'}'")
         time.sleep(0.3)
-        values = [float(value) for value in browser.run(column("top1")) if value]
+        values = [float(value) for value in browser.run(column("accuracy")) if value]
         assert len(values) > 5 and values == sorted(values, reverse=order < 0)
 
     for name in ("sweeps", "model", "bits"):
@@ -119,13 +116,12 @@ def test_runs_are_filtered_sorted_and_compared(address, browser, results):
     assert config["model"]["name"] == "vit_micro" and config["precision"]["name"] == "w8a8"
     elsewhere = [url for url in browser.requests if not url.startswith((address, "data:", "blob:", "about:"))]
     assert elsewhere == []
-    assert loading < 6  # a machine shared by test workers; the figure itself is reported
 
 
 def check_figures(results: Path, shown: dict[str, list[str]]) -> None:
     rows = synthetic.cell_rows("vit_micro", "w8a8")
     found = {(row.method, row.engine, row.metric): row.value for row in rows}
-    for heading, engine, metric in (("top-1 %", "torch", "top1"), ("OpenVINO ms", "openvino", "latency_ms")):
+    for heading, engine, metric in (("top-1 or box AP %", "torch", "top1"), ("OpenVINO ms", "openvino", "latency_ms")):
         expected = sorted(found[f"repq+{name}", engine, metric] for name in ("qwt", "cwac"))
         assert sorted(map(float, shown[heading])) == pytest.approx(expected, abs=1e-4)
 

@@ -37,7 +37,7 @@ def results(tmp_path_factory) -> Path:
     report(synthetic.CONFIG | {"grid": {"model": MODELS, "precision": PRECISIONS}}, folder / "out", folder / "results")
     before = Path.cwd()
     os.chdir(folder)
-    resolve.main()
+    resolve.main([])
     os.chdir(before)
     return folder
 
