@@ -223,7 +223,7 @@ def test_original_swin_checkpoint_computes_the_same_after_conversion(tmp_path):
 # Full size.
 
 
-def test_issue_lists_every_detector():
+def test_every_detector_of_the_model_zoo_has_its_configuration():
     swin = {f"{kind}_swin_{size}" for kind in ("mask_rcnn", "cascade_mask_rcnn") for size in ("tiny", "small")}
     micro = {"mask_rcnn_swin_micro", "mask_rcnn_resnet_micro"}
     assert set(CONFIGS) == swin | {"mask_rcnn_resnet50", "detr_resnet50"} | micro

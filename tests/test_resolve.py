@@ -56,6 +56,7 @@ def test_every_stage_and_cell_has_a_file(conf):
         ("config.yaml", "repeats: 200", "repeats: 20", cells("evaluate") | REPORTS),
         ("config.yaml", "mismatch_images: 8", "mismatch_images: 4", cells("evaluate", "fold") | REPORTS),
         ("config.yaml", "observer_images: 32", "observer_images: 16", cells("ptq", "compensate")),
+        ("config.yaml", "images: 256", "images: 128", cells("ptq", "compensate") | REPORTS),
         ("model/vit_micro.yaml", "steps: 1500", "steps: 10", {"baseline@vit_micro"}),
         ("compensation/cwac.yaml", "order: sequential", "order: one_pass", cells("compensate")),
         ("precision/w4a4.yaml", "weight_bits: 4", "weight_bits: 5", cells("ptq", precisions=["w4a4"])),
