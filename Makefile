@@ -9,7 +9,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3.11
 
-.PHONY: repro repro-classification test readme lock benchmarks clean
+.PHONY: repro repro-classification test readme lock benchmarks dashboard publish verify determinism kills clean
 
 repro: $(STAMP)
 	python -m pipeline.warm dvc repro
@@ -24,7 +24,28 @@ test: $(STAMP)
 
 benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.architectures
+	python -m benchmarks.calibration_cost
+	python -m benchmarks.experiments
 	$(PEERS)/bin/python -m benchmarks.peers
+
+# A page on this machine that compares all runs.
+dashboard: $(STAMP)
+	python -m pipeline.dashboard
+
+publish: $(STAMP)
+	python -m pipeline.publish
+
+# Re-hash all that is stored; ARGS=--repair deletes what is damaged.
+verify: $(STAMP)
+	python -m pipeline.verify $(ARGS)
+
+# The chain twice from nothing, and what differs; ARGS=--tiny for a small one.
+determinism: $(STAMP)
+	python -m benchmarks.determinism $(ARGS)
+
+# The tiny chain, killed at 20 random points and run again.
+kills: $(STAMP)
+	python -m benchmarks.kills
 
 readme: $(STAMP)
 	python -m pipeline.readme

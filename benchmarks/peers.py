@@ -67,7 +67,7 @@ class Comparison:
 
     def __init__(self, name: str, method: str, folder: Path):
         self.name, self.method, self.folder = name, method, folder
-        self.model = timm.create_model(name, pretrained=False).eval()
+        self.model = random_model(name)
         crops = photo_crops(self.model, CALIBRATION_IMAGES + TEST_IMAGES)
         self.calibration, self.test = crops[:CALIBRATION_IMAGES], crops[CALIBRATION_IMAGES:]
         with torch.no_grad():
@@ -219,6 +219,19 @@ def unfolded(ptq: nn.Module, compensated: nn.Module) -> nn.Module:
         if layer.alpha is not None:
             target.output = Affine(layer.alpha, layer.beta, layer.weight.dim(), target.output)
     return integer
+
+
+def random_model(name: str) -> nn.Module:
+    """A timm model with random weights and, unlike timm's own initialization, random biases.
+
+    No trained model has zero biases, and zero ones mislead: NNCF's conversion drops additions of zero.
+    """
+    model = timm.create_model(name, pretrained=False).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    return model
 
 
 def photo_crops(model: nn.Module, count: int) -> torch.Tensor:

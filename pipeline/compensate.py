@@ -10,7 +10,7 @@ def main(cfg, cell: Cell) -> None:
     from qwt2 import compensate, load_quantized, save_quantized
     from qwt2.io import write_json
 
-    task = open_task(cfg)
+    task = open_task(cfg, cell)
     network = task.baseline(cell)
 
     def compensate_one(run: tuple[str, int, str]) -> dict:
@@ -28,7 +28,7 @@ def main(cfg, cell: Cell) -> None:
         return run_facts | costs | {"modules": [module.to_dict() for module in report.modules]}
 
     runs = [(v, s, name) for v in cfg["ptq"]["variants"] for s in cfg["seeds"] for name in cfg["compensation"]]
-    write_json(cell.folder("compensate") / "report.json", each(compensate_one, runs, cfg["workers"]))
+    write_json(cell.folder("compensate") / "report.json", each("compensate", compensate_one, runs, cfg["workers"]))
 
 
 if __name__ == "__main__":

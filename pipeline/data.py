@@ -1,12 +1,12 @@
 """Stage `data`: prepare the datasets of all models."""
 
-from pipeline.stage import OUT, Cell, run_stage
+from pipeline.stage import Cell, run_stage
 from qwt2.data import write_dataset
 
 
 def main(cfg, cell: Cell) -> None:
     for name, settings in cfg["datasets"].items():
-        write_dataset(settings, OUT / "data" / name)
+        write_dataset(settings, cell.data / name)
 
 
 if __name__ == "__main__":

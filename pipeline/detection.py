@@ -26,8 +26,8 @@ PICTURES = 6  # validation scenes in the report
 class Detection(Task):
     """mmdet's detectors."""
 
-    def __init__(self, cfg: Any):
-        super().__init__(cfg)
+    def __init__(self, cfg: Any, cell: Cell):
+        super().__init__(cfg, cell)
         self.scenes = open_scenes(cfg["data"], self.folder)
         self.config = detector_config(cfg["model"])
 

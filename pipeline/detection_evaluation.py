@@ -25,7 +25,7 @@ class Detection(Evaluation):
 
     def __init__(self, cfg: Any, cell: Cell):
         super().__init__(cfg, cell)
-        self.task = Task(cfg)
+        self.task = Task(cfg, cell)
         self.network = self.task.baseline(cell)
         self.parts = part_names(self.network)
 
@@ -40,10 +40,12 @@ class Detection(Evaluation):
     @cached_property
     def on_engines(self) -> dict[tuple[str, str], dict[str, float]]:
         """Metrics of every method on every engine."""
-        runs = [(method, engine) for engine in self.cfg["evaluate"]["engines"] for method in self.methods]
-        return dict(zip(runs, each(lambda run: self.on_engine_with(*run, self.seeds[0]), runs, self.cfg["workers"])))
+        runs = [(method, engine, self.seeds[0]) for engine in self.cfg["evaluate"]["engines"] for method in self.methods]
+        found = each("evaluate on engines", self.on_engine_with, runs, self.cfg["workers"])
+        return {(method, engine): metrics for (method, engine, _), metrics in zip(runs, found)}
 
-    def on_engine_with(self, method: str, engine: str, seed: int) -> dict[str, float]:
+    def on_engine_with(self, run: tuple[str, str, int]) -> dict[str, float]:
+        method, engine, seed = run
         runs = {p: load_engine(self.cell.onnx(method, seed, p), engine, self.cfg["threads"]) for p in self.parts}
         with running_on(self.network, runs, image_size(runs[DENSE])) as detector:
             return self.task.measure(detector)["metrics"]

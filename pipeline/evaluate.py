@@ -1,9 +1,9 @@
 """Stage `evaluate`: accuracy, mismatch and latency of one cell on the integer engines."""
 
-from pipeline.stage import Cell, run_stage
+from pipeline.stage import Cell, run_stage, task_of
 from qwt2 import machine
 from qwt2.io import write_json
-from qwt2.results import write_rows
+from qwt2.results import write_layers, write_rows
 
 
 def main(cfg, cell: Cell) -> None:
@@ -12,13 +12,14 @@ def main(cfg, cell: Cell) -> None:
     for engine in cfg["evaluate"]["engines"]:
         rows += evaluation.on_engine(engine) + evaluation.latency(engine)
     write_rows(cell.folder("evaluate") / "rows.csv", rows)
-    evaluation.write_layers(cell.folder("evaluate") / "layers.csv")
+    write_layers(cell.folder("evaluate") / "layers.csv", evaluation.layers(), cfg["evaluate"]["engines"])
+    write_json(cell.folder("evaluate") / "operations.json", evaluation.operations())
     evaluation.write_pictures(cell.folder("evaluate") / "pictures.png")
     write_json(cell.folder("evaluate") / "machine.json", machine.describe())
 
 
 def _evaluation(cfg, cell: Cell):
-    if "mmdet" in cfg["model"]:
+    if task_of(cfg["model"]) == "detection":
         from pipeline.detection_evaluation import Detection
 
         return Detection(cfg, cell)

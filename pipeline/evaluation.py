@@ -1,21 +1,22 @@
 """Figures of one cell of the grid: what every task measures, and classification."""
 
-import csv
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.stage import OUT, Cell
+from pipeline.parallel import watched
+from pipeline.stage import Cell
 from qwt2.data import open_dataset
 from qwt2.engines import load_engine
-from qwt2.io import atomic_path, load_arrays, read_array, read_json
+from qwt2.io import load_arrays, read_array, read_json
 from qwt2.latency import measure_latency
 from qwt2.metrics import agreement_percent, sqnr_db, topk_percent
 from qwt2.mismatch import Mismatch, engine_mismatch
 from qwt2.onnx_file import load_onnx
-from qwt2.results import LAYER_COLUMNS, UNITS, Row
+from qwt2.operations import count_operations
+from qwt2.results import UNITS, Row
 
 Figures = dict[str, list[float]]  # metric -> values, one a calibration seed
 
@@ -38,7 +39,8 @@ class Evaluation(ABC):
     def __init__(self, cfg, cell: Cell):
         self.cfg, self.cell = cfg, cell
         self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
-        self.methods = ["ptq", *self.compensations]
+        self.methods, self.exported = ["ptq", *self.compensations], ["ptq", *cfg["exported"]]
+        self.mismatches: dict[tuple[str, str], dict[str, Mismatch]] = {}  # of (method, engine), as they are measured
 
     def label(self, method: str, variant: str = "default") -> str:
         name = self.cfg["ptq"]["method"] + ("" if variant == "default" else f"_{variant}")
@@ -83,15 +85,15 @@ class Evaluation(ABC):
         rows = []
         for variant in self.cfg["ptq"]["variants"]:
             for name in self.compensations:
-                records = [r for r in self.records if (r["variant"], r["compensation"]) == (variant, name)]
+                records = [r for r in self.fits if (r["variant"], r["compensation"]) == (variant, name)]
                 for metric, key in (("compensate_seconds", "seconds"), ("peak_memory_mb", "peak_memory_mb")):
                     rows.append(self.row(name, "torch", metric, [r[key] for r in records], variant))
         return rows
 
     def folding(self) -> list[Row]:
-        """Folded against unfolded modules, and what each method stores and computes beyond plain PTQ."""
+        """Folded against unfolded modules, and what each exported method stores and computes beyond plain PTQ."""
         facts = read_json(self.cell.folder("fold") / "facts.json")
-        by_method = {m: [f for f in facts if f["method"] == m] for m in self.methods}
+        by_method = {m: [f for f in facts if f["method"] == m] for m in self.exported}
         base = by_method["ptq"][0]
         rows = []
         for method, entries in by_method.items():
@@ -108,9 +110,9 @@ class Evaluation(ABC):
         ]
 
     def on_engine(self, engine: str) -> list[Row]:
-        """Accuracy on an integer engine, its distance from the simulation, and file sizes."""
+        """Accuracy of the exported methods on an integer engine, its distance from the simulation, and file sizes."""
         rows = []
-        for method in self.methods:
+        for method in watched(f"evaluate on {engine}", self.exported, [[method] for method in self.exported]):
             figures, simulated = self.engine_figures(method, engine), self.simulated_figures(method, "default")
             for metric, delta in self.DELTAS.items():
                 if metric in figures:
@@ -118,22 +120,23 @@ class Evaluation(ABC):
             files = [[self.cell.onnx(method, seed, part) for part in self.parts] for seed in self.seeds]
             figures["file_bytes"] = [sum(path.stat().st_size for path in paths) for paths in files]
             rows += self.rows_of(method, engine, figures)
-            rows += self.mismatch_rows(method, engine, Mismatch.worst(self.mismatches(files[0], engine)))
+            self.mismatches[method, engine] = self.measure_mismatches(files[0], engine)
+            rows += self.mismatch_rows(method, engine, Mismatch.worst(list(self.mismatches[method, engine].values())))
         return rows
 
-    def mismatches(self, files: list[Path], engine: str) -> list[Mismatch]:
+    def measure_mismatches(self, files: list[Path], engine: str) -> dict[str, Mismatch]:
         """Of every module of every file."""
-        found: list[Mismatch] = []
+        found: dict[str, Mismatch] = {}
         for path in files:
             records = load_arrays(path.with_suffix(".records.safetensors"))
-            found += engine_mismatch(load_onnx(path), engine, records, self.cfg["threads"]).values()
+            found |= engine_mismatch(load_onnx(path), engine, records, self.cfg["threads"])
         return found
 
     def latency(self, engine: str) -> list[Row]:
-        """Latency of every method, interleaved in one run."""
+        """Latency of every exported method, interleaved in one run."""
         settings = self.cfg["evaluate"]["latency"]
         images = self.latency_input(settings["batch_size"])
-        files = {method: [self.cell.onnx(method, seed, self.TIMED) for seed in self.seeds] for method in self.methods}
+        files = {method: [self.cell.onnx(method, seed, self.TIMED) for seed in self.seeds] for method in self.exported}
         calls = {
             method: [partial(load_engine(path, engine, settings["threads"]), images) for path in paths]
             for method, paths in files.items()
@@ -149,28 +152,46 @@ class Evaluation(ABC):
             )
         ]
 
-    @property
-    def records(self) -> list[dict]:
-        return read_json(self.cell.folder("compensate") / "report.json")
-
     def write_pictures(self, path: Path) -> None:
         """Where a task's predictions can be looked at, they are drawn."""
 
-    def write_layers(self, path) -> None:
-        """The per-layer table, one line a module, method and seed.
+    def layers(self) -> list[dict]:
+        """What is known of each module: one record a method, seed and module or block."""
+        records = {}
+        for fit in self.fits:
+            label = self.label(fit["compensation"], fit["variant"])
+            for module in fit["modules"]:
+                kind = self.facts("ptq")["modules"].get(module["module"], "block")
+                records[label, fit["seed"], module["module"]] = module | {"kind": kind}
+        for (method, engine), mismatches in self.mismatches.items():
+            for module, kind in self.facts(method)["modules"].items():
+                record = records.setdefault((self.label(method), self.seeds[0], module), {"kind": kind})
+                if module in mismatches:
+                    record[f"{engine}_steps"] = mismatches[module].steps
+                    record[f"{engine}_fraction"] = mismatches[module].fraction
+        model, precision = self.cfg["model"]["name"], self.cfg["precision"]["name"]
+        return [
+            record | {"model": model, "precision": precision, "method": method, "seed": seed, "module": module}
+            for (method, seed, module), record in records.items()
+        ]
 
-        A block that QwT cannot stand beside has no SQNR and no line; report.json holds the reason.
-        """
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, LAYER_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            for record in self.records:
-                cell = {
-                    "model": self.cfg["model"]["name"], "precision": self.cfg["precision"]["name"],
-                    "method": self.label(record["compensation"], record["variant"]), "seed": record["seed"],
-                }  # fmt: skip
-                measured = [m for m in record["modules"] if m["sqnr_before_db"] is not None]
-                writer.writerows(cell | module for module in measured)
+    def operations(self) -> dict:
+        """What plain PTQ's files run in integers and in float on each engine, and the modules left in float."""
+        counts = {}
+        for engine in self.cfg["evaluate"]["engines"]:
+            files = [self.cell.onnx("ptq", self.seeds[0], part) for part in self.parts]
+            sessions = [load_engine(path, engine, self.cfg["threads"]).session(1) for path in files]
+            counts[engine] = count_operations([operation for session in sessions for operation in session.operations()])
+        return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
+
+    def facts(self, method: str) -> dict:
+        """What stage `fold` knows of a method's model at the first seed."""
+        facts = read_json(self.cell.folder("fold") / "facts.json")
+        return next(f for f in facts if (f["method"], f["seed"]) == (method, self.seeds[0]))
+
+    @property
+    def fits(self) -> list[dict]:
+        return read_json(self.cell.folder("compensate") / "report.json")
 
 
 class Classification(Evaluation):
@@ -181,7 +202,7 @@ class Classification(Evaluation):
 
     def __init__(self, cfg, cell: Cell):
         super().__init__(cfg, cell)
-        self.dataset = open_dataset(cfg["data"], OUT / "data" / cfg["data"]["name"], cfg["model"])
+        self.dataset = open_dataset(cfg["data"], cell.data / cfg["data"]["name"], cfg["model"])
         self.labels = self.dataset.labels("val")
         self.reference = read_array(cell.predictions.with_suffix(".npy"))
 

@@ -8,7 +8,7 @@ def main(cfg, cell: Cell) -> None:
     from pipeline.tasks import open_task
     from qwt2 import Precision, quantize, save_quantized
 
-    task = open_task(cfg)
+    task = open_task(cfg, cell)
     network = task.baseline(cell)
     precision = Precision(**{k: v for k, v in cfg["precision"].items() if k != "name"})
 
@@ -28,7 +28,7 @@ def main(cfg, cell: Cell) -> None:
         task.predict(qmodel, path)
 
     runs = [(variant, seed) for variant in cfg["ptq"]["variants"] for seed in cfg["seeds"]]
-    each(quantize_one, runs, cfg["workers"])
+    each("quantize", quantize_one, runs, cfg["workers"])
 
 
 if __name__ == "__main__":

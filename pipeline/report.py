@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.stage import OUT, Cell, run_stage
+from pipeline.stage import OUT, RESULTS, Cell, run_stage
 from qwt2.errors import Qwt2Error
-from qwt2.io import read_json, write_text
-from qwt2.report import Conditions, render
+from qwt2.io import read_json, write_json, write_text
+from qwt2.report import Conditions, render, vega_bundle
 from qwt2.report.detection import Line, lines
-from qwt2.results import UNITS, Layer, Results, Row, read_layers, read_rows, write_rows
+from qwt2.results import HEADLINE, UNITS, Layer, Results, Row, read_layers, read_rows, write_rows
 
-RESULTS = Path("results")
 _NEEDED = {"classification": ("top1", "top5"), "detection": ("bbox_ap", "bbox_ap50")}
 
 
@@ -20,7 +19,7 @@ def main(config: Mapping[str, Any], _cell: Cell) -> None:
 
 
 def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
-    """Write ``summary.csv`` and ``report.html`` into `results` from the outputs under `out`.
+    """Write ``summary.csv`` and ``report.html`` into `results` from the outputs under `out`; and what DVC compares.
 
     Only the grid's cells are read: what an earlier, larger grid left behind is no result of this one.
     The page is made before either file is written, so that they always belong together.
@@ -29,10 +28,34 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
     cells = [(model, precision) for model in models for precision in precisions]
     rows = collect(out, {model: config["models"][model] for model in models}, cells)
     layers = [layer for model, precision in cells for layer in cell_layers(out, model, precision)]
+    operations = {cell: read_json(_cell_folder(out, *cell) / "operations.json") for cell in cells}
     results_table = Results(rows)
-    page = render(results_table, layers, _conditions(config, out, cells), _pictures(out, results_table))
+    page = render(results_table, layers, _conditions(config, out, cells), operations, _pictures(out, results_table))
     write_rows(results / "summary.csv", rows)
     write_text(results / "report.html", page)
+    write_json(results / "metrics.json", accuracies(rows))
+    write_text(results / "top1.csv", accuracy_table(rows))
+    write_text(out / "plots" / "vega.js", vega_bundle())
+
+
+def accuracies(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Simulated accuracy by model, precision and method: few enough figures for `dvc metrics diff` and `dvc exp show`."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in sorted(rows, key=lambda row: row.key):
+        if (row.engine, row.metric) == ("torch", HEADLINE[row.task]):
+            found.setdefault(row.model, {}).setdefault(row.precision, {})[row.method] = round(row.value, 4)
+    return found
+
+
+def accuracy_table(rows: Iterable[Row]) -> str:
+    """The same as CSV, for `dvc plots diff`."""
+    lines = [
+        f"{model} {precision} {method},{value}"
+        for model, precisions in accuracies(rows).items()
+        for precision, methods in precisions.items()
+        for method, value in methods.items()
+    ]
+    return "\n".join(["cell,top1", *lines]) + "\n"
 
 
 def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[tuple[str, str]]) -> list[Row]:

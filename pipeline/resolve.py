@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.schema import check
-from pipeline.stage import RESOLVED, config_path
+from pipeline.stage import RESOLVED, config_path, task_of
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
@@ -35,10 +35,10 @@ KEYS = {
     "baseline": ("threads", "data", "model"),
     "ptq": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision"),
     "compensate": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq.variants", "compensation"),
-    "fold": ("threads", "seeds", "data", _ARCHITECTURE, "compensations", "evaluate.mismatch_images"),
+    "fold": ("threads", "seeds", "data", _ARCHITECTURE, "exported", "evaluate.mismatch_images"),
     "evaluate": (
         *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
-        *("compensations", "evaluate"),
+        *("compensations", "exported", "evaluate"),
     ),
     "report": ("grid", "datasets", "models", "evaluate"),
 }
@@ -50,27 +50,40 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
     Raises:
         Qwt2Error: a group option, key or value that does not exist; the message lists what does.
     """
-    grid = OmegaConf.to_container(OmegaConf.load(CONF / "grid.yaml"))["grid"]
+    grid = read_grid()
     overrides = overrides or []
     files: dict[Path, str] = {}
     shared: dict[str, Any] = {"datasets": {}, "models": {}}
     for model in grid["model"]:
         for precision in grid["precision"]:
             cfg = compose_cell([f"model={model}", f"precision={precision}", *overrides])
-            shared["datasets"][cfg["data"]["name"]] = cfg["data"]
+            shared["datasets"] |= cfg["datasets"]
             shared["models"][model] = {
                 "task": cfg["task"], "dataset": cfg["data"]["name"], "calibration_images": cfg["calibration"]["images"]
             }  # fmt: skip
             shared["evaluate"] = cfg["evaluate"]
-            files[config_path("baseline", model)] = _select(cfg, "baseline")
+            files[config_path("baseline", model)] = select(cfg, "baseline")
             for stage in ("ptq", "compensate", "fold", "evaluate"):
-                files[config_path(stage, f"{model}-{precision}")] = _select(cfg, stage)
-    files[config_path("data")] = _select(shared, "data")
-    files[config_path("report")] = _select(shared | {"grid": grid}, "report")
+                files[config_path(stage, f"{model}-{precision}")] = select(cfg, stage)
+    files[config_path("data")] = select(shared, "data")
+    files[config_path("report")] = select(shared | {"grid": grid}, "report")
     for task in {facts["task"] for facts in shared["models"].values()}:
         models = [model for model in grid["model"] if shared["models"][model]["task"] == task]
-        files[config_path("report", task)] = _select(shared | {"grid": grid | {"model": models}}, "report")
+        files[config_path("report", task)] = select(shared | {"grid": grid | {"model": models}}, "report")
     return files
+
+
+def read_grid() -> dict[str, list[str]]:
+    """The models and precisions of conf/grid.yaml; Qwt2Error if it does not name some of each."""
+    path = CONF / "grid.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        grid = {key: [str(name) for name in content["grid"][key]] for key in ("model", "precision")}
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise Qwt2Error(f"{path} must hold `grid:` with lists `model` and `precision`") from error
+    if not all(grid.values()):
+        raise Qwt2Error(f"{path} must name at least one model and one precision")
+    return grid
 
 
 def cells_of(task: str) -> list[str]:
@@ -83,30 +96,48 @@ def cells_of(task: str) -> list[str]:
 
 
 def compose_cell(overrides: list[str]) -> dict[str, Any]:
-    """One cell's configuration, checked; `compensations` lists the names under `compensation`."""
+    """One cell's configuration, `checked`."""
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             composed = compose("config", overrides)
-    except HydraException as error:
-        raise Qwt2Error(_one_sentence(error, overrides)) from error
+    except (HydraException, yaml.YAMLError) as error:
+        raise Qwt2Error(one_sentence(error, overrides)) from error
+    return checked(composed)
+
+
+def checked(composed: DictConfig) -> dict[str, Any]:
+    """A composed cell as plain values, names and types checked.
+
+    `compensations` lists the names under `compensation`, `exported` those of them that engines run: CWAC on whole
+    blocks cannot be folded and stays in simulation.
+    """
     cfg = check(composed)
     Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
     for engine in cfg["evaluate"]["engines"]:
         ENGINES.get(engine)
-    return cfg | {"compensations": list(cfg["compensation"]), "task": "detection" if "mmdet" in cfg["model"] else "classification"}
+    exported = [name for name, options in cfg["compensation"].items() if options.get("granularity") != "block"]
+    return cfg | {
+        "compensations": list(cfg["compensation"]), "exported": exported, "datasets": {cfg["data"]["name"]: cfg["data"]},
+        "task": task_of(cfg["model"]),
+    }  # fmt: skip
 
 
-def _one_sentence(error: Exception, overrides: list[str]) -> str:
+def one_sentence(error: Exception, overrides: list[str]) -> str:
     """Hydra spreads its advice over several lines; keep what names the problem and the valid options."""
     text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: no valid YAML ({error.problem})"
     if found := re.search(r"In '[^']+': Could not find '(?P<what>[^']+)'(?P<rest>.*)", text, re.S):
         options = re.findall(r"^\s+(\S+)$", found["rest"], re.M)
         group = found["what"].rpartition("/")[0]
         return f"conf has no {found['what']!r}; the options of group {group!r} are: {', '.join(sorted(options)) or 'none'}"
+    if found := re.match(r"Could not override '(?P<key>[^']+)'\.\s+To append", text):
+        return f"the configuration has no key {found['key']!r}; see conf/ for those there are, or add it with +{found['key']}="
     return f"the configuration with {' '.join(overrides)} cannot be composed: {text.splitlines()[0]}"
 
 
-def _select(cfg: dict[str, Any], stage: str) -> str:
+def select(cfg: dict[str, Any], stage: str) -> str:
+    """The keys that `stage` declares, as YAML."""
     chosen: dict[str, Any] = {}
     keys = [key for entry in KEYS[stage] for key in (_ARCHITECTURES[cfg["task"]] if entry is _ARCHITECTURE else (entry,))]
     for key in keys:

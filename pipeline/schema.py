@@ -11,6 +11,7 @@ from typing import Any, Optional
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from pipeline.stage import task_of
 from qwt2.errors import Qwt2Error
 
 # Every other whole number counts something and is at least 1.
@@ -149,7 +150,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
     Raises `Qwt2Error` naming the key that does not exist, is not set, or holds a value of the wrong kind.
     """
-    task = "detection" if "mmdet" in cfg.model else "classification"
+    task = task_of(cfg.model)
     name, datasets = cfg.data.name, DATASETS[task]
     if name not in datasets:
         raise Qwt2Error(f"data.name is {name!r}; for {task}, choose one of {', '.join(datasets)}")

@@ -1,19 +1,24 @@
 """What every stage shares: its resolved configuration, its folders, and how it fails."""
 
+import argparse
+import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.logs import LOG, VERBOSE, log_to
 from pipeline.warm import delegate
 from qwt2.errors import Qwt2Error, guarded
 
 OUT = Path("out")
+RESULTS = Path("results")
 RESOLVED = OUT / "resolved"
 
 
@@ -26,23 +31,28 @@ class Declared(dict):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the grid.
+    """Where the stages find and put the files of one cell.
 
     Attributes:
-        name: of the cell, `<model>-<precision>`, or of the model alone in stage `baseline`.
-        model: name of the model.
+        name: of the cell, `<model>-<precision>` in the grid, or of the model alone in stage `baseline`.
+        data: folder that holds one folder a dataset.
+        baseline: folder of the full-precision model.
+        out: folder that holds one folder a stage.
     """
 
     name: str
-    model: str
+    data: Path
+    baseline: Path
+    out: Path = OUT
+
+    @classmethod
+    def of_grid(cls, name: str, model: str) -> "Cell":
+        """A cell of the grid, which DVC builds below `out/`."""
+        return cls(name, OUT / "data", OUT / "baseline" / model)
 
     def folder(self, stage: str) -> Path:
         """Where `stage` puts this cell's outputs."""
-        return OUT / stage / self.name
-
-    @property
-    def baseline(self) -> Path:
-        return OUT / "baseline" / self.model
+        return self.out / stage / self.name
 
     @property
     def predictions(self) -> Path:
@@ -68,19 +78,50 @@ def run_stage(stage: str, main: Callable[[Declared, Cell], None], runs_networks:
     """
     if runs_networks and (code := delegate()) is not None:
         raise SystemExit(code)
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    guarded(lambda: _run(stage, name, main))
+    options = _parser(stage).parse_args()
+    if options.verbose:
+        os.environ[VERBOSE] = "1"
+    guarded(lambda: _run(stage, options.cell, main))
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline.{stage}", description=f"Stage {stage}; `dvc repro` runs it.")
+    parser.add_argument("cell", nargs="?", default="", help="<model>-<precision>, or the model in stage baseline")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show on stderr what goes into out/logs/")
+    return parser
 
 
 def _run(stage: str, name: str, main: Callable[[Declared, Cell], None]) -> None:
     cfg = load_config(stage, name)
     set_threads(cfg.get("threads", 1))
-    cell = Cell(name, cfg.get("model", {}).get("name", ""))
-    try:
-        main(cfg, cell)
-    except BaseException:
-        shutil.rmtree(cell.folder(stage), ignore_errors=True)
-        raise
+    cell = Cell.of_grid(name, cfg.get("model", {}).get("name", ""))
+    label = f"{stage}@{name}" if name else stage
+    with locked(OUT / "locks" / label), log_to(OUT / "logs" / f"{label}.log"):
+        LOG.info("stage %s", label)
+        try:
+            main(cfg, cell)
+        except BaseException as error:
+            LOG.debug("failed", exc_info=error)
+            shutil.rmtree(cell.folder(stage), ignore_errors=True)
+            raise
+        LOG.info("finished")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock when its holder dies.
+
+    A stage outlives a DVC that is killed: the next DVC's stage waits for it instead of writing beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def task_of(model: Mapping[str, Any]) -> str:
+    """The task of a model's configuration: mmdet's are detectors, timm's classifiers."""
+    return "detection" if "mmdet" in model else "classification"
 
 
 def load_config(stage: str, cell: str = "") -> Declared:
@@ -88,7 +129,7 @@ def load_config(stage: str, cell: str = "") -> Declared:
     path = config_path(stage, cell)
     if not path.is_file():
         raise Qwt2Error(f"{path} does not exist; run `dvc repro`, which resolves the configuration first")
-    return _declared(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return declared(path.read_text(encoding="utf-8"))
 
 
 def config_path(stage: str, cell: str = "") -> Path:
@@ -101,6 +142,11 @@ def set_threads(count: int) -> None:
         os.environ[name] = str(count)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(count)
+
+
+def declared(text: str) -> Declared:
+    """A resolved configuration from its YAML text."""
+    return _declared(yaml.safe_load(text))
 
 
 def _declared(value: Any) -> Any:

@@ -9,26 +9,26 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.stage import OUT, Cell
+from pipeline.stage import Cell, task_of
 from qwt2.errors import Qwt2Error
 from qwt2.inputs import Inputs
 from qwt2.io import read_array, write_array
 
 
-def open_task(cfg: Any) -> "Task":
-    """The task of a resolved configuration: a model of mmdet is a detector, one of timm a classifier."""
-    if "mmdet" in cfg["model"]:
+def open_task(cfg: Any, cell: Cell) -> "Task":
+    """The task of a resolved configuration."""
+    if task_of(cfg["model"]) == "detection":
         from pipeline.detection import Detection
 
-        return Detection(cfg)
-    return Classification(cfg)
+        return Detection(cfg, cell)
+    return Classification(cfg, cell)
 
 
 class Task(ABC):
     """One model and its data."""
 
-    def __init__(self, cfg: Any):
-        self.cfg, self.folder = cfg, OUT / "data" / cfg["data"]["name"]
+    def __init__(self, cfg: Any, cell: Cell):
+        self.cfg, self.folder = cfg, cell.data / cfg["data"]["name"]
 
     @abstractmethod
     def trained(self) -> nn.Module:
@@ -83,10 +83,10 @@ def calibration_batches(cfg: Any, dataset: Any, seed: int) -> list[Inputs]:
 class Classification(Task):
     """timm's classifiers."""
 
-    def __init__(self, cfg: Any):
+    def __init__(self, cfg: Any, cell: Cell):
         from qwt2.data import open_dataset
 
-        super().__init__(cfg)
+        super().__init__(cfg, cell)
         self.dataset = open_dataset(cfg["data"], self.folder, cfg["model"])
 
     def trained(self) -> nn.Module:

@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m qwt2",
         description="Quantize a trained model, compensate it, fold, and write an ONNX file for integer engines, with a "
-        "report beside it (same name, .json).",
+        "report beside it (same name, .json; to read: .html).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("model", help="a timm name, or module:factory for a function that returns the nn.Module")
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--activation-bits", type=int, default=8)
     p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
     p.add_argument("--profile", default="default", help="of the file: default (CPU engines) or tensorrt")
+    p.add_argument("--opset", type=int, default=20, help="version of ONNX's operators in the file: 18 to 20")
     p.add_argument("--weight-storage", default="int8", help="int8, or int4 for weights of at most 4 bits")
     p.add_argument("--calibration-images", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=32)
@@ -61,13 +62,14 @@ def run(arguments: argparse.Namespace) -> None:
     from qwt2.engines import ENGINES
     from qwt2.export import check_format, export_onnx
     from qwt2.folding import fold
-    from qwt2.io import write_json
+    from qwt2.io import write_json, write_text
     from qwt2.precision import Precision
     from qwt2.quantization import quantize
+    from qwt2.report import render_model
 
     variant = "tensorrt" if arguments.profile == "tensorrt" else "default"
     precision = Precision(arguments.weight_bits, arguments.activation_bits)
-    check_format(arguments.profile, arguments.weight_storage)
+    check_format(arguments.profile, arguments.weight_storage, arguments.opset)
     for engine in arguments.engines:  # a wrong name must not cost the work that comes before
         ENGINES.get(engine)
     if arguments.compensation != "none":
@@ -79,25 +81,37 @@ def run(arguments: argparse.Namespace) -> None:
     progress = _Progress(3 + len(arguments.engines))
     progress.start("quantize")
     qmodel = quantize(model, batches, arguments.method, precision, variant)
-    modules = []
+    fits = []
     if arguments.compensation != "none":
         progress.start("compensate")
-        modules = compensate(qmodel, batches, arguments.compensation).modules
+        fits = compensate(qmodel, batches, arguments.compensation).modules
     progress.start("fold and export")
     folded = fold(qmodel)
-    export_onnx(folded, arguments.output, batches[0][:1], arguments.profile, arguments.weight_storage)
+    export_onnx(folded, arguments.output, batches[0][:1], arguments.profile, arguments.weight_storage, arguments.opset)
+    engines, mismatches = _check_engines(arguments, model, folded, batches[0][:CHECKED_IMAGES], progress)
     report = {
         "model": arguments.model, "method": arguments.method, "compensation": arguments.compensation,
         "precision": vars(precision), "calibration_images": [str(file) for file in files],
         "file_bytes": arguments.output.stat().st_size, "quantized_layers": qmodel.quantization.layers,
         "quantized_products": qmodel.quantization.matmuls, "float_modules": qmodel.quantization.float_modules,
-        "modules": [module.to_dict() for module in modules],
-        "engines": _check_engines(arguments, model, folded, batches[0][:CHECKED_IMAGES], progress),
+        "modules": _describe_modules(qmodel.quantization.modules, fits, mismatches), "engines": engines,
     }  # fmt: skip
     progress.close()
-    path = arguments.output.with_suffix(".json")
-    write_json(path, report)
-    _print_summary(arguments.output, path, report)
+    write_json(arguments.output.with_suffix(".json"), report)
+    page = arguments.output.with_suffix(".html")
+    write_text(page, render_model(report))
+    _print_summary(arguments.output, page, report)
+
+
+def _describe_modules(kinds: dict[str, str], fits: list, mismatches: dict[str, dict]) -> list[dict[str, Any]]:
+    """One record a quantized module or compensated block, in execution order: its fit and each engine's mismatch."""
+    fitted = {fit.module: fit.to_dict() for fit in fits}
+    blocks = dict.fromkeys((name for name in fitted if name not in kinds), "block")
+    return [
+        {"module": name, "kind": kind, **fitted.get(name, {}),
+         "mismatch": {engine: vars(found[name]) for engine, found in mismatches.items() if name in found}}
+        for name, kind in (blocks | kinds).items()
+    ]  # fmt: skip
 
 
 class _Progress:
@@ -193,8 +207,10 @@ def _batches(files: list[Path], settings: dict[str, Any], batch_size: int) -> It
     yield from images.split(batch_size)
 
 
-def _check_engines(arguments, model: "nn.Module", folded: "nn.Module", images: "torch.Tensor", progress) -> dict[str, Any]:
-    """Per engine: how far its modules and its logits are from the simulation and from full precision."""
+def _check_engines(
+    arguments, model: "nn.Module", folded: "nn.Module", images: "torch.Tensor", progress
+) -> tuple[dict[str, Any], dict[str, dict]]:
+    """Per engine: how far its logits are from full precision; and how far each module is from the simulation."""
     import torch
 
     from qwt2.engines import load_engine
@@ -204,24 +220,25 @@ def _check_engines(arguments, model: "nn.Module", folded: "nn.Module", images: "
     from qwt2.operations import count_operations
 
     with torch.no_grad():
-        exact = model(images).numpy()
-    records, checked = record_modules(folded, images[:1]), {}
+        exact, simulated = model(images).numpy(), folded(images).numpy()
+    records, checked, all_mismatches = record_modules(folded, images[:1]), {}, {}
     for name in arguments.engines:
         progress.start(f"check on {name}")
         engine = load_engine(arguments.output, name)
         logits = engine(images.numpy())
-        mismatches = engine_mismatch(load_onnx(arguments.output), name, records)
+        mismatches = all_mismatches[name] = engine_mismatch(load_onnx(arguments.output), name, records)
         worst = max(mismatches, key=lambda module: mismatches[module].steps)
         checked[name] = {
             "agreement_with_fp32_percent": agreement_percent(logits, exact),
             "logits_sqnr_db": sqnr_db(logits, exact),
+            "simulation_logits_sqnr_db": sqnr_db(simulated, exact),
             "images": len(images),
             "worst_module": worst,
             "mismatch_steps": mismatches[worst].steps,
             "mismatch_fraction": max(m.fraction for m in mismatches.values()),
             "operations": count_operations(engine.session(len(images)).operations()),
         }
-    return checked
+    return checked, all_mismatches
 
 
 def _print_summary(output: Path, report_path: Path, report: dict[str, Any]) -> None:

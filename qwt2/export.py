@@ -23,7 +23,8 @@ from qwt2.onnx_passes import quantize_before_pooling, rewrite_for_engines
 from qwt2.tensorrt import check as check_tensorrt
 from qwt2.tracing import evaluation_mode
 
-OPSET = 20
+# In files of later opsets, ONNX Runtime 1.32 gives quantizers the wrong type when it moves them past other operations.
+OPSETS = (18, 19, 20)
 PROFILES = ("default", "tensorrt")
 WEIGHT_STORAGE = ("int8", "int4")
 STRUCTURE_KEY = "qwt2_structure"
@@ -37,6 +38,7 @@ def export_onnx(
     example_input: Tensor,
     profile: str = "default",
     weight_storage: str = "int8",
+    opset: int = OPSETS[-1],
     output_names: Sequence[str] | None = ("logits",),
 ) -> Path:
     """Write a folded model as an ONNX file with a dynamic batch dimension.
@@ -52,7 +54,9 @@ def export_onnx(
         profile: "default" for CPU engines; "tensorrt" has float biases and nothing that breaks TensorRT's rules
             (:mod:`qwt2.tensorrt`), for models quantized with variant="tensorrt".
         weight_storage: "int4" stores codes of at most 4 bits in half the bytes; :func:`qwt2.load_engine` makes
-            the same int8 model of it.
+            the same int8 model of it. The file is of opset 21, the first one with INT4, and the model that is
+            restored of ``opset``.
+        opset: version of ONNX's operators, 18 to 20; the outputs are the same.
         output_names: names of what the model returns, in order; ``None`` leaves them to the exporter.
 
     Returns:
@@ -60,16 +64,16 @@ def export_onnx(
 
     Raises:
         Qwt2Error: a quantized model that was not folded, a model that cannot be exported, an unknown profile or
-            storage, or a model that the profile or storage cannot hold.
+            storage, an unsupported opset, or a model that the profile or storage cannot hold.
     """
     _refuse_unfolded(folded)
-    check_format(profile, weight_storage)
+    check_format(profile, weight_storage, opset)
     # A batch of one would be specialized to a constant.
     example = example_input.expand(2, *example_input.shape[1:]) if len(example_input) == 1 else example_input
     with evaluation_mode(folded), quiet(*_LOGGERS), torch.no_grad():
         try:
             program = torch.onnx.export(
-                folded, (example,), dynamo=True, opset_version=OPSET, input_names=["images"],
+                folded, (example,), dynamo=True, opset_version=opset, input_names=["images"],
                 output_names=output_names and list(output_names), dynamic_shapes=({0: torch.export.Dim("batch")},),
                 custom_translation_table=_translations(), verbose=False, optimize=False,
             )  # fmt: skip
@@ -81,6 +85,7 @@ def export_onnx(
             ) from error
     model = program.model_proto
     _strip(model)
+    _strip_later_attributes(model)
     _use_first_names(model, folded)
     rewrite_for_engines(model)
     _stamp(model, folded)
@@ -89,12 +94,14 @@ def export_onnx(
     return save_onnx(pack_int4(model) if weight_storage == "int4" else model, path)
 
 
-def check_format(profile: str, weight_storage: str) -> None:
+def check_format(profile: str, weight_storage: str, opset: int) -> None:
     """Refuse what :func:`export_onnx` has not.
 
     Raises:
-        Qwt2Error: unknown profile or storage, or two that exclude each other.
+        Qwt2Error: unknown profile, storage or opset, or two that exclude each other.
     """
+    if opset not in OPSETS:
+        raise Qwt2Error(f"opset {opset} is not supported; use one of: {', '.join(map(str, OPSETS))}")
     for kind, value, known in (("profile", profile, PROFILES), ("weight storage", weight_storage, WEIGHT_STORAGE)):
         if value not in known:
             raise Qwt2Error(f"unknown {kind} {value!r}; use one of: {', '.join(known)}")
@@ -197,6 +204,15 @@ def _strip(model: onnx.ModelProto) -> None:
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
+
+
+def _strip_later_attributes(model: onnx.ModelProto) -> None:
+    """Drop what quantizers of later opsets write out although it is their default: older ones have no such attribute."""
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            kept = [attribute for attribute in node.attribute if attribute.name == "axis"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
 
 
 def _use_first_names(model: onnx.ModelProto, folded: nn.Module) -> None:

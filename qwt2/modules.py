@@ -86,7 +86,7 @@ class QuantizedLayer(QuantizedModule):
         y = self.op(self.input_quantizer(x), self.weight_quantizer(self.weight), None)
         bias = self.bias
         if alpha is not None:
-            y = y * self._per_channel(alpha, y)
+            y = y.mul_(self._per_channel(alpha, y))
             bias = beta if bias is None else alpha * bias + beta
         if bias is None:
             return y
@@ -94,7 +94,7 @@ class QuantizedLayer(QuantizedModule):
         if self.integer_bias and self.input_quantizer.channel_axis is None:
             grid = bias_grid(self, alpha, bias).to(y)
             bias = torch.round(bias / grid) * grid
-        return y + self._per_channel(bias, y)
+        return y.add_(self._per_channel(bias, y))
 
     def calibrate(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Calibrate the activation quantizers on the inputs and outputs of several runs, instead of on the first."""

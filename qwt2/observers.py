@@ -67,8 +67,10 @@ class Grid:
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Round ``x`` to the grid and back; shapes broadcast."""
         # In place after the first operation: on large activations, fresh memory costs more than arithmetic.
-        codes = (x / scale).round_().add_(zero_point).clamp_(self.qmin, self.qmax)
-        return codes.sub_(zero_point).mul_(scale)
+        codes = (x / scale).round_()
+        if bool((zero_point == zero_point.round()).all()):  # then adding and subtracting it changes nothing
+            return codes.clamp_(self.qmin - zero_point, self.qmax - zero_point).mul_(scale)
+        return codes.add_(zero_point).clamp_(self.qmin, self.qmax).sub_(zero_point).mul_(scale)
 
 
 Observer = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]

@@ -78,6 +78,18 @@ class QuantizationInfo:
         sections = [name for name in self.sections if any(layer.startswith(name + ".") for layer in self.layers)]
         return execution_units(self.layers, [*self.blocks, *sections])
 
+    @property
+    def modules(self) -> dict[str, str]:
+        """Every quantized module and its kind, "layer" or "product", in execution order.
+
+        A product stands behind the first layer of the module that it belongs to, after the projection of its operands.
+        """
+        names = list(self.layers)
+        for product in reversed(self.matmuls):
+            parent = product.rpartition(".")[0] + "."
+            names.insert(next((i + 1 for i, name in enumerate(names) if name.startswith(parent)), len(names)), product)
+        return {name: "product" if name in self.matmuls else "layer" for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

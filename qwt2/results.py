@@ -19,10 +19,22 @@ from qwt2.errors import Qwt2Error
 from qwt2.io import write_text
 
 COLUMNS = ("task", "dataset", "model", "precision", "method", "engine", "metric", "value", "std", "unit", "n")
-LAYER_COLUMNS = (
-    *("model", "precision", "method", "seed", "module", "sqnr_before_db", "sqnr_after_db"),
-    *("kept", "alpha_mean", "alpha_std", "beta_rms"),
+# Of alpha and beta over a module's channels, by the suffix of their names.
+QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+# What is known of a compensated module beside its SQNR; empty where the compensation has no such thing.
+LAYER_FIGURES = (
+    *("gate_before_db", "gate_after_db", "output_rms", "alpha_mean", "alpha_std", "beta_rms"),
+    *(f"{name}_{suffix}" for name in ("alpha", "beta") for suffix in QUANTILES),
 )
+# Behind these come, for each engine, `<engine>_steps` and `<engine>_fraction`.
+LAYER_COLUMNS = (
+    *("model", "precision", "method", "seed", "module", "kind", "sqnr_before_db", "sqnr_after_db", "kept", "reason"),
+    *LAYER_FIGURES,
+)
+MISMATCH_SUFFIXES = ("_steps", "_fraction")
+
+# The figure that stands for a task where there is room for one.
+HEADLINE = {"classification": "top1", "detection": "bbox_ap"}
 
 # Every metric and its only unit, in reading order.
 UNITS = {
@@ -71,10 +83,12 @@ class Row(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One compensated module (or block) at one calibration seed; SQNR of its output in dB.
+    """One quantized module or compensated block at one calibration seed.
 
-    `kept` tells whether the gate let the compensation stand. The last three are None where the compensation
-    has no per-channel scale and offset.
+    `kind` is "layer", "product" or "block". SQNR of its output in dB, `kept` (whether the gate let the compensation
+    stand) and the figures of `LAYER_FIGURES` are None where they were not measured: a product has no compensation.
+    `mismatch` tells, for each engine, the largest difference from the simulation in output steps and the share of
+    elements that differ; it was measured at the first seed.
     """
 
     model: str
@@ -82,12 +96,19 @@ class Layer(NamedTuple):
     method: str
     seed: int
     module: str
-    sqnr_before_db: float
-    sqnr_after_db: float
-    kept: bool
-    alpha_mean: float | None
-    alpha_std: float | None
-    beta_rms: float | None
+    kind: str
+    sqnr_before_db: float | None
+    sqnr_after_db: float | None
+    kept: bool | None
+    reason: str
+    figures: dict[str, float | None]
+    mismatch: dict[str, tuple[float, float]]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its values by column, as in the file."""
+        measured = {e + suffix: v for e, values in self.mismatch.items() for suffix, v in zip(MISMATCH_SUFFIXES, values)}
+        return dict(zip(LAYER_COLUMNS, self)) | self.figures | measured
 
 
 class Method(NamedTuple):
@@ -190,7 +211,22 @@ def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
 
 def read_layers(path: str | os.PathLike) -> list[Layer]:
     """Read and check a per-module record, keeping its order (that of execution). Raises as `read_rows` does."""
-    return _read_csv(path, LAYER_COLUMNS, _parse_layer)
+    return _read_csv(path, LAYER_COLUMNS, _parse_layer, more=MISMATCH_SUFFIXES)
+
+
+def write_layers(path: str | os.PathLike, records: Iterable[dict[str, Any]], engines: Sequence[str]) -> None:
+    """Write a per-module record, atomically.
+
+    Args:
+        records: dictionaries by column; what has no column is left out, what is missing or None stays empty.
+        engines: those whose mismatch the records hold.
+    """
+    columns = [*LAYER_COLUMNS, *(engine + suffix for engine in engines for suffix in MISMATCH_SUFFIXES)]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_text(path, buffer.getvalue())
 
 
 def format_number(value: float | None) -> str:
@@ -201,7 +237,9 @@ def format_number(value: float | None) -> str:
     return np.format_float_positional(value, precision=4, fractional=abs(value) >= 1, trim="-")
 
 
-def _read_csv(path: str | os.PathLike, columns: Sequence[str], parse: Callable[[dict[str, str], str], Any]) -> list:
+def _read_csv(
+    path: str | os.PathLike, columns: Sequence[str], parse: Callable[[dict[str, str], str], Any], more: Sequence[str] = ()
+) -> list:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -209,7 +247,9 @@ def _read_csv(path: str | os.PathLike, columns: Sequence[str], parse: Callable[[
     except UnicodeDecodeError as error:
         raise Qwt2Error(f"{path} is not UTF-8 text; delete it and run its stage again.") from error
     reader = csv.DictReader(io.StringIO(text), strict=True)
-    if tuple(reader.fieldnames or ()) != tuple(columns):
+    names = tuple(reader.fieldnames or ())
+    known, further = names[: len(columns)], names[len(columns) :]
+    if known != tuple(columns) or not all(name.endswith(tuple(more)) for name in further):
         found = ",".join(reader.fieldnames or ()) or "nothing"
         raise Qwt2Error(f"{path} must have the columns {','.join(columns)}, but has {found}; run its stage again.")
     try:
@@ -265,16 +305,24 @@ def _refuse_duplicates(rows: Iterable[Row], path: str | os.PathLike) -> None:
 
 
 def _parse_layer(record: dict[str, str], where: str) -> Layer:
-    if record["kept"].lower() not in ("true", "false", "1", "0"):
-        raise Qwt2Error(f"{where}: kept is {record['kept']!r}; write True or False.")
-    optional = {name: _number(record, name, where, optional=True) for name in LAYER_COLUMNS[8:]}
+    if record["kept"].lower() not in ("true", "false", ""):
+        raise Qwt2Error(f"{where}: kept is {record['kept']!r}; write True, False or nothing.")
+    if record["kind"] not in ("layer", "product", "block"):
+        raise Qwt2Error(f"{where}: kind is {record['kind']!r}; write layer, product or block.")
+    optional = {name: _number(record, name, where, optional=True) for name in (*LAYER_FIGURES, *LAYER_COLUMNS[6:8])}
+    engines = [name.removesuffix(MISMATCH_SUFFIXES[0]) for name in record if name.endswith(MISMATCH_SUFFIXES[0])]
     return Layer(
-        **{name: record[name] for name in ("model", "precision", "method", "module")},
+        **{name: record[name] for name in ("model", "precision", "method", "module", "kind", "reason")},
         seed=_integer(record, "seed", where),
-        sqnr_before_db=_number(record, "sqnr_before_db", where),
-        sqnr_after_db=_number(record, "sqnr_after_db", where),
-        kept=record["kept"].lower() in ("true", "1"),
-        **optional,
+        sqnr_before_db=optional["sqnr_before_db"],
+        sqnr_after_db=optional["sqnr_after_db"],
+        kept=None if not record["kept"] else record["kept"].lower() == "true",
+        figures={name: optional[name] for name in LAYER_FIGURES},
+        mismatch={
+            engine: tuple(_number(record, engine + suffix, where) for suffix in MISMATCH_SUFFIXES)
+            for engine in engines
+            if record[engine + MISMATCH_SUFFIXES[0]]
+        },
     )
 
 

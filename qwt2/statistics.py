@@ -10,6 +10,9 @@ from torch import Tensor
 # Below this fraction of the mean square a channel's variance is rounding, not signal.
 CONSTANT_CHANNEL = 1e-10
 
+# Values that are widened to float64 at a time on the CPU: what a cache holds, and no thread has to wait for another.
+PART = 2**15
+
 
 class ChannelMoments:
     """First and second joint moments, per channel, of a quantized and a full-precision output.
@@ -26,12 +29,17 @@ class ChannelMoments:
 
     def update(self, y_q: Tensor, y_f: Tensor, channel_axis: int) -> None:
         """Add paired outputs of equal shape; statistics run over every axis but ``channel_axis``."""
-        q, f = (y.movedim(channel_axis, -1).reshape(-1, y.shape[channel_axis]).double() for y in (y_q, y_f))
+        q, f = (y.movedim(channel_axis, -1).reshape(-1, y.shape[channel_axis]) for y in (y_q, y_f))
         batch = ChannelMoments()
         batch.count = q.shape[0]
-        batch.mean_q, batch.mean_f = q.mean(0), f.mean(0)
-        q, f = q - batch.mean_q, f - batch.mean_f
-        batch.var_q, batch.var_f, batch.cov = q.square().mean(0), f.square().mean(0), (q * f).mean(0)
+        batch.mean_q, batch.mean_f = q.mean(0, dtype=torch.float64), f.mean(0, dtype=torch.float64)
+        batch.var_q, batch.var_f, batch.cov = torch.zeros(3, q.shape[1], dtype=torch.float64, device=q.device)
+        rows = max(1, PART // q.shape[1]) if q.device.type == "cpu" else batch.count
+        for part_q, part_f in zip(q.split(rows), f.split(rows)):
+            part_q, part_f = part_q - batch.mean_q, part_f - batch.mean_f  # the means' float64 is the result's
+            batch.cov += (part_q * part_f).sum(0) / batch.count
+            batch.var_q += part_q.square_().sum(0) / batch.count
+            batch.var_f += part_f.square_().sum(0) / batch.count
         self.merge(batch)
 
     def merge(self, other: "ChannelMoments") -> None:

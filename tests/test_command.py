@@ -15,6 +15,7 @@ from tiny_models import vit
 
 import qwt2
 from qwt2.__main__ import main
+from qwt2.results import QUANTILES
 from qwt2.tensorrt import check
 
 FACTORY = "import tiny_models\n\ndef make():\n    return tiny_models.vit()\n\ndef number():\n    return 3\n"
@@ -45,15 +46,27 @@ def test_a_model_of_one_s_own(folder, capsys, compensation):
     report = json.loads((folder / "out.json").read_text())
     assert report["file_bytes"] == (folder / "out.onnx").stat().st_size
     assert report["precision"]["weight_bits"] == 6 and len(report["calibration_images"]) == 12
-    assert bool(report["modules"]) == (compensation != "none")
+    names = [*report["quantized_layers"], *report["quantized_products"]]
+    modules = {module["module"]: module for module in report["modules"] if module["kind"] != "block"}
+    assert set(modules) == set(names) and all(set(m["mismatch"]) == set(report["engines"]) for m in modules.values())
+    fitted = [module for module in report["modules"] if "sqnr_before_db" in module]
+    assert len(fitted) == {"cwac": len(report["quantized_layers"]), "qwt": 2, "none": 0}[compensation]
+    if compensation == "cwac":
+        for module in fitted:
+            quantiles = [module[f"alpha_{suffix}"] for suffix in QUANTILES]
+            assert quantiles == sorted(quantiles) and module["output_rms"] > 0 and module["gate_before_db"] is not None
+    page = (folder / "out.html").read_text()
+    assert all(f'"{name}"' in page for name in names) and page.count("<!DOCTYPE html>") == 1
     for engine in ("onnxruntime", "openvino"):
         assert report["engines"][engine]["mismatch_steps"] <= 1 + 1e-3
+        worst = max(module["mismatch"][engine]["steps"] for module in modules.values())
+        assert worst == report["engines"][engine]["mismatch_steps"]
         assert report["engines"][engine]["logits_sqnr_db"] > 10
     assert qwt2.load_engine("out.onnx")(np.zeros((2, 3, 32, 32), np.float32)).shape == (2, 5)
-    assert "report: out.json" in capsys.readouterr().out
+    assert "report: out.html" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [("--profile", "tensorrt"), ("--weight-storage", "int4", "--weight-bits", "4")])
+@pytest.mark.parametrize("options", [("--profile", "tensorrt", "--opset", "19"), ("--weight-storage", "int4", "--weight-bits", "4")])
 def test_other_kinds_of_files(folder, options):
     command("mine:make", "--image-size", "32", "--compensation", "none", "--engines", "onnxruntime", *options)
     report = json.loads((folder / "out.json").read_text())
@@ -125,7 +138,7 @@ def test_mistakes_end_with_one_sentence_and_leave_nothing(folder, capsys, model,
         command(model, *options)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert not list(folder.glob("*.onnx")) and not list(folder.glob("*.json"))
+    assert not [path for path in folder.iterdir() if path.suffix in (".onnx", ".json", ".html")]
 
 
 def test_images_that_cannot_be_decoded_are_named(folder, capsys):

@@ -1,6 +1,7 @@
 """CWAC and QwT against whole-network passes, hooks and numpy's least squares."""
 
 import copy
+import json
 import math
 import time
 
@@ -11,7 +12,7 @@ from torch import nn
 
 import qwt2
 import tiny_models as tiny
-from oracles import affine, block_triples, decibel, full_precision_copy, layer_pairs, patches, record, rows, squared_error
+from oracles import Stored, affine, block_triples, decibel, full_precision_copy, layer_pairs, patches, record, rows, squared_error
 from qwt2.compensation import cwac
 from qwt2.modules import AffineBlock, CompensatedBlock, QuantizedModule
 from qwt2.quantization import quantized_layers
@@ -139,7 +140,7 @@ class TestCWACAgainstWholeNetworks:
             alpha, beta = affine(np.concatenate(q), np.concatenate(f))
             assert_same_parameters(module, np.where(better, alpha, 1), np.where(better, beta, 0))
             assert module.kept == better.any()
-            assert module.reason == ("" if module.kept else "no gain on held-out images")
+            assert module.reason.startswith("no gain on held-out images") != module.kept and bool(module.reason) != module.kept
             decisions |= set(better.tolist())
             apply(twin, module)
         assert decisions == {True, False}  # else the case would test half of the gate
@@ -162,7 +163,7 @@ class TestGate:
             assert first.module == "patch_embed.proj" and first.kept == kept
             assert (qmodel.patch_embed.proj.alpha is not None) == kept
             if not kept:
-                assert first.reason == "no gain on held-out images"
+                assert first.reason.startswith("no gain on held-out images")
                 assert first.sqnr_after_db == first.sqnr_before_db and first.r2 == 0
                 assert first.alpha.eq(1).all() and first.beta.eq(0).all()
 
@@ -568,3 +569,51 @@ def test_weights_and_quantizers_stay_as_they_were():
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert {n.rpartition(".")[2] for n in after.keys() - before.keys()} == {"alpha", "beta"}
     assert any(layer.alpha is not None for layer in quantized_layers(qmodel).values())
+
+
+@pytest.mark.parametrize("gate", ["none", "module", "channel"])
+def test_reports_tell_the_distribution_and_what_the_gate_saw(gate):
+    qmodel = tiny.quantized("vit", 3, 4)
+    for module in qwt2.compensate(qmodel, tiny.batches(), "cwac", gate=gate).modules:
+        told = module.to_dict()
+        for name, values in (("alpha", module.alpha.numpy()), ("beta", module.beta.numpy())):
+            for suffix, share in {"min": 0, "p05": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}.items():
+                assert told[f"{name}_{suffix}"] == pytest.approx(np.percentile(values, share), rel=1e-9, abs=1e-12)
+        if gate == "none":
+            assert told["gate_before_db"] is None and told["gate_after_db"] is None and module.kept
+        elif gate == "module":
+            assert module.kept == (told["gate_after_db"] > told["gate_before_db"])
+            assert module.kept or f"{told['gate_before_db']:.2f} dB without" in module.reason
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+
+
+def test_the_output_s_size_is_the_target_s():
+    qmodel = tiny.quantized("vit", 4, 4)
+    reference = full_precision_copy(qmodel)
+    report = qwt2.compensate(qmodel, tiny.batches(), "cwac")
+    _, outputs = record(reference, "head", tiny.batches())
+    assert report.modules[-1].output_rms == pytest.approx(float(torch.cat(outputs).double().square().mean().sqrt()), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit", "mlp"])
+def test_cwac_finds_what_the_implementation_that_stores_everything_finds(name):
+    qmodel = tiny.quantized("vit", 4, 4) if name == "vit" else qwt2.quantize(tiny.mlp(), tiny.batches(), "minmax", qwt2.Precision(4, 4))
+    stored = Stored(copy.deepcopy(qmodel), tiny.batches()).cwac()
+    report = qwt2.compensate(qmodel, tiny.batches(), "cwac", gate="none")
+    assert list(stored) == [module.module for module in report.modules]
+    # Roundings that fall differently in float32 change what later layers see; the first ones see the same.
+    for module in report.modules[:3]:
+        alpha, beta = stored[module.module]
+        torch.testing.assert_close(alpha, module.alpha, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(beta, module.beta, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vit", "mlp"])
+def test_qwt_finds_what_the_implementation_that_stores_everything_finds(name):
+    qmodel = tiny.quantized("vit", 4, 4) if name == "vit" else qwt2.quantize(tiny.mlp(), tiny.batches(), "minmax", qwt2.Precision(4, 4))
+    first = qmodel.quantization.blocks[0]
+    stored = Stored(copy.deepcopy(qmodel), tiny.batches()).qwt()
+    qwt2.compensate(qmodel, tiny.batches(), "qwt", dtype="float32", damping=0.0)
+    layer = qmodel.get_submodule(first)
+    torch.testing.assert_close(layer.weight, stored[first][0], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(layer.bias, stored[first][1], rtol=1e-2, atol=1e-3)

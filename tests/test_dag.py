@@ -7,12 +7,13 @@ import pytest
 import yaml
 
 import qwt2
+from pipeline.cells import CHAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-# Wiring that cannot change a result: error texts, file formats, start-up.
+# Wiring that cannot change a result: error texts, file formats, start-up, logs.
 WIRING = {"qwt2/__init__.py", "qwt2/errors.py", "qwt2/io.py", "qwt2/registry.py", "pipeline/stage.py", "pipeline/warm.py",
-          "pipeline/__init__.py"}
+          "pipeline/logs.py", "pipeline/__init__.py"}
 
 
 def _file(module: str) -> Path | None:
@@ -57,7 +58,8 @@ def _closure(path: Path) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_depends_on_the_code_it_runs(stage):
     deps = [dep for dep in STAGES[stage]["deps"] if not dep.startswith("out/")]
-    needed = _closure(ROOT / "pipeline" / f"{stage}.py") - WIRING
+    runs = ["trial", "data", "baseline", *CHAIN] if stage == "trial" else [stage]  # trial runs the others by their names
+    needed = set().union(*(_closure(ROOT / "pipeline" / f"{name}.py") for name in runs)) - WIRING
     missing = {file for file in needed if not any(file == dep or file.startswith(f"{dep}/") for dep in deps)}
     assert not missing
 

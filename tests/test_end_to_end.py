@@ -1,59 +1,21 @@
 """The whole chain at a tiny size, through `dvc repro` in a temporary clone."""
 
 import hashlib
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+from benchmarks import tiny_chain
+from benchmarks.tiny_chain import edit, run
 from qwt2.results import read_rows
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("conf", "pipeline", "qwt2", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore")
+MODELS = ("vit_micro", "resnet_micro")
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A Git repository of its own with the project's sources and a small grid."""
-    folder = tmp_path_factory.mktemp("clone")
-    for source in SOURCES:
-        target = folder / source
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
-        copy(ROOT / source, target)
-    edit(folder / "conf/grid.yaml", lambda c: c["grid"].update(model=["vit_micro", "resnet_micro"], precision=["w3a3"]))
-    edit(folder / "conf/data/digits.yaml", lambda c: c.update(train_images=256, val_images=64))
-    edit(folder / "conf/config.yaml", shrink)
-    for model in ("vit_micro", "resnet_micro"):
-        edit(folder / f"conf/model/{model}.yaml", lambda c: c["train"].update(steps=3, batch_size=16))
-    edit(folder / "conf/model/resnet_micro.yaml", lambda c: c["kwargs"].update(channels=[8, 8, 16, 16]))
-    run(folder, "git", "init", "--quiet")
-    return folder
-
-
-def shrink(config: dict) -> None:
-    config["seeds"] = [0, 1]
-    config["calibration"].update(images=32, batch_size=8, observer_images=8)
-    config["evaluate"]["mismatch_images"] = 2
-    config["evaluate"]["latency"]["repeats"] = 5
-
-
-def edit(path: Path, change) -> None:
-    config = yaml.safe_load(path.read_text())
-    change(config)
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-
-
-def run(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": paths, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    return tiny_chain.make(tmp_path_factory.mktemp("clone"), MODELS)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -69,7 +31,7 @@ def stages_run(output: str) -> set[str]:
 @pytest.mark.timeout(840)
 def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
     first = run(clone, sys.executable, "-m", "pipeline.warm", "dvc", "repro")
-    cells = {f"{m}-w3a3" for m in ("vit_micro", "resnet_micro")}
+    cells = {f"{m}-w3a3" for m in MODELS}
     assert {f"{s}@{c}" for s in ("ptq", "compensate", "fold", "evaluate") for c in cells} < stages_run(first.stdout)
     check_summary(clone)
     check_page(clone)

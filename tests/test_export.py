@@ -192,6 +192,21 @@ def test_float_models_can_be_exported_as_baselines(tmp_path):
     assert not any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
 
 
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+@torch.no_grad()
+def test_every_opset_gives_the_same_outputs(name, tmp_path):
+    """Opset 18 has no GELU, and its quantizers lack attributes that later ones have."""
+    folded, images = qwt2.fold(tiny.quantized(name)), tiny.images(3).numpy()
+    outputs = []
+    for opset in (18, 20):
+        path = export_onnx(folded, tmp_path / f"{opset}.onnx", tiny.images(2), opset=opset)
+        onnx.checker.check_model(str(path), full_check=True)
+        assert [entry.version for entry in onnx.load(path).opset_import if not entry.domain] == [opset]
+        outputs.append([qwt2.load_engine(path, engine)(images) for engine in ("onnxruntime", "openvino", "torch_int8")])
+    for older, newer in zip(*outputs):
+        np.testing.assert_allclose(older, newer, atol=1e-5)
+
+
 @TINY
 def test_leaves_mode_logging_and_console_alone(tmp_path, capfd):
     folded = small().train()
@@ -215,6 +230,12 @@ class TestRefusals:
     def test_a_quantized_model_that_was_not_folded(self, tmp_path):
         with pytest.raises(qwt2.Qwt2Error, match="not folded; call qwt2.fold"):
             export_onnx(tiny.quantized("resnet"), tmp_path / "a.onnx", tiny.images(2))
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("opset", [11, 17, 21])
+    def test_an_unsupported_opset(self, opset, tmp_path):
+        with pytest.raises(qwt2.Qwt2Error, match=f"opset {opset} is not supported; use one of: 18, 19, 20"):
+            export_onnx(small(), tmp_path / "a.onnx", tiny.images(2), opset=opset)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_model_that_cannot_be_exported(self, tmp_path):

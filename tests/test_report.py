@@ -18,7 +18,7 @@ from pipeline import readme
 from pipeline.report import collect, report
 from qwt2 import machine
 from qwt2.errors import Qwt2Error
-from qwt2.report import Conditions, findings, render
+from qwt2.report import Conditions, findings, render, render_model
 from qwt2.results import COLUMNS, Results, read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ class Page(HTMLParser):
         attributes = dict(attrs)
         self.tags.append((tag, attributes))
         if tag == "table":
-            self._rows = self.tables.setdefault(attributes["data-model"], [])
+            self._rows = self.tables.setdefault(attributes["data-model"], []) if "data-model" in attributes else []
         elif tag == "tr":
             self._rows.append((attributes, []))
         elif tag in ("td", "th"):
@@ -184,7 +184,7 @@ def test_missing_cell_is_named(out):
     assert not (out.parent / "results").exists()
 
 
-def facts_of(dataset: str) -> dict:
+def facts(dataset: str) -> dict[str, dict[str, str]]:
     return {"vit_micro": {"task": "classification", "dataset": dataset}}
 
 
@@ -192,12 +192,12 @@ def test_figures_of_another_cell_are_refused(out):
     rows = out / "evaluate" / "vit_micro-w3a3" / "rows.csv"
     write_rows(rows, synthetic.cell_rows("vit_micro", "w8a8"))
     with pytest.raises(Qwt2Error, match=r"w3a3/rows.csv has a row of vit_micro, w8a8, digits, but belongs to .*w3a3"):
-        collect(out, facts_of("digits"), [("vit_micro", "w3a3")])
+        collect(out, facts("digits"), [("vit_micro", "w3a3")])
 
 
 def test_figures_of_another_dataset_are_refused(out):
     with pytest.raises(Qwt2Error, match="belongs to vit_micro, w3a3, imagefolder"):
-        collect(out, facts_of("imagefolder"), [("vit_micro", "w3a3")])
+        collect(out, facts("imagefolder"), [("vit_micro", "w3a3")])
 
 
 def test_layers_of_another_cell_are_refused(out):
@@ -277,6 +277,29 @@ def test_weak_model_easy_grid_and_grown_file_miss_their_targets():
     assert (size.met, size.misses) == (False, ["vit-w4a4 +2.00%"])
 
 
+def test_operations_in_float_and_modules_left_there_are_listed_once_for_precisions_that_agree(out):
+    synthetic.write_cell(out, "vit_micro", "w8a8")
+    report(config(precisions=("w3a3", "w8a8")), out, out.parent)
+    page = (out.parent / "report.html").read_text(encoding="utf-8")
+    section = page[page.index('<section id="operations">') :]
+    words = " ".join(re.sub(r"<[^>]+>", " ", section[: section.index("</section>")]).split())
+    assert words.count("vit_micro w3a3, w8a8 ONNX Runtime 25 QGemm, 1 QLinearConv 13 LayerNormalization, 6 Softmax") == 1
+    assert words.count("pool: GRU stays in float") == 2  # one line an engine
+
+
+def test_model_page_says_what_the_report_says():
+    page = render_model(synthetic.MODEL_REPORT)
+    words = " ".join(re.sub(r"<[^>]+>", " ", page[page.index("<body>") : page.index("<script>")]).split())
+    assert "repq at W4A4 on 2 images: 3 layers and 1 products in integers, 1 module left in float, a file of 23.0 MB." in words
+    assert "CWAC raises the SQNR of 2 of 3 modules, by 1.50 dB on average and 3.50 dB at most" in words
+    uncompensated = synthetic.MODEL_REPORT | {"compensation": "none", "engines": {}, "float_modules": {}}
+    uncompensated["modules"] = [{k: m[k] for k in ("module", "kind", "mismatch")} for m in uncompensated["modules"]]
+    page = render_model(uncompensated)
+    assert "raises" not in page[: page.index("<script>")] and "no modules left in float" in page
+    with_markup = synthetic.MODEL_REPORT | {"model": "<script>x"}
+    assert "<script>x" not in render_model(with_markup)
+
+
 def test_captions_state_the_conditions(built):
     page = (built / "results" / "report.html").read_text(encoding="utf-8")
     words = " ".join(re.sub(r"<[^>]+>", " ", page[page.index("<body>") :]).split())
@@ -317,7 +340,7 @@ def test_stage_writes_both_files_or_says_in_one_sentence_why_not(out):
     assert (done.returncode, done.stderr) == (0, "")
     results = out.parent / "results"
     written = {path.name: path.read_bytes() for path in results.iterdir()}
-    assert set(written) == {"summary.csv", "report.html"}
+    assert set(written) == {"summary.csv", "report.html", "metrics.json", "top1.csv"}
 
     rows = out / "evaluate" / "vit_micro-w3a3" / "rows.csv"
     rows.write_text(rows.read_text().replace(",dB,", ",decibel,"))

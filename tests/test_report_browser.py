@@ -1,15 +1,20 @@
 """The page in a real browser with no network: charts drawn, tables sorted and filtered, no error, any width, dark."""
 
+import csv
+import io
 import json
 import re
 import shutil
+import statistics
 import subprocess
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
 import synthetic
 from pipeline.report import report
+from qwt2.report import render_model
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
@@ -71,21 +76,27 @@ def page(tmp_path_factory) -> str:
 @pytest.fixture
 def visit(page, tmp_path):
     """Run a script (the body of an async function) in the open page; returns what it returns, once nothing failed."""
+    return lambda script, *flags: run_in(page, tmp_path, script, *flags)
 
-    def run(script: str, *flags: str):
-        path = tmp_path / "page.html"
-        body, _, end = page.replace("<head>", "<head>" + LISTEN, 1).rpartition("</body>")
-        path.write_text(body + ACT.replace("SCRIPT", script) + "</body>" + end, encoding="utf-8")
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        command = [CHROMIUM, *FLAGS, *flags, profile, path.as_uri()]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=150, check=True).stdout
-        probe = re.search(r'<pre id="probe">(.*?)</pre>', shown)
-        assert probe, "the page's script did not come to its end"
-        answer = json.loads(unquote(probe[1]))
-        assert set(answer["problems"]) <= {KNOWN}
-        return answer["found"]
 
-    return run
+@pytest.fixture
+def visit_model(tmp_path):
+    """The same in the page of one quantized model."""
+    return lambda script, *flags: run_in(render_model(synthetic.MODEL_REPORT), tmp_path, script, *flags)
+
+
+def run_in(page: str, folder: Path, script: str, *flags: str):
+    path = folder / "page.html"
+    body, _, end = page.replace("<head>", "<head>" + LISTEN, 1).rpartition("</body>")
+    path.write_text(body + ACT.replace("SCRIPT", script) + "</body>" + end, encoding="utf-8")
+    profile = f"--user-data-dir={folder / 'profile'}"
+    command = [CHROMIUM, *FLAGS, *flags, profile, path.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=150, check=True).stdout
+    probe = re.search(r'<pre id="probe">(.*?)</pre>', shown)
+    assert probe, "the page's script did not come to its end"
+    answer = json.loads(unquote(probe[1]))
+    assert set(answer["problems"]) <= {KNOWN}
+    return answer["found"]
 
 
 def test_every_chart_is_drawn_and_nothing_is_fetched(visit):
@@ -99,13 +110,13 @@ def test_every_chart_is_drawn_and_nothing_is_fetched(visit):
     """)
     models, precisions = len(synthetic.MODELS), len(synthetic.PRECISIONS)
     assert found["resources"] == []
-    assert sorted(found["marks"]) == sorted(found["specs"])
-    assert len(found["marks"]) == models * 4 + 1  # accuracy, two engines' latency and size each; the layers
+    assert sorted(found["marks"]) == sorted([*found["specs"], "modules-chart"])
+    assert len(found["marks"]) == models * 4 + 1  # accuracy, two engines' latency and size each; the modules
     for name in synthetic.MODELS:
         assert found["marks"][f"accuracy-{name}"] == 5 * precisions
         assert found["marks"][f"latency-openvino-{name}"] == 3 * precisions
         assert found["marks"][f"size-{name}"] == 3 * precisions
-    assert found["marks"]["layers"] >= 2 * 26
+    assert found["marks"]["modules-chart"] >= 2 * 26
 
 
 def test_tables_sort_and_filter(visit):
@@ -156,33 +167,90 @@ def test_tables_sort_and_filter(visit):
     assert found["spans"][0] == found["spans"][1]
 
 
-def test_module_chart_follows_its_selects(visit):
-    found = visit("""
-      const chart = document.getElementById("layers");
-      const select = name => [...chart.querySelectorAll(".vega-bind")]
-        .find(bind => bind.textContent.trim().startsWith(name)).querySelector("select");
-      const labels = () => [...chart.querySelectorAll(".role-axis-label text")].map(text => text.textContent);
-      const modules = () => labels().filter(label => /[a-z]/.test(label));
-      const paths = () => [...chart.querySelectorAll(".mark-rule line")].map(line => line.getAttribute("x2")).join();
-      const result = {cwac: modules(), options: [...select("method").options].map(option => option.value)};
-      const w2a4 = paths();
-      choose(select("precision"), "w8a8");
+WIDE = "--window-size=1366,900"
+MODULES = """
+      const chart = document.getElementById("modules-chart");
+      const form = document.getElementById("module-choice").elements;
+      const shown = () => ({
+        labels: [...chart.querySelectorAll(".role-axis-label text")].map(text => text.textContent).filter(t => /[a-z]/.test(t)),
+        rows: [...document.querySelectorAll("#modules-table tbody tr")].map(row => [...row.cells].map(c => c.textContent)),
+        headings: [...document.querySelectorAll("#modules-table .headings th")].map(th => th.textContent),
+        panels: [...chart.querySelectorAll(".role-axis-title text")].map(text => text.textContent),
+        crosses: chart.querySelectorAll('.mark-symbol path[fill="#dc2626"]').length,
+      });
+"""
+
+
+def test_module_chart_and_table_follow_their_selects(visit):
+    found = visit(MODULES + """
+      const result = {cwac: shown(), options: [...form.method.options].map(option => option.value)};
+      choose(form.precision, "w8a8");
       await pause(500);
-      result.moved = paths() !== w2a4;
-      choose(select("method"), "PTQ + QwT");
+      result.w8a8 = shown();
+      choose(form.method, "PTQ + QwT");
       await pause(500);
-      result.qwt = modules();
+      result.qwt = shown();
+      choose(form.method, "PTQ");
+      await pause(500);
+      result.ptq = shown();
       return result;
-    """)
-    assert found["options"] == ["PTQ + CWAC", "PTQ + QwT"]
-    assert found["cwac"][0] == "patch_embed.proj" and found["cwac"][-1] == "head" and len(found["cwac"]) == 26
-    assert found["moved"]
-    assert found["qwt"] == [f"blocks.{number}" for number in range(6)]
+    """, WIDE)
+    modules = synthetic._modules()
+    assert found["options"] == ["PTQ + CWAC", "PTQ", "PTQ + QwT"]
+    assert found["cwac"]["labels"] == modules == [row[0] for row in found["cwac"]["rows"]]
+    assert len(found["cwac"]["panels"]) == 4 and found["cwac"]["crosses"] >= 1
+    assert found["w8a8"]["labels"] == modules and found["w8a8"]["rows"] != found["cwac"]["rows"]
+    rejected = found["cwac"]["rows"][1]
+    assert rejected[1] == "layer" and rejected[-1].startswith("rejected in 3 of 3 seeds (no gain on held-out images: 9.00 dB")
+    assert found["cwac"]["headings"][2:7] == ["before dB", "after dB", "gain dB", "α", "β %"]
+    assert [row[0] for row in found["qwt"]["rows"]] == [f"blocks.{number}" for number in range(6)]
+    assert found["qwt"]["panels"] == ["SQNR of the output, dB"]
+    assert found["ptq"]["labels"] == modules and found["ptq"]["panels"] == ["distance of the engine, output steps"]
+
+
+def test_the_figures_of_the_table_are_those_of_the_record(visit, page):
+    found = visit(MODULES + "return [form.model.value, form.precision.value, shown()];")
+    model, precision, shown = found
+    records = list(csv.DictReader(io.StringIO(synthetic.layers_csv(model, precision))))
+    headings = shown["headings"]
+    for row in shown["rows"]:
+        own = [r for r in records if r["method"].endswith("+cwac") and r["module"] == row[0]]
+        cells = dict(zip(headings, row, strict=True))
+        assert cells["OpenVINO steps"] == f"{float(own[0]['openvino_steps']):.2f}"
+        if own[0]["kind"] == "product":
+            assert cells["before dB"] == cells["α"] == ""
+            continue
+        mean = {name: statistics.fmean(float(r[name]) for r in own) for name in ("sqnr_before_db", "alpha_p50", "beta_p50")}
+        assert float(cells["before dB"]) == pytest.approx(mean["sqnr_before_db"], abs=0.006)
+        assert float(cells["α"].split()[0]) == pytest.approx(mean["alpha_p50"], rel=1e-3)
+        assert float(cells["β %"].split()[0]) == pytest.approx(50 * mean["beta_p50"], rel=1e-3, abs=1e-6)
+
+
+def test_page_of_one_model(visit_model):
+    found = visit_model(MODULES + """
+      const result = {before: shown(), resources: performance.getEntriesByType("resource").length};
+      const gain = [...all("#modules-table .headings th")].find(th => th.textContent === "gain dB");
+      gain.firstElementChild.click();
+      gain.firstElementChild.click();
+      result.sorted = [...all("#modules-table tbody tr")].map(row => row.cells[gain.cellIndex].dataset.value);
+      result.hidden = [...document.querySelectorAll("#module-choice label")].every(label => label.offsetWidth === 0);
+      result.words = document.querySelector("main").innerText;
+      result.headline = document.querySelector(".lead").textContent;
+      return result;
+    """, WIDE)
+    assert found["resources"] == 0 and found["hidden"]
+    assert found["before"]["labels"] == [record["module"] for record in synthetic.MODEL_REPORT["modules"]]
+    known = [float(value) for value in found["sorted"] if value]
+    assert known == sorted(known, reverse=True) and len(known) == 3 and found["sorted"][-1] == ""
+    for words in ("rnn: GRU stays in float", "49 FullyConnected", "25 MVN", "rejected (no gain"):
+        assert words in found["words"]
+    assert "the gate rejected blocks.0.fc2" in found["headline"]
 
 
 @pytest.mark.parametrize("width", [420, 1366])
-def test_page_fits_its_window(visit, width):
-    found = visit(
+@pytest.mark.parametrize("which", ["visit", "visit_model"])
+def test_page_fits_its_window(request, which, width):
+    found = request.getfixturevalue(which)(
         "return [innerWidth, document.documentElement.scrollWidth, ...all('.chart svg').map(svg =>"
         " svg.getBoundingClientRect().right - svg.closest('figure').getBoundingClientRect().right)];",
         f"--window-size={width},900",

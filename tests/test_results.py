@@ -10,6 +10,7 @@ from qwt2.errors import Qwt2Error
 from qwt2.results import (
     COLUMNS,
     LAYER_COLUMNS,
+    LAYER_FIGURES,
     Method,
     Results,
     format_number,
@@ -17,11 +18,12 @@ from qwt2.results import (
     precision_order,
     read_layers,
     read_rows,
+    write_layers,
     write_rows,
 )
 
 GOOD = "classification,digits,vit,w4a4,repq,torch,top1,83.9,0.4,percent,3"
-GOOD_LAYER = "vit,w4a4,repq+cwac,0,head,10.5,12.5,True,1.01,0.02,0.3"
+GOOD_LAYER = "vit,w4a4,repq+cwac,0,head,layer,10.5,12.5,True,,9.9,10.1,2.0,1.01,0.02,0.3" + ",1.5" * 7 + ",0.25" * 7
 
 
 def table(*lines: str, columns=COLUMNS) -> str:
@@ -127,20 +129,31 @@ def test_nothing_is_written_of_a_table_that_could_not_be_read(tmp_path, bad):
 
 def test_layers_keep_their_order_and_may_lack_scales(tmp_path):
     path = tmp_path / "layers.csv"
-    qwt = "vit,w4a4,repq+qwt,0,blocks.0,10,9.5,False,,,"
+    qwt = "vit,w4a4,repq+qwt,0,blocks.0,block,10,9.5,False,no gain" + "," * len(LAYER_FIGURES)
     path.write_text(table(GOOD_LAYER, qwt, columns=LAYER_COLUMNS))
     cwac, block = read_layers(path)
-    assert (cwac.module, cwac.sqnr_before_db, cwac.sqnr_after_db, cwac.kept, cwac.beta_rms) == (
-        *("head", 10.5, 12.5, True, 0.3),
-    )
-    assert (block.module, block.seed, block.kept, block.alpha_mean) == ("blocks.0", 0, False, None)
+    assert (cwac.module, cwac.sqnr_before_db, cwac.sqnr_after_db, cwac.kept) == ("head", 10.5, 12.5, True)
+    assert (cwac.figures["beta_rms"], cwac.figures["alpha_p95"], cwac.figures["beta_min"]) == (0.3, 1.5, 0.25)
+    assert (block.module, block.seed, block.kept, block.reason) == ("blocks.0", 0, False, "no gain")
+    assert set(block.figures.values()) == {None} and block.mismatch == {}
+
+
+def test_written_layers_read_back_with_the_engines_they_were_compared_on(tmp_path):
+    path = tmp_path / "layers.csv"
+    record = {"model": "vit", "precision": "w4a4", "method": "repq", "seed": 0, "module": "a.matmul1", "kind": "product"}
+    on_one = {"openvino_steps": 0.5, "openvino_fraction": 1e-4, "more": "than has a column"}
+    write_layers(path, [record | on_one, record | {"module": "head", "kind": "layer", "kept": False}], ["ort", "openvino"])
+    product, head = read_layers(path)
+    assert product.mismatch == {"openvino": (0.5, 1e-4)} and product.kept is None and product.sqnr_before_db is None
+    assert head.mismatch == {} and head.kept is False
 
 
 @pytest.mark.parametrize(
     ("field", "text", "complaint"),
     [
         ("kept", "maybe", "kept is 'maybe'"),
-        ("sqnr_after_db", "", "sqnr_after_db is ''"),
+        ("kind", "unit", "kind is 'unit'"),
+        ("sqnr_after_db", "high", "sqnr_after_db is 'high'"),
         ("sqnr_before_db", "inf", "sqnr_before_db is inf"),
         ("alpha_mean", "nan", "alpha_mean is nan"),
         ("seed", "first", "seed is 'first'"),

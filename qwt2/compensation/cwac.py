@@ -7,6 +7,7 @@ the integer layer's own scales and biases.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Iterable, Iterator
 
@@ -133,6 +134,7 @@ class _Fit:
         self.name, self.settings = name, settings
         self.fitted, self.held_out = ChannelMoments(), ChannelMoments()
         self.kept, self.reason = True, ""
+        self.gate_before_db = self.gate_after_db = math.nan
 
     def update(self, y_q: Tensor, y_f: Tensor, axis: int, held_out: bool) -> None:
         (self.held_out if held_out else self.fitted).update(y_q, y_f, axis)
@@ -145,13 +147,16 @@ class _Fit:
         better = torch.ones_like(alpha, dtype=torch.bool)
         if self.settings.gate != "none":
             gain = self.held_out.squared_error() - self.held_out.squared_error(alpha, beta)
+            self.gate_before_db, self.gate_after_db = self.held_out.sqnr_db(), self.held_out.sqnr_db(alpha, beta)
             better = gain > 0 if self.settings.gate == "channel" else (gain.sum() > 0).expand_as(alpha)
             # The gate has decided; the final parameters use every calibration image.
             self.fitted.merge(self.held_out)
             alpha, beta = self.fitted.affine(self.settings.estimator)
         self.kept = bool(better.any())
         if not self.kept:
-            self.reason = "no gain on held-out images"
+            self.reason = (
+                f"no gain on held-out images: {self.gate_before_db:.2f} dB without, {self.gate_after_db:.2f} dB with it"
+            )
         self.alpha = torch.where(better, alpha, torch.ones_like(alpha))
         self.beta = torch.where(better, beta, torch.zeros_like(beta))
 
@@ -175,6 +180,9 @@ class _Fit:
             reason=self.reason,
             alpha=self.alpha,
             beta=self.beta,
+            output_rms=math.sqrt(float((self.fitted.var_f + self.fitted.mean_f.square()).mean())),
+            gate_before_db=self.gate_before_db,
+            gate_after_db=self.gate_after_db,
         )
 
 

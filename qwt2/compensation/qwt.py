@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwt2.compensation import COMPENSATIONS, ModuleReport
-from qwt2.compensation.streams import UnitStream, calibration_batches
+from qwt2.compensation.streams import ActivationStore, UnitStream, calibration_batches
 from qwt2.errors import Qwt2Error
 from qwt2.modules import CompensatedBlock, full_precision
 from qwt2.quantization import block_channel_axis, quantization_info, wrap_block
@@ -70,14 +70,19 @@ class QwT:
             reference = UnitStream(qmodel, batches, reference=True, offload_dir=offload_dir)
         reports = []
         for unit in info.units:
+            outputs = ActivationStore(offload_dir, "outputs")
             if unit in info.blocks:
-                reports.append(self._fit_block(qmodel, unit, quantized, reference))
-            quantized.advance()
+                reports.append(self._fit_block(qmodel, unit, quantized, reference, outputs))
+            quantized.advance(self._compensated(quantized, outputs) if outputs.trees else None)
+            outputs.clear()
             if reference is not None:
                 reference.advance()
         return reports
 
-    def _fit_block(self, qmodel: nn.Module, name: str, quantized: UnitStream, reference: UnitStream | None) -> ModuleReport:
+    def _fit_block(
+        self, qmodel: nn.Module, name: str, quantized: UnitStream, reference: UnitStream | None, outputs: ActivationStore
+    ) -> ModuleReport:
+        """Fit one block and put its layer beside it; what the bare block gave on each batch is kept in ``outputs``."""
         layers = {layer for layer in quantization_info(qmodel).layers if layer.startswith(name + ".")}
         if layers <= quantized.repeated:
             return ModuleReport(name, math.nan, math.nan, math.nan, False, "the block runs several times in one pass")
@@ -100,9 +105,20 @@ class QwT:
             error.update(x, y_f - y_q)
             if not math.isfinite(error.power):
                 raise Qwt2Error(f"{name} gives NaN or infinity on the calibration images; check its weights")
+            outputs[index] = y_q
         weight = error.regression.solve(self.damping)
         r2 = error.positional_r2(weight[0]) if is_image and self.r2 == "positional" else error.regression.r2(weight[0])
         return self._apply(qmodel, name, error, weight, r2, signal)
+
+    def _compensated(self, quantized: UnitStream, outputs: ActivationStore) -> Callable[[int], Tensor]:
+        """The current unit's output from what its bare block gave, for each batch."""
+
+        def output_of(index: int) -> Tensor:
+            (x, *_), _ = quantized.inputs[index]
+            unit = quantized.unit
+            return outputs[index] + unit.compensation(x) if isinstance(unit, CompensatedBlock) else outputs[index]
+
+        return output_of
 
     def _apply(self, qmodel, name, error, solution, r2: float, signal: float) -> ModuleReport:
         before = decibel(signal, error.power)

@@ -136,10 +136,14 @@ class UnitStream:
 
         return replaced_forward(module, forward)
 
-    def advance(self) -> None:
-        """Run the current unit on every batch and move on to the next one."""
+    def advance(self, output_of: Callable[[int], Tensor] | None = None) -> None:
+        """Move on to the next unit, with the outputs of the current one on every batch.
+
+        Args:
+            output_of: gives them by the batch's number; the unit is run where there is no cheaper way.
+        """
         for index in range(len(self.batches)):
-            output = self.run(index)
+            output = (output_of or self.run)(index)
             if not _is_finite(output):
                 raise Qwt2Error(f"{self.units[self.position]} gives NaN or infinity on the calibration images")
             self.output_shapes[self.units[self.position], index] = tree_map(_shape_of, output)

@@ -1,4 +1,7 @@
-"""The results as one self-contained HTML page: words, tables and charts, nothing loaded from anywhere."""
+"""The results as one self-contained HTML page: words, tables and charts, nothing loaded from anywhere.
+
+:func:`render` makes the page of the benchmark, :func:`render_model` that of one quantized model.
+"""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -10,8 +13,8 @@ import altair as alt
 import jinja2
 import vl_convert
 
-from qwt2.report import charts, detection, findings, tables
-from qwt2.results import Layer, Results, precision_order
+from qwt2.report import charts, detection, findings, modules, tables
+from qwt2.results import LAYER_FIGURES, Layer, Results, precision_order
 
 
 @dataclass(frozen=True)
@@ -32,26 +35,29 @@ class Conditions:
 
 
 def render(
-    results: Results, layers: Sequence[Layer], conditions: Conditions, pictures: Mapping[str, bytes] | None = None
+    results: Results,
+    layers: Sequence[Layer],
+    conditions: Conditions,
+    operations: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> str:
     """The page. Equal arguments give equal bytes (of one Altair and vl-convert release).
 
     Args:
+        operations: (model, precision) -> ``operations``, by engine what :func:`qwt2.operations.count_operations` says,
+            and ``float_modules``, name -> reason.
         pictures: PNG files of what detectors find, by the name of the cell.
     """
     classifiers, detectors = results.of_task("classification"), results.of_task("detection")
-    specs = _specs(results, classifiers.models, layers)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    specs = _specs(results, classifiers.models)
     compared = findings.comparisons(classifiers, "cwac")
-    return environment.get_template("page.html").render(
-        vega=_vega_bundle(),
+    module_table = modules.table(layers)
+    return _environment().get_template("page.html").render(
+        vega=vega_bundle(),
         specs=specs,
+        modules=module_table,
+        module_chart=modules.chart(module_table["engines"]),
+        operations=_operation_lines(operations or {}),
         headline=findings.headline(classifiers),
         model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
         compared=len(compared),
@@ -70,7 +76,80 @@ def render(
     )
 
 
-def _specs(results: Results, classifiers: Sequence[str], layers: Sequence[Layer]) -> dict[str, charts.Spec]:
+def render_model(report: Mapping[str, Any]) -> str:
+    """The page of one quantized model, from the report that `python -m qwt2` writes as JSON."""
+    bits = report["precision"]
+    precision = f"W{bits['weight_bits']}A{bits['activation_bits']}"
+    method = report["method"] + ("" if report["compensation"] == "none" else f"+{report['compensation']}")
+    layers = [
+        Layer(
+            report["model"], precision, method, 0, record["module"], record["kind"], record.get("sqnr_before_db"),
+            record.get("sqnr_after_db"), record.get("kept"), record.get("reason", ""),
+            {name: record.get(name) for name in LAYER_FIGURES},
+            {engine: (m["steps"], m["fraction"]) for engine, m in record["mismatch"].items()},
+        )
+        for record in report["modules"]
+    ]  # fmt: skip
+    module_table = modules.table(layers)
+    return _environment().get_template("model.html").render(
+        vega=vega_bundle(),
+        report=report,
+        headline=_model_headline(report, precision),
+        modules=module_table,
+        module_chart=modules.chart(module_table["engines"]),
+        engine_names=findings.ENGINE_NAMES,
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
+    return environment
+
+
+def _model_headline(report: Mapping[str, Any], precision: str) -> list[str]:
+    """What was done and what came of it, in a few sentences."""
+    kinds = [record["kind"] for record in report["modules"]]
+    compensated = [record for record in report["modules"] if record.get("kept") is not None]
+    rejected = [record["module"] for record in compensated if not record["kept"]]
+    gains = [record["sqnr_after_db"] - record["sqnr_before_db"] for record in compensated
+             if record["sqnr_before_db"] is not None]  # fmt: skip
+    sentences = [
+        f"{report['method']} at {precision} on {len(report['calibration_images'])} images: {kinds.count('layer')} layers "
+        f"and {kinds.count('product')} products in integers, {len(report['float_modules']) or 'no'} "
+        f"module{'s' if len(report['float_modules']) != 1 else ''} left in float, a file of {report['file_bytes'] / 1e6:.1f} MB."
+    ]
+    if gains:
+        sentences.append(
+            f"{report['compensation'].upper() if report['compensation'] == 'cwac' else 'QwT'} raises the SQNR of "
+            f"{sum(gain > 0 for gain in gains)} of {len(compensated)} {'modules' if 'block' not in kinds else 'blocks'}, by "
+            f"{sum(gains) / len(gains):.2f} dB on average and {max(gains):.2f} dB at most; the gate rejected "
+            f"{', '.join(rejected[:3]) + (f' and {len(rejected) - 3} more' if len(rejected) > 3 else '') or 'none'}."
+        )
+    return sentences
+
+
+def _operation_lines(operations: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each model and engine that runs the same operations, with all precisions it does so at."""
+    lines: dict[tuple, list[str]] = {}
+    for (model, precision), facts in operations.items():
+        for engine, counts in facts["operations"].items():
+            texts = [", ".join(f"{n} {kind}" for kind, n in counts[part].items()) for part in ("integer", "float")]
+            left = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in facts["float_modules"].items())
+            lines.setdefault((model, findings.ENGINE_NAMES.get(engine, engine), *texts, left), []).append(precision)
+    return [
+        {"model": model, "precisions": ", ".join(precisions), "engine": engine, "integer": integer, "float": rest, "left": left}
+        for (model, engine, integer, rest, left), precisions in lines.items()
+    ]
+
+
+def _specs(results: Results, classifiers: Sequence[str]) -> dict[str, charts.Spec]:
     """Every chart by the id of its element: ``accuracy-<model>``, ``latency-<engine>-<model>``, ``size-<model>``."""
     specs = {f"accuracy-{model}": charts.accuracy(results, model) for model in classifiers}
     for model in results.models:
@@ -80,8 +159,6 @@ def _specs(results: Results, classifiers: Sequence[str], layers: Sequence[Layer]
         engine = _engine_of_files(results, model)
         if engine is not None:
             specs[f"size-{model}"] = charts.size(results, model, engine)
-    if layers:
-        specs["layers"] = charts.layers(layers)
     return specs
 
 
@@ -100,7 +177,7 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _vega_bundle() -> str:
+def vega_bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, in the release that Altair's specifications are written for."""
     major, minor, *_ = alt.SCHEMA_VERSION.split(".")
     bundle = vl_convert.javascript_bundle(vl_version=f"{major}.{minor}")

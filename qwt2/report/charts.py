@@ -3,15 +3,13 @@
 Text and rules take the page's own colour (`currentColor`), so one chart serves light, dark and print.
 """
 
-from collections.abc import Iterable
-from statistics import fmean
 from typing import Any
 
 import altair as alt
 
 from qwt2.report.findings import ENGINE_NAMES
-from qwt2.report.tables import COMPENSATION_NAMES, kind
-from qwt2.results import Layer, Method, Results, Row, format_number, method_order, precision_order
+from qwt2.report.tables import COMPENSATION_NAMES
+from qwt2.results import Method, Results, Row, method_order
 
 # Told apart with any colour vision, and on light and dark grounds alike.
 COLOURS = {"": "#d97706", "qwt": "#3b82f6", "cwac": "#0f9d76"}
@@ -81,48 +79,14 @@ def _bars(results: Results, model: str, engine: str, metric: str, title: str, un
     return _spec(chart, title, height=180)
 
 
-def layers(records: Iterable[Layer]) -> Spec:
-    """SQNR of every module's output before and after compensation; model, precision and method are chosen."""
-    values = _layer_points(records)
-    chosen = [
-        _choice("model", sorted({point["model"] for point in values}), start=0),
-        # Start where there is something to see: at the fewest bits.
-        _choice("precision", sorted({point["precision"] for point in values}, key=precision_order), start=-1),
-        _choice("method", sorted({point["method"] for point in values}), start=0),
-    ]
-    base = (
-        alt.Chart(alt.Data(values=values))
-        .transform_filter(" && ".join(f"datum.{name} == chosen_{name}" for name in ("model", "precision", "method")))
-        .encode(y=alt.Y("module:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)))
-    )
-    tooltip = [
-        alt.Tooltip("module:N"),
-        *(alt.Tooltip(f"{name}:Q", title=f"SQNR {name}, dB", format=".2f") for name in ("before", "after")),
-        alt.Tooltip("kept:N", title="kept by the gate"),
-        *(alt.Tooltip(f"{name}:N") for name in ("alpha", "beta")),
-    ]
-    span = base.mark_rule(strokeWidth=2, opacity=0.5).encode(
-        x=alt.X("before:Q", title="SQNR of the module's output, dB", scale=alt.Scale(zero=False)),
-        x2="after:Q",
-        color=alt.condition("datum.after >= datum.before", alt.value(COLOURS["cwac"]), alt.value("#dc2626")),
-        tooltip=tooltip,
-    )
-    ends = base.transform_fold(["before", "after"], as_=["state", "sqnr"]).mark_point(filled=True, size=60, opacity=1)
-    colours = alt.Scale(domain=["before", "after"], range=[BEFORE_COLOUR, COLOURS["cwac"]])
-    legend = alt.Legend(title=None, orient="top")
-    ends = ends.encode(x="sqnr:Q", color=alt.Color("state:N", scale=colours, legend=legend), tooltip=tooltip)
-    chart = alt.layer(span, ends).resolve_scale(color="independent").add_params(*chosen)
-    return _spec(chart, "SQNR of each module's output before and after compensation", height=alt.Step(17))
-
-
 def _spec(chart: alt.LayerChart | alt.Chart, description: str, height: Any) -> Spec:
+    return to_spec(chart.properties(width="container", height=height), description)
+
+
+def to_spec(chart: alt.TopLevelMixin, description: str) -> Spec:
+    """The chart in the page's style."""
     return (
-        chart.properties(
-            width="container",
-            height=height,
-            description=description,
-            background="transparent",
-        )
+        chart.properties(description=description, background="transparent")
         .configure(font="system-ui, sans-serif")
         .configure_view(stroke=None)
         .configure_axis(
@@ -186,33 +150,3 @@ def _compensation_colour(results: Results) -> alt.Color:
     others = sorted({Method.parse(row.method).compensation for row in results.rows} - set(COMPENSATION_NAMES))
     palette = COLOURS | dict.fromkeys(others, OTHER_COLOUR)
     return alt.Color("compensation:N", scale=alt.Scale(domain=list(palette), range=list(palette.values())), legend=None)
-
-
-def _choice(name: str, options: list[str], start: int) -> alt.Parameter:
-    return alt.param(f"chosen_{name}", bind=alt.binding_select(options=options, name=f"{name} "), value=options[start])
-
-
-def _layer_points(records: Iterable[Layer]) -> list[dict[str, Any]]:
-    """Means over seeds, in the order of the records."""
-    groups: dict[tuple[str, ...], list[Layer]] = {}
-    for record in records:
-        groups.setdefault((record.model, record.precision, record.method, record.module), []).append(record)
-    return [
-        {
-            "model": model,
-            "precision": precision,
-            "method": kind(method),
-            "module": module,
-            "before": round(fmean(layer.sqnr_before_db for layer in group), 3),
-            "after": round(fmean(layer.sqnr_after_db for layer in group), 3),
-            "kept": f"in {sum(layer.kept for layer in group)} of {len(group)} seeds",
-            "alpha": _mean_text(layer.alpha_mean for layer in group),
-            "beta": _mean_text(layer.beta_rms for layer in group),
-        }
-        for (model, precision, method, module), group in groups.items()
-    ]
-
-
-def _mean_text(values: Iterable[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return format_number(fmean(known)) if known else ""

@@ -3,24 +3,9 @@ for (const [id, spec] of Object.entries(specs)) {
   vegaEmbed(document.getElementById(id), spec, {actions: false, renderer: "svg"}).catch(console.error);
 }
 
-// Tables: sort by a heading, filter all of them at once. Figures not measured sort last either way.
+// Tables of figures: filtered all at once.
 const filter = document.getElementById("filter");
 const tables = document.querySelectorAll("table[data-model]");
-
-function compare(a, b, sign) {
-  if (a === "" || b === "") return (a === "") - (b === "");
-  return sign * (isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
-}
-
-function sort(table, heading) {
-  const descending = heading.getAttribute("aria-sort") === "ascending";
-  for (const other of table.querySelectorAll("[aria-sort]")) other.removeAttribute("aria-sort");
-  heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
-  const key = row => row.cells[heading.cellIndex].dataset.value;
-  const rows = [...table.tBodies[0].rows].sort((a, b) => compare(key(a), key(b), descending ? -1 : 1));
-  table.tBodies[0].append(...rows);
-  rule(table);
-}
 
 // fp32 stays beside whatever is left, as what to compare with.
 function matches(row, precision, kind) {
@@ -55,9 +40,7 @@ function show() {
   }
 }
 
-for (const heading of document.querySelectorAll(".headings th")) {
-  heading.firstElementChild.addEventListener("click", () => sort(heading.closest("table"), heading));
-}
+for (const table of tables) makeSortable(table, rule);
 filter.addEventListener("input", show);
 filter.addEventListener("submit", event => event.preventDefault());
 show();

@@ -1,0 +1,96 @@
+"""What compensating a network costs: this library against an implementation that stores every output of a block.
+
+deit_small with random weights at 224 x 224, W4A4; the other implementation is the tests' oracle (tests/oracles.py, `Stored`),
+which finds the same parameters. Each measurement has a process of its own. `peak_rss_mb` is the process' peak as the system
+tells it, with libraries, network and images in it; `added_mb` is what the work itself added to what was resident before it.
+"""
+
+import argparse
+import csv
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import timm
+import torch
+from tqdm import tqdm
+
+from benchmarks.peers import photo_crops
+from pipeline.resources import PeakMemory
+from qwt2 import Precision, compensate, load_quantized, machine, quantize, save_quantized
+from qwt2.io import atomic_path
+
+MODEL, PRECISION, THREADS, BATCH = "deit_small_patch16_224", Precision(weight_bits=4, activation_bits=4), 2, 32
+RESULTS = Path("results/benchmarks")
+# (method, implementation); what the oracle has no equal of is switched off: the gate, half precision, damping.
+OPTIONS = {"cwac": {"gate": "none"}, "qwt": {"dtype": "float32", "damping": 0.0}}
+RUNS = [("quantize", "qwt2"), *((method, name) for method in OPTIONS for name in ("qwt2", "stored"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--child", nargs=3, metavar=("METHOD", "IMPLEMENTATION", "FILE"), help="measure one, here")
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(*arguments.child, arguments.images)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method, implementation in tqdm(RUNS, desc="calibration cost"):
+            command = [sys.executable, "-m", "benchmarks.calibration_cost", "--images", str(arguments.images)]
+            command += ["--child", method, implementation, str(Path(folder) / "ptq.safetensors")]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append({"method": method, "implementation": implementation, **json.loads(done.stdout.splitlines()[-1])})
+            write(rows, arguments.images)
+
+
+def measure(method: str, implementation: str, file: str, images: int) -> dict:
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, pretrained=False).eval()
+    batches = list(photo_crops(model, images).split(BATCH))
+    if method == "quantize":
+        work = lambda: save_quantized(quantize(model, batches, "repq", PRECISION), file)  # noqa: E731
+    else:
+        work = compensation(method, implementation, load_quantized(model, file), batches)
+    started, cpu = time.perf_counter(), time.process_time()
+    with PeakMemory() as memory, torch.no_grad():
+        work()
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_rss_mb": round(peak), "added_mb": round(memory.megabytes)}
+
+
+def compensation(method: str, implementation: str, qmodel: torch.nn.Module, batches: list[torch.Tensor]):
+    if implementation == "qwt2":
+        return lambda: compensate(qmodel, batches, method, **OPTIONS[method])
+    sys.path.insert(0, "tests")
+    from oracles import Stored
+
+    return getattr(Stored(qmodel, batches), method)
+
+
+def write(rows: list[dict], images: int) -> None:
+    """One file a machine, as the comparison with other tools has."""
+    described = machine.describe()
+    cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
+    facts = {
+        "model": MODEL, "precision": f"W{PRECISION.weight_bits}A{PRECISION.activation_bits}", "images": images, "batch": BATCH,
+        "threads": THREADS, "cpu": described["cpu"], "torch": described["versions"]["torch"],
+    }  # fmt: skip
+    path = RESULTS / f"calibration-cost-{cpu}-torch{described['versions']['torch']}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | facts for row in rows)
+
+
+if __name__ == "__main__":
+    main()

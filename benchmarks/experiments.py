@@ -1,0 +1,152 @@
+"""What sweeps, publishing and the page of all runs take: the targets of `used by` on this machine.
+
+* 24 cells of micro models, with Hydra's basic launcher and with processes (`hydra/launcher=local`), from the same baselines;
+* publishing 100 runs to W&B offline;
+* the page of 1,000 runs, from the browser's request until table and plots are drawn (needs chromium).
+"""
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks import tiny_chain
+from qwt2 import machine
+from qwt2.errors import Qwt2Error, guarded
+from qwt2.io import atomic_path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path("results/benchmarks")
+SWEEP = ("model=vit_micro,swin_micro", "precision=w3a3,w4a4", "compensation=qwt,cwac", "seed=0,1,2")
+CELLS = 24
+PUBLISHED, SHOWN = 100, 1000
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__.splitlines()[0])
+    parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="qwt2-") as parent:
+        rows = [*sweeps(Path(parent)), publishing(Path(parent) / "published"), page(Path(parent) / "shown")]
+    write([row for row in rows if row])
+
+
+def sweeps(parent: Path) -> list[dict]:
+    """The same cells with both launchers, each in a folder of its own: a finished cell is not run twice."""
+    if not Path("out/baseline/swin_micro").is_dir() or not Path("out/baseline/vit_micro").is_dir():
+        raise Qwt2Error("out/baseline lacks vit_micro or swin_micro; run `make repro` first, whose baselines the sweeps use")
+    seconds = {}
+    for launcher in ("basic", "local"):
+        folder = parent / launcher
+        for source in (*tiny_chain.SOURCES, "dvc.lock", "out/data", "out/baseline"):
+            target = folder / source
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, target)
+        command = (sys.executable, "-m", "pipeline.experiment", "-m", *SWEEP, f"hydra/launcher={launcher}")
+        seconds[launcher], done = timed(folder, *command)
+        if f"{CELLS} finished" not in done.stdout:
+            raise Qwt2Error(f"the sweep with launcher {launcher} did not finish {CELLS} cells: {done.stdout[-500:]}")
+    ratio = seconds["basic"] / seconds["local"]
+    return [
+        {"what": f"sweep of {CELLS} cells", "variant": "basic", "seconds": seconds["basic"], "ratio": 1.0},
+        {"what": f"sweep of {CELLS} cells", "variant": "local", "seconds": seconds["local"], "ratio": ratio},
+    ]
+
+
+def publishing(folder: Path) -> dict:
+    made_up_runs(folder, PUBLISHED + 1)  # the last one failed: there is nothing to publish of it
+    os.environ["WANDB_MODE"] = "offline"
+    seconds, done = timed(folder, sys.executable, "-m", "pipeline.publish")
+    count = int(re.search(r"(\d+) runs published", done.stdout)[1])
+    return {"what": f"publishing {count} runs", "variant": "offline", "seconds": seconds, "ratio": ""}
+
+
+def page(folder: Path) -> dict | None:
+    from browser import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        print("no chromium on this machine (Debian package chromium): the page is not measured")
+        return None
+    made_up_runs(folder, SHOWN)
+    browser = Browser(folder / "profile")
+    try:
+        with served(folder) as address:
+            browser.open(address)
+            browser.wait("document.querySelectorAll('.ag-center-cols-container .ag-row').length")
+            browser.wait("document.querySelectorAll('#bits .points path').length")
+            seconds = browser.run("performance.now()") / 1e3
+    finally:
+        browser.close()
+    return {"what": f"page of {SHOWN} runs", "variant": "", "seconds": seconds, "ratio": ""}
+
+
+def made_up_runs(folder: Path, count: int) -> None:
+    """A project of finished cells, with the figures of the tests' made-up results."""
+    from synthetic import write_cells
+
+    folder.mkdir()
+    shutil.copytree(ROOT / "conf", folder / "conf")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        write_cells(count, tables=PUBLISHED)
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The page's address, while it is served."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "pipeline.dashboard", "--port", str(port)]
+    address = f"http://127.0.0.1:{port}/"
+    process = subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def timed(folder: Path, *command: str) -> tuple[float, subprocess.CompletedProcess]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT if not (folder / "pipeline").is_dir() else folder)}
+    started = time.perf_counter()
+    done = tiny_chain.run(folder, *command, env=environment)
+    return time.perf_counter() - started, done
+
+
+def write(rows: list[dict]) -> None:
+    described = machine.describe()
+    cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
+    facts = {"cpu": described["cpu"], "cores": len(os.sched_getaffinity(0))}
+    facts["versions"] = " ".join(f"{name}={version}" for name, version in described["versions"].items())
+    path = RESULTS / f"experiments-{cpu}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} | facts)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, "tests")
+    guarded(main)

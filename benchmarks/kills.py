@@ -1,0 +1,106 @@
+"""Command: kill the chain at random points and run it again (`make kills`); the results must be those of a quiet run.
+
+Each round starts the tiny chain from nothing, sends SIGKILL to DVC or to the stage that runs, at a random moment, and then
+only repeats `dvc repro`: no other step. Half the rounds start stages warm (`pipeline.warm`).
+"""
+
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from benchmarks import tiny_chain
+from pipeline.compare import differences
+from qwt2.errors import guarded
+
+SUMMARY = Path("results/summary.csv")
+COLD = ("dvc", "repro")
+WARM = (sys.executable, "-m", "pipeline.warm", *COLD)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print every round, and end with code 1 unless all recovered."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="qwt2-") as parent:
+        outcomes = rounds(Path(parent), options.kills, random.Random(options.seed))
+    recovered = sum(not problem for problem in outcomes)
+    print(f"{recovered} of {len(outcomes)} kills recovered")
+    if recovered < len(outcomes):
+        raise SystemExit(1)
+
+
+def rounds(parent: Path, kills: int, rng: random.Random) -> list[str]:
+    """What went wrong in each round; "" where nothing did."""
+    quiet = tiny_chain.make(parent / "quiet")
+    started = time.monotonic()
+    tiny_chain.run(quiet, *WARM)
+    length = time.monotonic() - started
+    print(f"undisturbed: {length:.1f} s")
+    outcomes = []
+    for number in tqdm(range(kills), "kills", unit="kill", disable=None):
+        folder = tiny_chain.make(parent / f"kill{number}")
+        victim = kill(folder, WARM if number % 2 else COLD, rng.choice(["dvc", "stage"]), rng.uniform(0.5, 0.95 * length))
+        outcomes.append(recover(folder, quiet))
+        print(f"{number + 1}: {victim}: {outcomes[-1] or 'recovered'}", flush=True)
+    return outcomes
+
+
+def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str:
+    """Start the chain and kill DVC or the stage that runs after so many seconds; what was killed and when."""
+    process = subprocess.Popen(
+        command, cwd=folder, env=tiny_chain.environment(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    time.sleep(after)
+    victim = None
+    while victim is None and process.poll() is None:  # between two stages there is none to kill: wait for the next
+        victim = _victim(psutil.Process(process.pid), what)
+        time.sleep(0.01)
+    if victim is None:
+        return f"nothing: it had ended before {after:.1f} s"
+    name = " ".join(victim.cmdline()[-3:])
+    victim.send_signal(signal.SIGKILL)
+    if what == "dvc":
+        process.kill()  # with DVC goes the process that started it warm, as when a machine is switched off
+    process.wait()
+    return f"{name} killed after {after:.1f} s"
+
+
+def _victim(started: psutil.Process, what: str) -> psutil.Process | None:
+    """DVC, or the process that does a stage's work: of those that run `pipeline.<stage>` the youngest."""
+    try:
+        family = [started, *started.children(recursive=True)]
+        if what == "dvc":
+            return next((p for p in family if any(word.endswith("/dvc") for word in p.cmdline()[:2])), None)
+        stages = [p for p in family if p.pid != started.pid and "-m" in p.cmdline() and _is_stage(p)]
+        return max(stages, key=lambda process: process.create_time(), default=None)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _is_stage(process: psutil.Process) -> bool:
+    return any(word.startswith("pipeline.") and word != "pipeline.warm" for word in process.cmdline())
+
+
+def recover(folder: Path, quiet: Path) -> str:
+    """Run the chain again; what is wrong with its end, or ""."""
+    again = tiny_chain.run(folder, *COLD, check=False)
+    if again.returncode:
+        return f"dvc repro ended with {again.returncode}: {(again.stdout + again.stderr)[-1500:]}"
+    if found := differences(folder / SUMMARY, quiet / SUMMARY):
+        return f"{len(found)} figures differ, first: {found[0]}"
+    sound = tiny_chain.run(folder, sys.executable, "-m", "pipeline.verify", check=False)
+    return "" if sound.returncode == 0 else sound.stdout + sound.stderr
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,157 @@
+"""The page of all runs: served on loopback, nothing from elsewhere; in a browser, filtered, sorted, two runs compared."""
+
+import json
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from browser import CHROMIUM, Browser
+
+import synthetic
+from benchmarks.experiments import served
+from pipeline import dashboard, resolve
+from pipeline.runs import all_runs
+from qwt2.errors import Qwt2Error
+from qwt2.results import read_layers
+
+ROOT = Path(__file__).resolve().parents[1]
+CELLS = 1000
+COUNT = "Number(document.querySelector('#count').innerText.split(' ')[0])"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A grid of 2 cells and three sweeps of (made-up) cells, a thousand in all, one of them failed."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(ROOT / "conf", folder / "conf")
+    (folder / "conf/grid.yaml").write_text(yaml.safe_dump({"grid": {"model": ["vit_micro"], "precision": ["w8a8", "w4a4"]}}))
+    synthetic.write_out(folder / "out", ["vit_micro"], ["w8a8", "w4a4"])
+    before = Path.cwd()
+    os.chdir(folder)
+    resolve.main([])
+    synthetic.write_cells(CELLS)
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(results):
+    with served(results) as url:
+        yield url
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (Debian package chromium)")
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    browser.close()
+    assert browser.problems == []
+
+
+def column(field: str) -> str:
+    """Values of the rows that the grid has drawn, from top to bottom."""
+    return f"""[...document.querySelectorAll('.ag-center-cols-container .ag-row')]
+        .sort((a, b) => a.getAttribute('row-index') - b.getAttribute('row-index'))
+        .map(row => row.querySelector('[col-id="{field}"]')?.innerText)"""
+
+
+def type_into_filter(browser: Browser, heading: str, text: str) -> None:
+    browser.run(f"""(() => {{
+        const input = document.querySelector('input[aria-label="{heading} Filter Input"]');
+        const set = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set;
+        set.call(input, {json.dumps(text)});
+        input.dispatchEvent(new Event('input', {{bubbles: true}}));
+    }})()""")
+
+
+@pytest.mark.timeout(240)
+def test_runs_are_filtered_sorted_and_compared(address, browser, results):
+    browser.open(address)
+    browser.wait("document.querySelectorAll('.ag-center-cols-container .ag-row').length")
+    browser.wait("document.querySelectorAll('#bits .points path').length")
+    assert browser.run(COUNT) == CELLS + 11  # the grid: five methods at two precisions, and fp32
+
+    type_into_filter(browser, "sweeps", "sizes")
+    browser.wait(f"{COUNT} == {CELLS // 3}")
+    type_into_filter(browser, "model", "vit")
+    type_into_filter(browser, "bits", "w2a4")
+    combinations = len(synthetic.MODELS) * len(synthetic.PRECISIONS) * 2
+    wanted = [n for n in range(1, CELLS, 3) if n % combinations in (6, 7)]  # vit_micro at w2a4, qwt and cwac
+    browser.wait(f"{COUNT} == {len(wanted)}")
+    assert set(browser.run(column("model"))) == {"vit_micro"} and set(browser.run(column("precision"))) == {"w2a4"}
+    drawn = browser.wait("document.querySelectorAll('#bits .points path').length")
+    assert drawn == browser.run(COUNT)  # the plots follow the filter
+
+    heading = "document.querySelector('.ag-header-cell[col-id=accuracy] .ag-header-cell-label')"
+    for order in (1, -1):
+        browser.run(f"{heading}.click()")
+        browser.wait(f"document.querySelector('.ag-header-cell[col-id=accuracy]').ariaSort == '{'ascending' if order > 0 else 'descending'}'")
+        time.sleep(0.3)
+        values = [float(value) for value in browser.run(column("accuracy")) if value]
+        assert len(values) > 5 and values == sorted(values, reverse=order < 0)
+
+    for name in ("sweeps", "model", "bits"):
+        type_into_filter(browser, name, "")
+    for name, text in (("sweeps", "grid"), ("bits", "w8a8"), ("method", "repq+")):
+        type_into_filter(browser, name, text)
+    browser.wait(f"{COUNT} == 2")
+    for number in (0, 1):
+        browser.run(f"document.querySelectorAll('.ag-row input[type=checkbox]')[{number}].click()")
+    browser.wait("document.querySelectorAll('#layers .trace').length == 2")
+    assert browser.run("document.querySelectorAll('#layers .points path').length") == 26 + 6  # modules, blocks
+    shown = browser.run("[...document.querySelectorAll('#figures tbody tr')].map(row => [...row.cells].map(c => c.innerText))")
+    check_figures(results, dict((row[0], row[1:]) for row in shown))
+    differing = browser.run("[...document.querySelectorAll('#differences tbody td:first-child')].map(c => c.innerText)")
+    assert "compensation.cwac.estimator" in differing and "model.name" not in differing
+
+    link = browser.run("document.querySelector('.ag-row [col-id=config] a').href")
+    config = yaml.safe_load(urllib.request.urlopen(link).read())
+    assert config["model"]["name"] == "vit_micro" and config["precision"]["name"] == "w8a8"
+    elsewhere = [url for url in browser.requests if not url.startswith((address, "data:", "blob:", "about:"))]
+    assert elsewhere == []
+
+
+def check_figures(results: Path, shown: dict[str, list[str]]) -> None:
+    rows = synthetic.cell_rows("vit_micro", "w8a8")
+    found = {(row.method, row.engine, row.metric): row.value for row in rows}
+    for heading, engine, metric in (("top-1 or box AP %", "torch", "top1"), ("OpenVINO ms", "openvino", "latency_ms")):
+        expected = sorted(found[f"repq+{name}", engine, metric] for name in ("qwt", "cwac"))
+        assert sorted(map(float, shown[heading])) == pytest.approx(expected, abs=1e-4)
+
+
+def test_pages_under_another_name_are_refused(address):
+    for name, status in (("evil.example", 403), (address.split("/")[2].replace("127.0.0.1", "localhost"), 200)):
+        request = urllib.request.Request(address, headers={"Host": name})
+        try:
+            code = urllib.request.urlopen(request).status
+        except urllib.error.HTTPError as error:
+            code = error.code
+        assert code == status
+
+
+def test_every_script_is_our_own(address):
+    page = urllib.request.urlopen(address).read().decode()
+    assert "http://" not in page and "https://" not in page
+
+
+def test_modules_of_a_sweep_s_run_are_its_own(results, monkeypatch):
+    monkeypatch.chdir(results)
+    run = next(run for run in all_runs() if run.id == f"{1:016x}")
+    layers = [layer for layer in read_layers(run.layers_file) if layer.method == run.method]
+    assert run.layers() == layers and layers
+    assert run.sweeps == ("sizes",) and run.status == "finished"
+    assert [run.error for run in all_runs() if run.status == "failed"] == ["out of luck"]
+
+
+def test_without_results_nothing_is_served(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "conf", "conf")
+    with pytest.raises(Qwt2Error, match="there are no results yet"):
+        dashboard.main([])

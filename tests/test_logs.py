@@ -1,0 +1,57 @@
+"""Progress and logs: one line a piece of work in a file; bars and talk only for who asked."""
+
+import io
+import logging
+import os
+import sys
+import warnings
+
+import pytest
+
+from pipeline import parallel
+from pipeline.logs import LOG, VERBOSE, log_to
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.delenv(VERBOSE, raising=False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_piece_of_work_is_logged_and_results_keep_their_order(workers, tmp_path, capsys):
+    with log_to(tmp_path / "stage.log"):
+        results = parallel.each("square", lambda run: run[1] ** 2, [("a", 2), ("b", 3)], workers)
+    assert results == [4, 9]
+    lines = (tmp_path / "stage.log").read_text().splitlines()
+    assert [line.split(" INFO ")[1] for line in lines] == ["square: a 2", "square: b 3"]
+    assert capsys.readouterr() == ("", "")  # not a terminal: no bar
+
+
+def test_a_terminal_gets_a_bar_with_an_estimate(monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True  # noqa: E731
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert parallel.each("fold", lambda run: run[0], [(1,), (2,)], 1) == [1, 2]
+    assert "fold" in terminal.getvalue() and "2/2" in terminal.getvalue() and "<" in terminal.getvalue()
+
+
+def test_verbose_shows_what_is_logged_and_warnings_go_to_the_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(VERBOSE, "1")
+    with log_to(tmp_path / "a.log"):
+        LOG.info("hello")
+        warnings.warn("careful", stacklevel=1)
+    shown = capsys.readouterr().err
+    assert "hello" in shown and "careful" in shown
+    text = (tmp_path / "a.log").read_text()
+    assert "hello" in text and "careful" in text
+    left = [*LOG.handlers, *logging.getLogger("py.warnings").handlers]
+    assert not any(isinstance(handler, logging.FileHandler) for handler in left)
+
+
+def test_a_second_run_starts_a_new_file(tmp_path):
+    for word in ("first", "second"):
+        with log_to(tmp_path / "a.log"):
+            LOG.info(word)
+    assert "first" not in (tmp_path / "a.log").read_text() and os.listdir(tmp_path) == ["a.log"]
