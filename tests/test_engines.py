@@ -43,6 +43,18 @@ def test_whole_networks_agree_at_8_bits(engine, network):
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("engine", NAMES)
+@pytest.mark.parametrize("bits", [8, 3])
+def test_whole_residual_networks_are_the_same(engine, bits):
+    """Also what engines make one kernel of, as OpenVINO does of convolution, quantizer and addition."""
+    folded, path = tiny.exported("resnet", bits, "cwac")
+    images = tiny.images(8, seed=1)
+    with torch.no_grad():
+        expected = folded(images).numpy()
+    found = qwt2.load_engine(path, engine)(images.numpy())
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_engines_agree_for_every_batch_size(network):
     _, path = tiny.exported(network, 8, "cwac")
