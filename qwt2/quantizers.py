@@ -150,7 +150,7 @@ class LogSqrt2Quantizer(Quantizer):
         return f"bits={self.bits}, floor={self.floor}"
 
 
-_TIE, _TIES = 1e-4, 2e-3  # distance in steps that counts as a tie; share of ties, ten times what smooth values have
+_TIE, _TIES = 2e-5, 2e-4  # distance in steps that counts as a tie; share of ties, five times what smooth values have
 
 
 def without_ties(x: Tensor, scale: Tensor) -> Tensor:
