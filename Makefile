@@ -24,6 +24,7 @@ test: $(STAMP)
 
 benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.architectures
+	python -m benchmarks.detectors
 	python -m benchmarks.calibration_cost
 	python -m benchmarks.experiments
 	$(PEERS)/bin/python -m benchmarks.peers

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.report import RESULTS
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
+from qwt2.report.detection import lines
 from qwt2.results import Method, Results, Row, read_rows
 
 BEGIN = "<!-- results:begin (written by `make readme`) -->"
@@ -14,13 +15,22 @@ ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _MISSING = "–"
 
 
+DETECTION_BEGIN = "<!-- detection:begin (written by `make readme`) -->"
+DETECTION_END = "<!-- detection:end -->"
 PEERS_BEGIN = "<!-- peers:begin (written by `make readme`) -->"
 PEERS_END = "<!-- peers:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
     """Replace what stands between the result markers of `readme` by the table of `summary`; Qwt2Error without markers."""
-    replace_between(readme, BEGIN, END, table(Results(read_rows(summary))))
+    replace_between(readme, BEGIN, END, table(Results(read_rows(summary)).of_task("classification")))
+
+
+def update_detection(readme: Path, summary: Path) -> None:
+    """The same for the detectors in it, if any."""
+    results = Results(read_rows(summary)).of_task("detection")
+    if results.rows:
+        replace_between(readme, DETECTION_BEGIN, DETECTION_END, detection_table(results))
 
 
 def update_peers(readme: Path, benchmarks: Path) -> None:
@@ -98,6 +108,27 @@ def _line(results: Results, model: str, precision: str, ptq: str) -> list[str]:
     ]
 
 
+def detection_table(results: Results) -> str:
+    """Markdown: a row per detector, precision and default PTQ; box AP / mask AP in percent, means over the seeds."""
+    headings = ["Model", "Bits", "fp32", "PTQ", "PTQ + QwT", "PTQ + CWAC", "CWAC recovers"]
+    headings += [f"CWAC on {name} − simulation" for name in ENGINES.values()]
+    headings += [f"Latency ÷ PTQ, {name}" for name in ENGINES.values()]
+    table = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
+    for line in lines(results):
+        cells = [_both(line.fp32["bbox_ap"], line.fp32["segm_ap"])]
+        cells += [_both(line.box.get(name), line.mask.get(name)) for name in ("", "qwt", "cwac")]
+        cells.append(f"{line.recovered('cwac'):.0%}" if "cwac" in line.box and line.loss >= 1 else _MISSING)
+        for metric, form in (("engine_bbox_ap_delta", "{:+.1f}"), ("latency_ratio_to_ptq", "{:.2f}")):
+            found = [results.get(line.model, line.precision, f"{line.ptq}+cwac", engine, metric) for engine in ENGINES]
+            cells += [form.format(row.value) if row else _MISSING for row in found]
+        table.append([f"{line.model} ({line.ptq})", line.precision.upper(), *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def _both(box: Row | None, mask: Row | None) -> str:
+    return " / ".join(_MISSING if row is None else f"{row.value:.1f}" for row in (box, mask))
+
+
 def _percent(row: Row | None) -> str:
     if row is None:
         return _MISSING
@@ -107,6 +138,7 @@ def _percent(row: Row | None) -> str:
 def main() -> None:
     readme = Path("README.md")
     update(readme, RESULTS / "summary.csv")
+    update_detection(readme, RESULTS / "summary.csv")
     update_peers(readme, RESULTS / "benchmarks")
 
 

@@ -101,7 +101,7 @@ def _transposes_of_last_axis(model: onnx.ModelProto) -> set[str]:
 
 
 def quantize_before_pooling(model: onnx.ModelProto) -> None:
-    """Quantize what a MaxPool reads too, where only quantizers of one scale read its output.
+    """Quantize what a MaxPool reads too, where quantizers of one scale and nothing else read its output.
 
     The largest value's code is the largest code, so the quantizers behind it find everything on their grid; the pooling
     and the layer in front then work on codes.
@@ -112,10 +112,11 @@ def quantize_before_pooling(model: onnx.ModelProto) -> None:
     graph = model.graph
     readers = _readers(graph)
     made = {name: node for node in graph.node for name in node.output}
+    outputs = {value.name for value in graph.output}
     nodes = []
     for node in graph.node:
         quantizers = [_quantizer(reader, readers) for reader in readers[node.output[0]]]
-        if node.op_type == "MaxPool" and quantizers and all(quantizers):
+        if node.op_type == "MaxPool" and node.output[0] not in outputs and quantizers and all(quantizers):
             grids = {tuple(_values(graph, n.input[1:]) for n in quantizer) for quantizer in quantizers}
             behind = made.get(node.input[0])
             if behind is not None and behind.output[0].startswith(POOLED):  # made by this pass before

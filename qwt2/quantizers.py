@@ -77,6 +77,8 @@ class UniformQuantizer(Quantizer):
         if self.channel_axis is None:
             scale, zero_point = observe(self.observer, x.reshape(1, -1), self.grid)
             self.scale, self.zero_point = scale[0], zero_point[0]
+            if self.grid.zero_in_range:  # for integer engines
+                self.scale = without_ties(x, self.scale)
         else:
             rows = x.movedim(self.channel_axis, 0).reshape(x.shape[self.channel_axis], -1)
             self.scale, self.zero_point = observe(self.observer, rows, self.grid)
@@ -146,6 +148,24 @@ class LogSqrt2Quantizer(Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, floor={self.floor}"
+
+
+_TIE, _TIES = 1e-4, 2e-3  # distance in steps that counts as a tie; share of ties, ten times what smooth values have
+
+
+def without_ties(x: Tensor, scale: Tensor) -> Tensor:
+    """``scale``, widened by a thousandth where many values lie exactly between two codes.
+
+    Values that were quantized before lie on a grid, and a range that ends on one of them makes steps of which they are
+    exact halves. ONNX rounds the quotient by the scale to even; engines that multiply by its inverse, or add the zero
+    point first, round many of them the other way.
+    """
+    for _ in range(4):
+        remainder = (x / scale).frac_().abs_().sub_(0.5).abs_()
+        if (remainder < _TIE).float().mean() <= _TIES:
+            break
+        scale = scale * 1.001
+    return scale
 
 
 def _upper_quantile(values: Tensor, p: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,7 +162,9 @@ class _ChildrenAreLeaves(fx.Tracer):
 
 
 def _rewrite(module: nn.Module, site: Site, residual: bool) -> fx.GraphModule:
-    graph = _ChildrenAreLeaves().trace(module, concrete_args=site.constants)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fx says that it cannot check the constants
+        graph = _ChildrenAreLeaves().trace(module, concrete_args=site.constants)
     _restore_signature(graph, module)
     rewritten = fx.GraphModule(module, graph)
     if residual:

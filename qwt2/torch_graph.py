@@ -74,9 +74,8 @@ class TorchGraph:
         self.attributes = [{a.name: helper.get_attribute_value(a) for a in node.attribute} for node in self.nodes]
         self.functions = [self._function(node, opsets) for node in self.nodes]
         last_use = {name: index for index, node in enumerate(self.nodes) for name in node.input}
-        self.released = [
-            [n for n in node.input if last_use[n] == i and n not in self.constants] for i, node in enumerate(self.nodes)
-        ]
+        kept = {*self.constants, *self.outputs}  # an output may be read too
+        self.released = [[n for n in node.input if last_use[n] == i and n not in kept] for i, node in enumerate(self.nodes)]
 
     @torch.no_grad()
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 import tiny_detectors
 from pipeline.files import file_exporters
 from qwt2 import Precision, compensate, fold, load_engine, load_quantized, quantize, save_quantized
-from qwt2.detection.models import detector_config
+from qwt2.detection.models import build_detector, detector_config
 from qwt2.detection.network import Detector, parts, regions, sections
 from qwt2.detection.parts import DENSE, part_inputs, part_names, running_on
 from qwt2.detection.pictures import draw_grid
@@ -335,6 +335,54 @@ def test_part_inputs_are_what_the_parts_are_called_with(chain):
     assert {name: tuple(x.shape) for name, x in inputs.items()} == {
         DENSE: (1, 3, 128, 128), "detector.roi_head.bbox_head": (4, 16, 7, 7), "detector.roi_head.mask_head": (2, 16, 14, 14)
     }  # fmt: skip
+
+
+# The other families, at full depth of wiring and few channels.
+
+
+def images_and_samples(count: int = 2, size: tuple[int, int] = (64, 96)):
+    from mmdet.structures import DetDataSample
+
+    facts = {"img_shape": size, "ori_shape": size, "batch_input_shape": size, "scale_factor": (1.0, 1.0)}
+    images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+    return images, [DetDataSample(metainfo=facts) for _ in range(count)]
+
+
+def narrow_chain(name: str, method: str) -> tuple[Detector, list, nn.Module]:
+    """Network, calibration batches and the model quantized to W8A8 and compensated by CWAC."""
+    cfg = tiny_detectors.narrow(name)
+    network = Detector(tiny_detectors.with_signal(build_detector(cfg))).eval()
+    images, samples = images_and_samples()
+    batches = [regions(network.detector, images[i : i + 1], samples[i : i + 1], 4, 2) for i in range(2)]
+    structure = {"sections": sections(network.detector), "parts": parts(network.detector, cfg["parts"])}
+    qmodel = quantize(network, batches, method, Precision(8, 8), observer_images=2, **structure)
+    compensate(qmodel, batches, "cwac")
+    return network, batches, qmodel
+
+
+def test_cascade_of_heads_is_compensated_and_folded():
+    network, batches, qmodel = narrow_chain("cascade_mask_rcnn_swin_small", "repq")
+    heads = [name for name in qmodel.quantization.layers if ".roi_head." in name]
+    for stage in range(3):
+        assert {f"detector.roi_head.bbox_head.{stage}.shared_convs.3.conv", f"detector.roi_head.mask_head.{stage}.conv_logits"} <= set(heads)
+    assert batches[0]["boxes"].shape == (1, 3, 4, 4)
+    assert max(mismatch.steps for mismatch in fold_mismatch(qmodel, fold(qmodel), batches[0]).values()) < 1.01
+
+
+def test_transformer_detects_on_an_engine_what_the_simulation_detects(tmp_path):
+    network, batches, qmodel = narrow_chain("detr_resnet50", "percentile")
+    assert len(qmodel.quantization.matmuls) == 6 and qmodel.quantization.float_modules == {}
+    [(part, exporter)] = file_exporters(network, batches[0]).items()
+    exporter.export(fold(qmodel), tmp_path / "dense.onnx")
+    images, samples = images_and_samples()
+    with torch.no_grad():
+        simulated = [found.pred_instances.scores for found in qmodel.detector.predict(images, samples, rescale=False)]
+        with running_on(network, {part: load_engine(tmp_path / "dense.onnx", "onnxruntime")}, (64, 96)) as detector:
+            found = [found.pred_instances.scores for found in detector.predict(images, samples, rescale=False)]
+            with pytest.raises(Qwt2Error, match="an image of 64 x 80 pixels does not have the exported size 64 x 96"):
+                detector.predict(images[..., :80], samples, rescale=False)
+    for mine, theirs in zip(found, simulated, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0.01)
 
 
 # Pictures.

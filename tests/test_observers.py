@@ -154,6 +154,20 @@ def test_a_quantizer_keeps_what_it_saw_first():
     assert torch.allclose(quantizer.scale, scale * 100)
 
 
+@pytest.mark.parametrize("low", [0, -4, -12])
+def test_no_value_of_a_grid_lies_between_two_codes(low):
+    """Values on a grid whose range ends on one of them: a third of them would be exact halves of a step, and be rounded
+    otherwise by engines that multiply by the inverse of the scale and add the zero point before they round."""
+    grid, x = Grid(3), torch.arange(low, low + 29).float() * 0.7
+    scale, zero_point = (value[0] for value in observe("minmax", x[None], grid))
+    assert (((x / scale).frac().abs() - 0.5).abs() < 1e-5).float().mean() > 0.1
+    quantizer = UniformQuantizer(grid, "minmax")
+    quantizer.calibrate(x)
+    assert scale < quantizer.scale < 1.005 * scale and quantizer.zero_point == zero_point
+    for codes in (torch.round(x * (1 / quantizer.scale) + zero_point), torch.floor(x / quantizer.scale + zero_point + 0.5)):
+        assert torch.equal(codes.clamp(0, 7).int(), quantizer.codes(x))
+
+
 def test_errors_name_the_module():
     quantizer = UniformQuantizer(Grid(8), "minmax")
     quantizer.where = "blocks.3.attn.qkv.input_quantizer"

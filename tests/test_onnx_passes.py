@@ -72,6 +72,15 @@ def test_quantizing_before_pooling_changes_no_value(scales, moved):
     assert len(model.graph.node) == nodes
 
 
+def test_pooling_that_the_model_returns_stays_in_float():
+    model, x = pooled([0.03]), np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    model.graph.output.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, [2, 3, 4, 4]))
+    expected = TorchGraph(model)({"x": x})["p"]
+    quantize_before_pooling(model)
+    assert np.array_equal(TorchGraph(model)({"x": x})["p"], expected)
+    assert np.array_equal(expected, x.reshape(2, 3, 4, 2, 4, 2).max((3, 5)))
+
+
 def test_numbers_that_do_not_fit_the_rewritten_graph_are_refused():
     model = pooled([0.03, 0.03])
     quantize_before_pooling(model)

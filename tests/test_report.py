@@ -372,6 +372,24 @@ def test_readme_table_by_hand():
     ]
 
 
+def test_detection_table_by_hand():
+    figures = [
+        ("fp32", "fp32", "torch", "bbox_ap", 70.04, None, 1),
+        ("fp32", "fp32", "torch", "segm_ap", 65.0, None, 1),
+        ("w4a4", "repq", "torch", "bbox_ap", 60.0, 0.3, 3),
+        ("w4a4", "repq", "torch", "segm_ap", 55.5, 0.3, 3),
+        ("w4a4", "repq+cwac", "torch", "bbox_ap", 64.016, 0.4, 3),
+        ("w4a4", "repq+cwac", "openvino", "engine_bbox_ap_delta", -0.12, None, 1),
+        ("w4a4", "repq+cwac", "openvino", "latency_ratio_to_ptq", 1.004, None, 1),
+        ("w8a8", "repq", "torch", "bbox_ap", 70.1, 0.04, 3),
+    ]
+    rows = [synthetic.figure("det", *figure)._replace(task="detection") for figure in figures]
+    assert readme.detection_table(Results(rows)).splitlines()[2:] == [
+        "| det (repq) | W8A8 | 70.0 / 65.0 | 70.1 / – | – / – | – / – | – | – | – | – | – |",
+        "| det (repq) | W4A4 | 70.0 / 65.0 | 60.0 / 55.5 | – / – | 64.0 / – | 40% | – | -0.1 | – | 1.00 |",
+    ]
+
+
 def test_readme_keeps_everything_outside_its_markers(built, tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\nthe end\n")

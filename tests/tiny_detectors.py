@@ -1,5 +1,6 @@
 """Small mmdet detectors and scenes: the wiring of the default ones, with a few thousand weights, never trained."""
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -36,6 +37,28 @@ _BACKBONES = {
     "resnet": {"base_channels": 8, "stem_channels": 8},
 }
 _WIDTHS = {"swin": [16, 32, 64], "resnet": [8, 16, 32]}
+_NARROW_CASCADE = {
+    "backbone": {"embed_dims": 24, "depths": [2, 1, 1, 1]},
+    "neck": {"in_channels": [24, 48, 96, 192], "out_channels": 16},
+    "rpn_head": {"in_channels": 16, "feat_channels": 16},
+    "roi_head": {
+        "bbox_roi_extractor": {"out_channels": 16},
+        "mask_roi_extractor": {"out_channels": 16},
+        "mask_head": {"in_channels": 16, "conv_out_channels": 16, "num_convs": 1},
+    },
+    "test_cfg": {"rpn": {"nms_pre": 50, "max_per_img": 16}, "rcnn": {"score_thr": 0.0, "max_per_img": 5}},
+}
+_ATTENTION, _FFN = {"embed_dims": 32, "num_heads": 2}, {"embed_dims": 32, "feedforward_channels": 64}
+_NARROW_DETR = {
+    "num_queries": 10,
+    "backbone": {"depth": 18, "base_channels": 8, "stem_channels": 8},
+    "neck": {"in_channels": [64], "out_channels": 32},
+    "encoder": {"num_layers": 1, "layer_cfg": {"self_attn_cfg": _ATTENTION, "ffn_cfg": _FFN}},
+    "decoder": {"num_layers": 1, "layer_cfg": {"self_attn_cfg": _ATTENTION, "cross_attn_cfg": _ATTENTION, "ffn_cfg": _FFN}},
+    "positional_encoding": {"num_feats": 16},
+    "bbox_head": {"embed_dims": 32},
+    "test_cfg": {"max_per_img": 10},
+}
 
 
 def settings(kind: str) -> dict[str, Any]:
@@ -46,9 +69,25 @@ def settings(kind: str) -> dict[str, Any]:
     return cfg | {"options": OmegaConf.to_container(OmegaConf.merge(cfg["options"], smaller)), "boxes": 4, "mask_boxes": 2}
 
 
+def narrow(name: str) -> dict[str, Any]:
+    """The `model` section of a full-size detector with all its modules, each a few channels wide."""
+    cfg = compose_cell([f"model={name}", "data.path=some/folder"])["model"]
+    smaller = {"model": {"detr_resnet50": _NARROW_DETR}.get(name) or copy.deepcopy(_NARROW_CASCADE)}
+    if name != "detr_resnet50":
+        heads = cfg["options"]["model"]["roi_head"]["bbox_head"]
+        narrowed = [head | {"in_channels": 16, "conv_out_channels": 16, "fc_out_channels": 32} for head in heads]
+        smaller["model"]["roi_head"]["bbox_head"] = narrowed
+    options = OmegaConf.to_container(OmegaConf.merge(cfg["options"], smaller))
+    return cfg | {"options": options, "boxes": 4, "mask_boxes": 2, "checkpoint": None}
+
+
 def detector(kind: str) -> nn.Module:
     """A detector whose layers all pass a signal on; mmdet's own initial values (0.01) would leave nothing to quantize."""
-    model = build_detector(settings(kind))
+    return with_signal(build_detector(settings(kind)))
+
+
+def with_signal(model: nn.Module) -> nn.Module:
+    """The model with other random weights, in place."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):

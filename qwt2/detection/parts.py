@@ -108,7 +108,8 @@ class _Dense:
     def replacements(self) -> Iterator[tuple[nn.Module, str, Callable]]:
         yield self.detector, "extract_feat", self.features
         if hasattr(self.detector, "forward_transformer"):
-            yield self.detector, "forward_transformer", lambda *args, **kwargs: {"hidden_states": None}
+            # The head looks up its last layer's input before it is called.
+            yield self.detector, "forward_transformer", lambda *args, **kwargs: {"hidden_states": torch.zeros(1, 1)}
             yield self.detector.bbox_head, "forward", lambda *args, **kwargs: tuple(self.outputs)
         else:
             head = self.detector.rpn_head if _is_two_stage(self.detector) else self.detector.bbox_head
