@@ -75,6 +75,11 @@ def _hydra(arguments: list[str]) -> None:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         overrides = [argument for argument in arguments if not argument.startswith(("-", "sweep="))]
         raise Qwt2Error(one_sentence(error, overrides)) from error
+    except ValueError as error:  # what Hydra says to a group that is given no name
+        if "Config group override" not in str(error):
+            raise
+        group = next((text.partition("=")[0] for text in arguments if text.endswith("=null")), "a group")
+        raise Qwt2Error(f"'{group}' is a group of configurations: give the name of one, or set its keys one by one") from error
 
 
 def processes(threads: int) -> int:

@@ -8,6 +8,7 @@ import qwt2
 import tiny_models as tiny
 from oracles import full_precision_copy, record
 from qwt2.compensation.streams import ActivationStore, UnitStream, calibration_batches
+from qwt2.hooks import replaced_forward
 from qwt2.quantization import quantization_info
 
 CHAINS = ["vit", "swin", "resnet", "mobilenet"]
@@ -66,7 +67,7 @@ def test_inputs_of_layers_inside_a_unit(name):
     for unit in stream.units:
         layers = [n for n in qmodel.quantization.layers if n == unit or n.startswith(unit + ".")]
         for chosen in (layers, layers[:1], layers[-1:]):
-            captured = {name: calls[0] for name, calls in stream.layer_inputs(1, chosen).items()}
+            captured = stream.layer_inputs(1, chosen)
             for layer in chosen:
                 [_, (args, _)], _ = record(qmodel, layer, batches)
                 assert len(captured[layer]) == 1 and torch.equal(captured[layer][0], args[0]), layer
