@@ -29,4 +29,4 @@ def _evaluation(cfg, cell: Cell):
 
 
 if __name__ == "__main__":
-    run_stage("evaluate", main)
+    run_stage("evaluate", main, runs_networks=True)
