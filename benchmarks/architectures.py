@@ -4,7 +4,6 @@ Shows that each quantizes, compensates, folds, exports and runs on every engine,
 nothing about accuracy; agreement between simulation and engines does not need trained ones.
 """
 
-import csv
 import gc
 import json
 import tempfile
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline.resources import PeakMemory
 from qwt2 import compensate, export_onnx, fold, load_engine, machine, quantize
-from qwt2.io import atomic_path
+from qwt2.io import write_csv
 from qwt2.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
 from qwt2.models import build_model
 from qwt2.onnx_file import load_onnx
@@ -36,11 +35,7 @@ def main() -> None:
     configurations = [(path, yaml.safe_load(path.read_text())) for path in sorted(MODELS.glob("*.yaml"))]
     full_size = [(path, cfg) for path, cfg in configurations if "timm" in cfg and cfg["train"] is None]
     rows = [measure(cfg, ptq_method(cfg)) for _, cfg in tqdm(full_size, desc="architectures")]
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(RESULT) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULT, rows)
 
 
 def ptq_method(cfg: dict) -> str:

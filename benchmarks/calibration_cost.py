@@ -6,9 +6,7 @@ tells it, with libraries, network and images in it; `added_mb` is what the work 
 """
 
 import argparse
-import csv
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -21,12 +19,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.peers import photo_crops
+from benchmarks.table import machine_file
 from pipeline.resources import PeakMemory
 from qwt2 import Precision, compensate, load_quantized, machine, quantize, save_quantized
-from qwt2.io import atomic_path
+from qwt2.io import write_csv
 
 MODEL, PRECISION, THREADS, BATCH = "deit_small_patch16_224", Precision(weight_bits=4, activation_bits=4), 2, 32
-RESULTS = Path("results/benchmarks")
 # (method, implementation); what the oracle has no equal of is switched off: the gate, half precision, damping.
 OPTIONS = {"cwac": {"gate": "none"}, "qwt": {"dtype": "float32", "damping": 0.0}}
 RUNS = [("quantize", "qwt2"), *((method, name) for method in OPTIONS for name in ("qwt2", "stored"))]
@@ -79,17 +77,11 @@ def compensation(method: str, implementation: str, qmodel: torch.nn.Module, batc
 def write(rows: list[dict], images: int) -> None:
     """One file a machine, as the comparison with other tools has."""
     described = machine.describe()
-    cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
     facts = {
         "model": MODEL, "precision": f"W{PRECISION.weight_bits}A{PRECISION.activation_bits}", "images": images, "batch": BATCH,
         "threads": THREADS, "cpu": described["cpu"], "torch": described["versions"]["torch"],
     }  # fmt: skip
-    path = RESULTS / f"calibration-cost-{cpu}-torch{described['versions']['torch']}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | facts for row in rows)
+    write_csv(machine_file("calibration-cost", torch="torch"), [row | facts for row in rows])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Shows that each builds, quantizes, compensates, folds, exports part by part and 
 takes. Images are small, as only the time depends on their size, and random weights say nothing about accuracy.
 """
 
-import csv
 import gc
 import json
 import tempfile
@@ -22,7 +21,7 @@ from qwt2 import compensate, fold, machine, quantize
 from qwt2.detection.models import build_detector
 from qwt2.detection.network import Detector, parts, regions, sections
 from qwt2.inputs import Inputs
-from qwt2.io import atomic_path
+from qwt2.io import write_csv
 from qwt2.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
 from qwt2.onnx_file import load_onnx
 
@@ -34,11 +33,7 @@ SIZE, REGIONS, MASK_REGIONS = (128, 160), 4, 2
 def main() -> None:
     torch.set_num_threads(THREADS)
     rows = [measure(name) for name in tqdm(full_size_detectors(), desc="detectors")]
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(RESULT) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULT, rows)
 
 
 def full_size_detectors() -> list[str]:

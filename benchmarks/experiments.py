@@ -6,7 +6,6 @@
 """
 
 import argparse
-import csv
 import os
 import re
 import shutil
@@ -22,12 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import tiny_chain
+from benchmarks.table import machine_file, versions_text
 from qwt2 import machine
 from qwt2.errors import Qwt2Error, guarded
-from qwt2.io import atomic_path
+from qwt2.io import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path("results/benchmarks")
 SWEEP = ("model=vit_micro,swin_micro", "precision=w3a3,w4a4", "compensation=qwt,cwac", "seed=0,1,2")
 CELLS = 24
 PUBLISHED, SHOWN = 100, 1000
@@ -135,16 +134,9 @@ def timed(folder: Path, *command: str) -> tuple[float, subprocess.CompletedProce
 
 def write(rows: list[dict]) -> None:
     described = machine.describe()
-    cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
-    facts = {"cpu": described["cpu"], "cores": len(os.sched_getaffinity(0))}
-    facts["versions"] = " ".join(f"{name}={version}" for name, version in described["versions"].items())
-    path = RESULTS / f"experiments-{cpu}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} | facts)
+    facts = {"cpu": described["cpu"], "cores": len(os.sched_getaffinity(0)), "versions": versions_text(described)}
+    rounded = [{k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    write_csv(machine_file("experiments"), [row | facts for row in rounded])
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ logits needs trained weights, and accuracy is not claimed here. Latency is taken
 """
 
 import copy
-import csv
 import gc
 import logging
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,9 +24,10 @@ from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from benchmarks.table import machine_file, versions_text
 from pipeline.resources import PeakMemory
 from qwt2 import Precision, compensate, export_onnx, fold, machine, quantize
-from qwt2.io import atomic_path
+from qwt2.io import write_csv
 from qwt2.latency import measure_latency
 from qwt2.metrics import agreement_percent, sqnr_db
 from qwt2.onnx_file import with_batch_size
@@ -41,7 +40,6 @@ MODELS = {
     "vit_small_patch16_224": "repq",
     "mobilenetv3_large_100": "percentile",
 }
-RESULTS = Path("results/benchmarks")
 CALIBRATION_IMAGES, TEST_IMAGES = 32, 32
 ROUNDS = {1: 20, 8: 5}  # batch size -> rounds
 THREADS = 1
@@ -245,18 +243,11 @@ def photo_crops(model: nn.Module, count: int) -> torch.Tensor:
 
 def write(rows: list[dict], described: dict) -> None:
     """One file a machine: its name tells the CPU and the engines' versions."""
-    versions = described["versions"]
-    cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
-    path = RESULTS / f"peers-{cpu}-ort{versions['onnxruntime']}-ov{versions['openvino']}.csv"
     facts = {
         "cpu": described["cpu"], "instruction_sets": " ".join(described["instruction_sets"]),
-        "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
+        "versions": versions_text(described),
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | facts for row in rows)
+    write_csv(machine_file("peers", ort="onnxruntime", ov="openvino"), [row | facts for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Figures of one cell of the grid: what every task measures, and classification."""
 
 from abc import ABC, abstractmethod
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +92,7 @@ class Evaluation(ABC):
 
     def folding(self) -> list[Row]:
         """Folded against unfolded modules, and what each exported method stores and computes beyond plain PTQ."""
-        facts = read_json(self.cell.folder("fold") / "facts.json")
-        by_method = {m: [f for f in facts if f["method"] == m] for m in self.exported}
+        by_method = {m: [f for f in self.folded if f["method"] == m] for m in self.exported}
         base = by_method["ptq"][0]
         rows = []
         for method, entries in by_method.items():
@@ -157,12 +156,11 @@ class Evaluation(ABC):
 
     def layers(self) -> list[dict]:
         """What is known of each module: one record a method, seed and module or block."""
-        records = {}
+        kinds, records = self.facts("ptq")["modules"], {}
         for fit in self.fits:
             label = self.label(fit["compensation"], fit["variant"])
             for module in fit["modules"]:
-                kind = self.facts("ptq")["modules"].get(module["module"], "block")
-                records[label, fit["seed"], module["module"]] = module | {"kind": kind}
+                records[label, fit["seed"], module["module"]] = module | {"kind": kinds.get(module["module"], "block")}
         for (method, engine), mismatches in self.mismatches.items():
             for module, kind in self.facts(method)["modules"].items():
                 record = records.setdefault((self.label(method), self.seeds[0], module), {"kind": kind})
@@ -186,11 +184,16 @@ class Evaluation(ABC):
 
     def facts(self, method: str) -> dict:
         """What stage `fold` knows of a method's model at the first seed."""
-        facts = read_json(self.cell.folder("fold") / "facts.json")
-        return next(f for f in facts if (f["method"], f["seed"]) == (method, self.seeds[0]))
+        return next(f for f in self.folded if (f["method"], f["seed"]) == (method, self.seeds[0]))
 
-    @property
+    @cached_property
+    def folded(self) -> list[dict]:
+        """What stage `fold` knows of every exported model."""
+        return read_json(self.cell.folder("fold") / "facts.json")
+
+    @cached_property
     def fits(self) -> list[dict]:
+        """What stage `compensate` knows of every fit."""
         return read_json(self.cell.folder("compensate") / "report.json")
 
 

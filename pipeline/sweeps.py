@@ -4,10 +4,8 @@
     out/sweeps/<name>/table.csv
 """
 
-import csv
 import fcntl
 import hashlib
-import io
 import re
 import threading
 import time
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from pipeline.cells import CELLS, cell_config, cell_folder, figures, read_record, run_cell, sentence
 from pipeline.stage import OUT
 from qwt2.errors import Qwt2Error
-from qwt2.io import read_json, write_json, write_text
+from qwt2.io import read_json, write_csv, write_json
 from qwt2.results import UNITS, format_number
 
 SWEEPS = OUT / "sweeps"
@@ -120,11 +118,7 @@ def write_table(sweep: str) -> str:
     """Write a sweep's table, one row a cell, and return it as text."""
     rows = [job_row(record) for record in jobs(sweep)]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(SWEEPS / sweep / TABLE, buffer.getvalue())
+    write_csv(SWEEPS / sweep / TABLE, rows, columns)
     shown = [column for column in columns if any(row.get(column) for row in rows) and column != "cell"]
     return tabulate([[row.get(column, "") for column in shown] for row in rows], shown, disable_numparse=True)
 

@@ -4,11 +4,13 @@ Every writer goes through `atomic_path`: a reader sees the old file or the new o
 Every reader turns "missing" and "damaged" into a `Qwt2Error` that names the file.
 """
 
+import csv
+import io
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +59,22 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write records as CSV, atomically; what is absent or None stays empty.
+
+    Args:
+        rows: values by column.
+        columns: which to write, in order; ``None`` for all that any record has.
+    """
+    rows = list(rows)
+    columns = list(dict.fromkeys(name for row in rows for name in row)) if columns is None else columns
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

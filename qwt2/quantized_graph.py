@@ -25,17 +25,12 @@ OPERATORS = torch.ops.quantized_decomposed
 class QuantizedGraph(TorchGraph):
     """See :class:`qwt2.torch_graph.TorchGraph`; traced, not run.
 
-    Args:
-        signed: write uint8 codes as int8 codes, both code and zero point less 128, which is the same quantizer:
-            engines for phones have int8 kernels alone.
-
     Attributes:
         input_values: the graph's inputs.
         inputs: their names.
     """
 
-    def __init__(self, model: onnx.ModelProto, signed: bool = False):
-        self.signed = signed
+    def __init__(self, model: onnx.ModelProto):
         super().__init__(model)
         self.input_values = list(model.graph.input)
         self.inputs = [value.name for value in self.input_values]
@@ -86,12 +81,11 @@ class QuantizedGraph(TorchGraph):
             return Codes(codes, scale, zero_point, attributes.get("axis", 1))
         return OPERATORS.dequantize_per_tensor.default(codes, *self._parameters(scale, zero_point))
 
-    def _parameters(self, scale: Tensor, zero_point: Tensor) -> tuple[float, int, int, int, torch.dtype]:
+    @staticmethod
+    def _parameters(scale: Tensor, zero_point: Tensor) -> tuple[float, int, int, int, torch.dtype]:
         """Scale, zero point, smallest and largest code, type of the codes."""
-        shift = 128 if self.signed and zero_point.dtype == torch.uint8 else 0
-        dtype = torch.int8 if shift else zero_point.dtype
-        limits = torch.iinfo(dtype)
-        return float(scale), int(zero_point) - shift, limits.min, limits.max, dtype
+        limits = torch.iinfo(zero_point.dtype)
+        return float(scale), int(zero_point), limits.min, limits.max, zero_point.dtype
 
     def _drop(self, node: onnx.NodeProto) -> None:
         index = self.nodes.index(node)

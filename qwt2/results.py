@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwt2.errors import Qwt2Error
-from qwt2.io import write_text
+from qwt2.io import write_csv, write_text
 
 COLUMNS = ("task", "dataset", "model", "precision", "method", "engine", "metric", "value", "std", "unit", "n")
 # Of alpha and beta over a module's channels, by the suffix of their names.
@@ -222,11 +222,7 @@ def write_layers(path: str | os.PathLike, records: Iterable[dict[str, Any]], eng
         engines: those whose mismatch the records hold.
     """
     columns = [*LAYER_COLUMNS, *(engine + suffix for engine in engines for suffix in MISMATCH_SUFFIXES)]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    write_text(path, buffer.getvalue())
+    write_csv(path, records, columns)
 
 
 def format_number(value: float | None) -> str:

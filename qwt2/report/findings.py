@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from qwt2.results import Method, Results, Row
 
-ENGINE_NAMES = {"torch": "Simulation", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+ENGINE_NAMES = {"torch": "Simulation", **ENGINES}
 FP32_TOP1 = 90.0  # percent that a default model must reach before it is quantized
 HARD_LOSS = 3.0  # points of top-1 that plain PTQ loses where compensation is asked to help
 EASY_LOSS = 0.5  # points of top-1 that plain PTQ may lose at 8 bits

@@ -1,0 +1,21 @@
+"""Where benchmarks of one machine are written: the file's name tells the CPU, and the versions that matter."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from qwt2 import machine
+
+RESULTS = Path("results/benchmarks")
+
+
+def machine_file(kind: str, **versions: str) -> Path:
+    """``<kind>-<cpu>[-<short name><version>...].csv``; ``versions`` maps short names to packages."""
+    described = machine.describe()
+    cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
+    return RESULTS / ("-".join([kind, cpu, *(f"{short}{described['versions'][name]}" for short, name in versions.items())]) + ".csv")
+
+
+def versions_text(described: dict[str, Any]) -> str:
+    """The versions of a described machine, for one column."""
+    return " ".join(f"{name}={version}" for name, version in described["versions"].items())
