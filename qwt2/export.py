@@ -18,7 +18,7 @@ from qwt2.errors import Qwt2Error
 from qwt2.integer import IntegerLayer, dequantize, quantize_dequantize
 from qwt2.int4 import pack_int4
 from qwt2.io import quiet
-from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx
+from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx, stored_values
 from qwt2.onnx_passes import quantize_before_pooling, rewrite_for_engines
 from qwt2.tensorrt import check as check_tensorrt
 from qwt2.tracing import evaluation_mode
@@ -141,10 +141,10 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
     model = load_onnx(template)
     if _structure(folded) not in {entry.value for entry in model.metadata_props if entry.key == STRUCTURE_KEY}:
         raise Qwt2Error(f"{template} holds a model of another structure; export this one with qwt2.export_onnx")
-    state = folded.state_dict()
+    state = {name: tensor.detach().cpu().numpy() for name, tensor in folded.state_dict().items()}
     for tensor in model.graph.initializer:
-        if tensor.name in state:
-            values = state[tensor.name].detach().cpu().numpy()
+        values = stored_values(tensor.name, state)
+        if values is not None:
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     quantize_before_pooling(model)
     _stamp(model, folded)

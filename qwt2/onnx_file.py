@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from qwt2.io import atomic_path
 PRODUCER_KEY = "qwt2"
 # Names of nodes that qwt2.onnx_passes adds in front of a pooling.
 POOLED = "pooled/"
+_PART = re.compile(r"(.+)/(\d+)of(\d+)")
 # Between a layer and the next quantizer, engines merge these into the layer's integer kernel.
 _MERGED = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
 
@@ -130,6 +133,29 @@ def slice_modules(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tupl
     return helper.make_model(sliced, opset_imports=model.opset_import, ir_version=model.ir_version), slices
 
 
+def part_name(name: str, number: int, count: int) -> str:
+    """Name of a part of a stored tensor, or of anything else of its layer (:mod:`qwt2.onnx_projections`)."""
+    return f"{name}/{number}of{count}"
+
+
+def part_names(name: str, names: Collection[str]) -> list[str]:
+    """``name`` if it is among ``names``, else those of its parts, in order; empty if it has none."""
+    if name in names:
+        return [name]
+    count = next((int(match[3]) for key in names if (match := _PART.fullmatch(key)) and match[1] == name), 0)
+    return [part_name(name, number, count) for number in range(count)]
+
+
+def stored_values(name: str, state: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """What a file stores under ``name`` of a model's tensors: one of them, or a part of it; else ``None``."""
+    if name in state:
+        return state[name]
+    match = _PART.fullmatch(name)
+    if match is None or match[1] not in state:
+        return None
+    return np.ascontiguousarray(np.split(state[match[1]], int(match[3]), axis=-1)[int(match[2])])
+
+
 class Slice:
     """Where a module's slice ends, and what follows the module inside the slice.
 
@@ -188,29 +214,37 @@ class _Graph:
 
         Of a module that runs several times in one pass, the first run is taken.
         """
-        if f"{module}.weight" in self.constants:
-            roles = ["input"]
-            weight = self.readers[f"{module}.weight"][0]
-            operation, nodes = self.readers[weight.output[0]][0], [weight]
-            bias = self.readers[f"{module}.bias"][0]
-            if bias.op_type == "DequantizeLinear":  # else it is float, and the operation reads it
-                nodes.append(bias)
-        else:
-            roles = ["a", "b"]
-            operation, nodes = self._product(self._quantizer(f"{module}.a")[-1].output[0]), []
+        roles = ["input"] if part_names(f"{module}.weight", self.constants) else ["a", "b"]
+        operations, nodes = self._layer(module) if roles == ["input"] else self._products(module)
         aliases = {}
         for operand, role in enumerate(roles):
             quantizer = self._quantizer(f"{module}.{role}")
             aliases[quantizer[0].input[0]] = f"{module}.{role}"
             nodes += quantizer
             # A reshape or transpose may lie between; the recorded inputs are as the module saw them.
-            aliases[operation.input[operand]] = quantizer[-1].output[0]
-        nodes.append(operation)
+            aliases |= {operation.input[operand]: quantizer[-1].output[0] for operation in operations}
+        nodes += operations
+        if len(operations) > 1:
+            nodes.append(helper.make_node("Concat", [o.output[0] for o in operations], [module], axis=1))
         if f"{module}.output.scale" in self.constants:
             nodes += self._quantizer(f"{module}.output")
         epilogue = self._epilogue(nodes[-1].output[0])
         copies = _isolated(nodes + epilogue, module, aliases)
         return copies, copies[-1].output[0], epilogue
+
+    def _layer(self, module: str) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+        """A layer's operation, or those of its parts, and what dequantizes its weight and bias."""
+        operations, nodes = [], []
+        for weight_name, bias_name in zip(*(part_names(f"{module}.{kind}", self.constants) for kind in ("weight", "bias"))):
+            weight, bias = self.readers[weight_name][0], self.readers[bias_name][0]
+            operations.append(self.readers[weight.output[0]][0])
+            nodes.append(weight)
+            if bias.op_type == "DequantizeLinear":  # else it is float, and the operation reads it
+                nodes.append(bias)
+        return operations, nodes
+
+    def _products(self, module: str) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+        return [self._product(self._quantizer(f"{module}.a")[-1].output[0])], []
 
     def _product(self, tensor: str) -> onnx.NodeProto:
         """The matrix product that reads a tensor, perhaps after a transpose."""

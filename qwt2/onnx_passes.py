@@ -12,33 +12,44 @@ import onnx
 from onnx import helper, numpy_helper
 
 from qwt2.errors import Qwt2Error
-from qwt2.onnx_file import POOLED
+from qwt2.onnx_file import POOLED, constants
+from qwt2.onnx_projections import split_projections
 
 _ACTIVATIONS = ("Gelu", "Relu", "HardSwish", "Sigmoid", "Tanh")
+_SCALINGS = ("Mul",)
 _QUANTIZERS = ("Clip", "QuantizeLinear", "DequantizeLinear")
 
 
 def rewrite_for_engines(model: onnx.ModelProto) -> None:
     """Apply every pass of this module, in place."""
     drop_identities(model)
-    move_below(model, _reshapes_behind_layers(model), (*_ACTIVATIONS, *_QUANTIZERS))
+    split_projections(model)
     move_below(model, _transposes_of_last_axis(model), _QUANTIZERS)
+    move_below(model, _transposes_behind_layers(model), (*_SCALINGS, *_QUANTIZERS))
+    move_below(model, _reshapes_behind_layers(model), (*_ACTIVATIONS, *_SCALINGS, *_QUANTIZERS))
     quantize_before_pooling(model)
 
 
 def drop_identities(model: onnx.ModelProto) -> None:
-    """Let readers of an Identity read what it reads; engines match their patterns on neighbours."""
+    """Let readers of an Identity, or of a Pad by nothing, read what it reads; engines match their patterns on neighbours."""
     graph = model.graph
+    stored = constants(model)
     outputs = {value.name for value in graph.output}
     source: dict[str, str] = {}
     kept = []
     for node in graph.node:
         node.input[:] = [source.get(name, name) for name in node.input]
-        if node.op_type == "Identity" and node.output[0] not in outputs:
+        if _is_identity(node, stored) and node.output[0] not in outputs:
             source[node.output[0]] = node.input[0]
         else:
             kept.append(node)
     _set_nodes(graph, kept)
+
+
+def _is_identity(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> bool:
+    if node.op_type == "Pad":
+        return node.input[1] in stored and not numpy_helper.to_array(stored[node.input[1]]).any()
+    return node.op_type == "Identity"
 
 
 def move_below(model: onnx.ModelProto, names: set[str], kinds: tuple[str, ...]) -> None:
@@ -87,6 +98,12 @@ def _reshapes_behind_layers(model: onnx.ModelProto) -> set[str]:
         for node in model.graph.node
         if node.op_type == "Reshape" and node.input[0] in made and made[node.input[0]].op_type == "Gemm"
     }
+
+
+def _transposes_behind_layers(model: onnx.ModelProto) -> set[str]:
+    """What takes the outputs of linear layers apart into heads."""
+    reshaped = _reshapes_behind_layers(model)
+    return {node.output[0] for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in reshaped}
 
 
 def _transposes_of_last_axis(model: onnx.ModelProto) -> set[str]:

@@ -42,6 +42,11 @@ def integer_layers(folded: nn.Module) -> dict[str, IntegerLayer]:
     return {name: m for name, m in folded.named_modules() if isinstance(m, IntegerLayer)}
 
 
+def is_projection(layer: str) -> bool:
+    """Whether a layer makes query, key and value; files have a layer for each."""
+    return layer.endswith(".qkv")
+
+
 def small(bits: int = 8, seed: int = 0) -> nn.Module:
     """A folded convolution and Linear, quick to export."""
     model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(64, tiny.CLASSES))
@@ -57,9 +62,10 @@ class TestFileContents:
         stored = {t.name: t for t in onnx.load(path).graph.initializer}
         for layer, module in integer_layers(folded).items():
             for part, kind in (("weight", TensorProto.INT8), ("bias", TensorProto.INT32)):
-                tensor = stored[f"{layer}.{part}"]
-                assert tensor.data_type == kind
-                assert np.array_equal(numpy_helper.to_array(tensor), getattr(module, part).numpy())
+                names = [f"{layer}.{part}/{i}of3" for i in range(3)] if is_projection(layer) else [f"{layer}.{part}"]
+                assert {stored[name].data_type for name in names} == {kind}
+                values = np.concatenate([numpy_helper.to_array(stored[name]) for name in names], -1)
+                assert np.array_equal(values, getattr(module, part).numpy())
 
     def test_no_float_copy_of_a_quantized_weight(self, name, bits):
         folded, path = tiny.exported(name, bits)
@@ -71,8 +77,9 @@ class TestFileContents:
             axis = 1 if module.weight.dim() == 2 else 0
             shape = [-1 if a == axis else 1 for a in range(module.weight.dim())]
             for values in (module.weight * module.weight_scale.reshape(shape), module.weight.float()):
-                wanted = np.sort(values.double().numpy().ravel())
-                assert not any(np.allclose(found, wanted) for found in by_size.get(wanted.size, [])), layer
+                for piece in [values, *(values.chunk(3, -1) if is_projection(layer) else [])]:
+                    wanted = np.sort(piece.double().numpy().ravel())
+                    assert not any(np.allclose(found, wanted) for found in by_size.get(wanted.size, [])), layer
 
     def test_every_product_reads_dequantized_operands(self, name, bits):
         model = onnx.load(tiny.exported(name, bits)[1])
@@ -89,7 +96,7 @@ class TestFileContents:
                     assert source.op_type == "DequantizeLinear", (node.name, source.op_type)
         folded, _ = tiny.exported(name, bits)
         convolutions = sum(m.weight.dim() == 4 for m in integer_layers(folded).values())
-        linears = len(integer_layers(folded)) - convolutions
+        linears = len(integer_layers(folded)) - convolutions + 2 * sum(map(is_projection, integer_layers(folded)))
         assert count == Counter(Conv=convolutions, Gemm=linears, MatMul=len(folded.quantization.matmuls))
 
     def test_is_a_valid_file_that_says_nothing_of_where_it_was_made(self, name, bits):

@@ -1,14 +1,18 @@
 """Rewritten graphs compute what the exporter's own graphs compute, bit for bit, and lie as engines fuse them."""
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from tiny_models import BUILDERS, PTQ, batches, images
 
 import qwt2
 from qwt2.errors import Qwt2Error
 from qwt2.onnx_passes import quantize_before_pooling
+from qwt2.onnx_projections import split_projections
 from qwt2.torch_graph import TorchGraph
 
 
@@ -44,6 +48,74 @@ def test_nothing_lies_between_layers_and_their_activation(exported):
 
     assert between(rewritten) == 0
     assert (between(plain) > 0) == (name in ("vit", "swin"))
+
+
+def test_query_key_and_value_are_quantized_right_behind_layers_of_their_own(exported):
+    name, plain, rewritten = exported
+    made = {output: node for node in rewritten.graph.node for output in node.output}
+    heads = [node for node in rewritten.graph.node if node.op_type == "QuantizeLinear" and ".matmul" in node.input[1]]
+    behind = Counter()
+    for node in heads:
+        source = made[node.input[0]]
+        while source.op_type in ("Mul", "Clip"):
+            source = made[source.input[0]]
+        behind[source.op_type] += 1
+    assert behind["Gemm"] == 3 * behind["Softmax"] and set(behind) <= {"Gemm", "Softmax"}
+    assert (behind["Gemm"] > 0) == (name in ("vit", "swin"))
+    assert "Pad" not in {node.op_type for node in rewritten.graph.node}
+
+
+def projected(shape: list[int], order: list[int], pieces: int, select: str, extra: str = "") -> onnx.ModelProto:
+    """A layer of 24 channels on (6, 4), reshaped, transposed and taken apart along its first axis."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "w": rng.integers(-127, 128, (4, 24), np.int8), "ws": rng.uniform(0.01, 0.1, 24).astype(np.float32), "wz": np.zeros(24, np.int8),
+        "b": rng.integers(-999, 999, 24, np.int32), "bs": rng.uniform(0.001, 0.01, 24).astype(np.float32), "bz": np.zeros(24, np.int32),
+    } | {f"i{i}": np.array([i]) for i in range(4)} | {f"n{i}": np.array(i) for i in range(4)} | {f"d{i}": np.array([size]) for i, size in enumerate(shape)}  # fmt: skip
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["weight"], axis=1),
+        helper.make_node("DequantizeLinear", ["b", "bs", "bz"], ["bias"], axis=0),
+        helper.make_node("Gemm", ["x", "weight", "bias"], ["y"]),
+        helper.make_node("Concat", [f"d{i}" for i in range(len(shape))], ["shape"], axis=0),
+        helper.make_node("Reshape", ["y", "shape"], ["heads"], allowzero=1),
+        helper.make_node("Transpose", ["heads"], ["moved"], perm=order),
+    ]
+    for i in range(pieces):
+        if select == "gather":
+            nodes.append(helper.make_node("Gather", ["moved", f"n{i}"], [f"out{i}"], axis=0))
+        else:
+            nodes.append(helper.make_node("Slice", ["moved", f"i{i}", f"i{i + 1}", "i0"], [f"slice{i}"]))
+            nodes.append(helper.make_node("Squeeze", [f"slice{i}", "i0"], [f"out{i}"]))
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in [*(f"out{i}" for i in range(pieces)), *([extra] if extra else [])]]
+    graph = helper.make_graph(
+        nodes, "projected", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [6, 4])], outputs,
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )  # fmt: skip
+    return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), data_prop=True)
+
+
+@pytest.mark.parametrize("select", ["slice", "gather"])
+@pytest.mark.parametrize(
+    "shape, order, pieces, extra, split",
+    [
+        ([2, 3, 3, 2, 4], [2, 0, 3, 1, 4], 3, "", True),
+        ([6, 2, 3, 4], [1, 2, 0, 3], 2, "", True),
+        ([2, 3, 3, 2, 4], [2, 0, 3, 1, 4], 2, "", False),  # a piece is not used
+        ([2, 3, 3, 2, 4], [2, 0, 3, 1, 4], 3, "heads", False),  # the whole is
+        ([2, 3, 2, 3, 4], [3, 0, 2, 1, 4], 3, "", False),  # the pieces' channels do not lie together
+        ([2, 3, 24], [0, 1, 2], 2, "", False),  # taken apart along the images
+    ],
+)
+def test_layers_are_split_where_their_output_is_taken_apart(shape, order, pieces, extra, split, select):
+    model = projected(shape, order, pieces, select, extra)
+    x = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
+    expected = ReferenceEvaluator(model).run(None, {"x": x})
+    split_projections(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert sum(node.op_type == "Gemm" for node in model.graph.node) == (pieces if split else 1)
+    for y, wanted in zip(ReferenceEvaluator(model).run(None, {"x": x}), expected):
+        assert y.shape == wanted.shape and np.allclose(y, wanted, rtol=0, atol=1e-6)
+    assert sum(t.dims[-1] for t in model.graph.initializer if t.name.startswith("w/") or t.name == "w") == 24
 
 
 def pooled(scales: list[float]) -> onnx.ModelProto:
