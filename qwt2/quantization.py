@@ -125,8 +125,10 @@ def quantize(
             model takes as keyword arguments, the first axis of each counting images.
         method: a registered PTQ method ("repq", "percentile", "mse", "minmax").
         precision: bit widths.
-        variant: "default" runs on integer engines; "tensorrt" has the symmetric activations that TensorRT
-            wants; "published" follows the papers' code, where a method has that variant.
+        variant: "default" runs on integer engines; "openvino" leaves float what OpenVINO's convolution kernels
+            activate, add and round at once (more accurate and faster there, slower on engines whose convolutions give
+            integers alone); "tensorrt" has the symmetric activations that TensorRT wants; "published" follows the
+            papers' code, where a method has that variant.
         observer_images: how many calibration images choose the ranges (32 in the papers).
         blocks: names of the blocks that compensation will work on; found by their names if not given.
         sections: names of modules outside the blocks that compensation runs as a whole: those whose layers run several
@@ -204,7 +206,7 @@ def prepare(
     edges = first_and_last(qmodel, wiring, found, bool(sections))
     left |= _leave_out(wiring, parts)
     found = [block for block in found if parts is None or any(is_inside(block, part) for part in parts)]
-    exposed = expose_operations(qmodel, wiring, residual=recipe.output_bits is not None)
+    exposed = expose_operations(qmodel, wiring, _quantized_operands(wiring, recipe))
     info = QuantizationInfo(
         method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=exposed.matmuls,
         additions=exposed.additions, edges=[name for name in wiring.layers if name in edges], blocks=found,
@@ -342,11 +344,28 @@ def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantizat
             )
 
 
+def _quantized_operands(wiring: Trace, recipe: Recipe) -> dict[str, list[tuple[bool, bool]]]:
+    """Which operands of every addition get a quantizer of their own; see :attr:`Recipe.addition_bits`."""
+    if recipe.addition_bits is None:
+        return {}
+
+    def chosen(makers: tuple[str | None, str | None]) -> tuple[bool, bool]:
+        convolutions = [name for name in makers if name in wiring.layers]
+        if not convolutions:
+            return False, False
+        if recipe.output_bits:
+            return makers[0] is None, makers[1] is None
+        last = makers.index(max(convolutions, key=wiring.layers.index))
+        return last != 0, last != 1
+
+    return {name: [chosen(makers) for makers in site.additions] for name, site in wiring.sites.items()}
+
+
 def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
     for name in info.additions:
         addition = qmodel.get_submodule(name)
         for role in addition.quantizers():
-            setattr(addition, role, _activation_quantizer(recipe, recipe.output_bits, None))
+            setattr(addition, role, _activation_quantizer(recipe, recipe.addition_bits, None))
 
 
 def first_and_last(qmodel: nn.Module, wiring: Trace, blocks: list[str], many_outputs: bool) -> set[str]:

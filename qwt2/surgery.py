@@ -6,7 +6,7 @@ import inspect
 import itertools
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,7 +126,7 @@ class Exposed:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def expose_operations(model: nn.Module, trace: Trace, residual: bool) -> Exposed:
+def expose_operations(model: nn.Module, trace: Trace, additions: Mapping[str, list[tuple[bool, bool]]]) -> Exposed:
     """Make every product of activations a :class:`QuantizedMatmul` module of its own, in place.
 
     The forward method of each module that multiplies activations, ``model`` itself included, is
@@ -135,16 +135,17 @@ def expose_operations(model: nn.Module, trace: Trace, residual: bool) -> Exposed
     product, mask, softmax and product.
 
     Args:
-        residual: also make every residual addition to a convolution's output a :class:`QuantizedAdd` module
-            ``add1``, ``add2``, ...
+        additions: site name -> for each of its additions, which operands get a quantizer; those with one become
+            :class:`QuantizedAdd` modules ``add1``, ``add2``, ...
     """
     exposed = Exposed()
     for name, site in trace.sites.items():
-        if not site.products and not (residual and any(map(any, site.additions))):
+        added = additions.get(name, [])
+        if not site.products and not any(map(any, added)):
             continue
         module = model.get_submodule(name)
         try:
-            rewritten = _rewrite(module, site, residual)
+            rewritten = _rewrite(module, site, added)
         except Exception as error:  # fx raises whatever the traced code raises on a proxy
             exposed.skipped[name] = f"its forward method cannot be traced ({str(error).splitlines()[0][:120]})"
             continue
@@ -161,14 +162,13 @@ class _ChildrenAreLeaves(fx.Tracer):
         return True
 
 
-def _rewrite(module: nn.Module, site: Site, residual: bool) -> fx.GraphModule:
+def _rewrite(module: nn.Module, site: Site, additions: list[tuple[bool, bool]]) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fx says that it cannot check the constants
         graph = _ChildrenAreLeaves().trace(module, concrete_args=site.constants)
     _restore_signature(graph, module)
     rewritten = fx.GraphModule(module, graph)
-    if residual:
-        _expose_additions(graph, rewritten, site)
+    _expose_additions(graph, rewritten, additions)
     masks = iter(site.masks)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
@@ -182,11 +182,11 @@ def _rewrite(module: nn.Module, site: Site, residual: bool) -> fx.GraphModule:
     return rewritten
 
 
-def _expose_additions(graph: fx.Graph, rewritten: fx.GraphModule, site: Site) -> None:
+def _expose_additions(graph: fx.Graph, rewritten: fx.GraphModule, additions: list[tuple[bool, bool]]) -> None:
     nodes = [node for node in graph.nodes if _is_addition(node)]
-    if len(nodes) != len(site.additions):  # it also adds numbers, say sizes: which is which cannot be told
+    if len(nodes) != len(additions):  # it also adds numbers, say sizes: which is which cannot be told
         return
-    residual = [(node, operands) for node, operands in zip(nodes, site.additions) if any(operands)]
+    residual = [(node, operands) for node, operands in zip(nodes, additions) if any(operands)]
     for (node, operands), child in zip(residual, _free_names(rewritten, "add")):
         rewritten.add_submodule(child, QuantizedAdd(*(PendingOperand() if needed else None for needed in operands)))
         _call_instead(graph, node, child)

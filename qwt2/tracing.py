@@ -58,14 +58,14 @@ class Site:
         constants: names of the arguments that held no tensor in the traced call, with their values.
         products: whether it multiplies activations.
         masks: for each ``scaled_dot_product_attention`` call, the dtype of its mask (or ``None``).
-        additions: for each addition of tensors, which operands need a quantizer where a convolution's output is added
-            to something: those that are no convolution's output, which has a quantizer already. Otherwise neither.
+        additions: for each addition of tensors, the convolutions whose outputs are the operands (``None``: something
+            else), if it is a residual one: of equal shapes, and at least one of them a convolution's output.
     """
 
     constants: dict[str, Any] = field(default_factory=dict)
     products: bool = False
     masks: list[torch.dtype | None] = field(default_factory=list)
-    additions: list[tuple[bool, bool]] = field(default_factory=list)
+    additions: list[tuple[str | None, str | None]] = field(default_factory=list)
 
 
 @dataclass
@@ -276,9 +276,9 @@ class _Recorder(TorchFunctionMode):
     def _note_addition(self, func, name: str, args) -> None:
         if func not in _ADDITIONS or not all(isinstance(a, Tensor) for a in args[:2]):
             return
-        from_conv = [isinstance(self._get(tag), nn.Conv2d) if (tag := self._tag_of(a)) else False for a in args[:2]]
-        residual = any(from_conv) and args[0].shape == args[1].shape
-        self._site(name).additions.append(tuple(residual and not made for made in from_conv))
+        tags = [self._tag_of(a) for a in args[:2]]
+        makers = [tag if tag and isinstance(self._get(tag), nn.Conv2d) else None for tag in tags]
+        self._site(name).additions.append(tuple(makers) if args[0].shape == args[1].shape else (None, None))
 
     def _site(self, name: str) -> Site:
         return self.trace.sites.setdefault(name, Site(constants=self._constants()))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
 from qwt2.operations import Operation
+
+_FUSED = ("Clip", "Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")  # computed in a convolution's kernel
 
 
 @ENGINES.register("openvino")
@@ -42,25 +46,48 @@ class OpenVinoSession:
 
 
 def quantize_added_twice(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose additions read quantized operands through a second, equal quantizer.
+    """A copy whose additions read the quantized outputs of convolutions through a second, equal quantizer.
 
     Where OpenVINO (2026.4) computes a convolution, the quantizer behind it and an addition in one kernel, it leaves out
-    the quantizer's rounding. A repeated one changes no value and costs no time, and the rounding is kept.
+    the quantizer's rounding. A repeated one changes no value, and the rounding is kept. An addition in the kernel of a
+    convolution whose output is not quantized (variant="openvino") needs none.
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    made = {name: node for node in model.graph.node for name in node.output}
+    graph = _Neighbours(changed)
     nodes = []
     for node in changed.graph.node:
-        for position, name in enumerate(node.input if node.op_type == "Add" else []):
-            source = made.get(name)
-            if source is not None and source.op_type == "DequantizeLinear" and source.input[0] in made:
-                codes, value = (f"{node.output[0]}/{kind}_{position}" for kind in ("codes", "again"))
-                nodes.append(onnx.helper.make_node("QuantizeLinear", [name, *source.input[1:]], [codes]))
-                nodes.append(onnx.helper.make_node("DequantizeLinear", [codes, *source.input[1:]], [value]))
-                node.input[position] = value
+        if node.op_type == "Add" and not any(graph.is_convolution(name) for name in node.input):
+            for position, name in enumerate(node.input):
+                if graph.is_quantized_convolution(name):
+                    parameters = graph.made[name].input[1:]
+                    codes, value = (f"{node.output[0]}/{kind}_{position}" for kind in ("codes", "again"))
+                    nodes.append(onnx.helper.make_node("QuantizeLinear", [name, *parameters], [codes]))
+                    nodes.append(onnx.helper.make_node("DequantizeLinear", [codes, *parameters], [value]))
+                    node.input[position] = value
         nodes.append(node)
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del changed.graph.node[:]
     changed.graph.node.extend(nodes)
     return changed
+
+
+class _Neighbours:
+    def __init__(self, model: onnx.ModelProto):
+        self.made = {name: node for node in model.graph.node for name in node.output}
+        self.readers = Counter(name for node in model.graph.node for name in node.input)
+
+    def is_convolution(self, name: str) -> bool:
+        """Whether a tensor is a convolution's output that nothing else reads, perhaps activated or clipped."""
+        node = self.made.get(name)
+        if node is None or self.readers[name] > 1:
+            return False
+        return node.op_type == "Conv" or (node.op_type in _FUSED and self.is_convolution(node.input[0]))
+
+    def is_quantized_convolution(self, name: str) -> bool:
+        """Whether a tensor is such an output behind a quantizer."""
+        dequantize = self.made.get(name)
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            return False
+        quantize = self.made.get(dequantize.input[0])
+        return quantize is not None and self.is_convolution(quantize.input[0])

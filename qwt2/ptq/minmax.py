@@ -7,6 +7,7 @@ PTQ_METHODS.register("minmax")(
     PTQMethod(
         variants={
             "default": Recipe(observer="minmax"),
+            "openvino": Recipe(observer="minmax", output_bits=None),
             "tensorrt": Recipe(observer="minmax", symmetric_activations=True),
         }
     )

@@ -7,6 +7,7 @@ PTQ_METHODS.register("percentile")(
     PTQMethod(
         variants={
             "default": Recipe(observer="percentile"),
+            "openvino": Recipe(observer="percentile", output_bits=None),
             "tensorrt": Recipe(observer="percentile", symmetric_activations=True),
             # The public code's "W4A4" ResNet is W4/A8 with BatchNorm left in float.
             "published": Recipe(
@@ -17,6 +18,7 @@ PTQ_METHODS.register("percentile")(
                 fold_batchnorm=False,
                 conv_input_bits=8,
                 output_bits=None,
+                addition_bits=None,
             ),
         }
     )

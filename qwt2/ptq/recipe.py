@@ -26,8 +26,10 @@ class Recipe:
         fold_batchnorm: BatchNorm goes into the layer before it, before quantization.
         conv_input_bits: bits of every convolution's input, whatever the precision says.
         output_bits: bits of the output of convolutions that something else than a quantized layer
-            reads, and of what is added to it; engines with integer-only convolution kernels need the
-            former, and add in the convolution's epilogue with both. ``None`` leaves them float.
+            reads; engines with integer-only convolution kernels need it. ``None`` leaves it float.
+        addition_bits: bits of the operands of residual additions to a convolution's output, which engines then compute
+            in the convolution's kernel. An output that is quantized already is not quantized again; where outputs stay
+            float, so does that of the convolution that runs last, in whose kernel the addition is. ``None`` leaves all float.
     """
 
     observer: str
@@ -41,6 +43,7 @@ class Recipe:
     fold_batchnorm: bool = True
     conv_input_bits: int | None = None
     output_bits: int | None = 8
+    addition_bits: int | None = 8
 
     @property
     def exportable(self) -> bool:

@@ -78,6 +78,7 @@ PTQ_METHODS.register("repq")(
     RepQ(
         variants={
             "default": Recipe(observer="percentile"),
+            "openvino": Recipe(observer="percentile", output_bits=None),
             "tensorrt": Recipe(observer="percentile", symmetric_activations=True),
             "published": Recipe(
                 observer="percentile",
@@ -88,6 +89,7 @@ PTQ_METHODS.register("repq")(
                 log_softmax=True,
                 log_floor=1e-6,
                 output_bits=None,
+                addition_bits=None,
             ),
         }
     )
