@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--weight-bits", type=int, default=8)
     p.add_argument("--activation-bits", type=int, default=8)
     p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
-    p.add_argument("--profile", default="default", help="of the file: default (CPU engines) or tensorrt")
+    p.add_argument("--profile", default="default", help="what the file is for: default (CPU engines), openvino (it alone) or tensorrt")
     p.add_argument("--opset", type=int, default=20, help="version of ONNX's operators in the file: 18 to 20")
     p.add_argument("--weight-storage", default="int8", help="int8, or int4 for weights of at most 4 bits")
     p.add_argument("--calibration-images", type=int, default=256)
@@ -67,9 +67,10 @@ def run(arguments: argparse.Namespace) -> None:
     from qwt2.quantization import quantize
     from qwt2.report import render_model
 
-    variant = "tensorrt" if arguments.profile == "tensorrt" else "default"
+    # OpenVINO's files are of no other kind; what it computes in one kernel is merely not rounded in between.
+    variant, profile = arguments.profile, "default" if arguments.profile == "openvino" else arguments.profile
     precision = Precision(arguments.weight_bits, arguments.activation_bits)
-    check_format(arguments.profile, arguments.weight_storage, arguments.opset)
+    check_format(profile, arguments.weight_storage, arguments.opset)
     for engine in arguments.engines:  # a wrong name must not cost the work that comes before
         ENGINES.get(engine)
     if arguments.compensation != "none":
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         fits = compensate(qmodel, batches, arguments.compensation).modules
     progress.start("fold and export")
     folded = fold(qmodel)
-    export_onnx(folded, arguments.output, batches[0][:1], arguments.profile, arguments.weight_storage, arguments.opset)
+    export_onnx(folded, arguments.output, batches[0][:1], profile, arguments.weight_storage, arguments.opset)
     engines, mismatches = _check_engines(arguments, model, folded, batches[0][:CHECKED_IMAGES], progress)
     report = {
         "model": arguments.model, "method": arguments.method, "compensation": arguments.compensation,

@@ -66,7 +66,10 @@ def test_a_model_of_one_s_own(folder, capsys, compensation):
     assert "report: out.html" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [("--profile", "tensorrt", "--opset", "19"), ("--weight-storage", "int4", "--weight-bits", "4")])
+@pytest.mark.parametrize(
+    "options",
+    [("--profile", "tensorrt", "--opset", "19"), ("--profile", "openvino"), ("--weight-storage", "int4", "--weight-bits", "4")],
+)
 def test_other_kinds_of_files(folder, options):
     command("mine:make", "--image-size", "32", "--compensation", "none", "--engines", "onnxruntime", *options)
     report = json.loads((folder / "out.json").read_text())
@@ -74,6 +77,8 @@ def test_other_kinds_of_files(folder, options):
     stored = onnx.load("out.onnx")
     if "tensorrt" in options:
         assert check(stored) == []
+    elif "openvino" in options:
+        assert not any(tensor.name.endswith(".output.scale") for tensor in stored.graph.initializer)
     else:
         assert onnx.TensorProto.INT4 in {tensor.data_type for tensor in stored.graph.initializer}
 

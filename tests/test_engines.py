@@ -58,6 +58,21 @@ def test_whole_residual_networks_are_the_same(engine, bits):
     assert np.median(np.abs(found - expected).max(1)) < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("network", ["resnet", "mobilenet"])
+@pytest.mark.parametrize("bits", [8, 3])
+def test_openvino_computes_its_own_variant_as_simulated(network, bits):
+    """Convolution, activation, addition and one rounding in one kernel; other engines run the file too."""
+    folded, path = tiny.exported(network, bits, "cwac", "openvino")
+    images = tiny.images(8, seed=1)
+    with torch.no_grad():
+        expected = folded(images).numpy()
+    records = record_modules(folded, images[:4])
+    for engine in NAMES:
+        found = qwt2.load_engine(path, engine)(images.numpy())
+        assert np.median(np.abs(found - expected).max(1)) < 1e-4 * np.abs(expected).max()
+        assert max(m.steps for m in engine_mismatch(load_onnx(path), engine, records).values()) <= 1 + 1e-3
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_engines_agree_for_every_batch_size(network):
     _, path = tiny.exported(network, 8, "cwac")

@@ -204,7 +204,7 @@ def test_unknown_methods_are_refused_with_the_known_ones():
 
 def test_every_method_has_the_variants_it_promises():
     for method in set(PTQ.values()):
-        assert set(PTQ_METHODS.get(method).variants) == {"default", "published", "tensorrt"}
+        assert set(PTQ_METHODS.get(method).variants) == {"default", "openvino", "published", "tensorrt"}
 
 
 def test_a_float_model_is_no_quantized_model():

@@ -264,6 +264,18 @@ def test_what_is_added_to_a_convolution_is_quantized_and_the_convolution_not_twi
         assert torch.allclose(outputs(qmodel, images(4)), expected, atol=2e-5)
 
 
+def test_openvino_rounds_what_is_added_but_not_the_convolution_in_whose_kernel_it_is():
+    model = randomize(ResNet(BasicBlock, layers=(2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5))
+    qmodel = qwt2.quantize(model, images(8).split(4), "percentile", variant="openvino")
+    info = qmodel.quantization
+    assert all(qmodel.get_submodule(name).output_quantizer is None for name in info.layers)
+    assert info.additions == ["layer1.0.add1", "layer1.1.add1", "layer2.0.add1", "layer3.0.add1", "layer4.0.add1"]
+    operands = {name: set(qmodel.get_submodule(name).quantizers()) for name in info.additions}
+    # y += shortcut(x): the shortcut's convolution runs last, where there is one; else the block's last convolution.
+    assert operands.pop("layer1.1.add1") == {"b_quantizer"}
+    assert all(quantized == {"a_quantizer"} for quantized in operands.values())
+
+
 def test_published_variants_leave_additions_alone():
     qmodel = qwt2.quantize(BUILDERS["resnet"](), images(8).split(4), "percentile", variant="published")
     assert not qmodel.quantization.additions

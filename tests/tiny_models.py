@@ -204,13 +204,13 @@ def _exporter(name: str):
 
 
 @functools.cache
-def exported(name: str, bits: int = 8, method: str | None = None) -> tuple[nn.Module, Path]:
+def exported(name: str, bits: int = 8, method: str | None = None, variant: str = "default") -> tuple[nn.Module, Path]:
     """A folded model, to be read only, and its ONNX file; compensated by every module's fit if `method` says so."""
-    qmodel = quantized(name, bits, bits)
+    qmodel = quantized(name, bits, bits, variant)
     if method:
         qwt2.compensate(qmodel, batches(), method, **({"gate": "none"} if method == "cwac" else {}))
     folded = qwt2.fold(qmodel)
-    return folded, _exporter(name).export(folded, Path(_FILES.name) / f"{name}-{bits}-{method}.onnx")
+    return folded, _exporter(name).export(folded, Path(_FILES.name) / f"{name}-{bits}-{method}-{variant}.onnx")
 
 
 def exported_models(names=tuple(BUILDERS)):
