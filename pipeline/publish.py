@@ -156,6 +156,7 @@ def _publish_one(run: Run, mode: str, project: str, entity: str | None) -> None:
             silent=True, console="off", init_timeout=30, finish_timeout=60, finish_timeout_raises=True,
             x_graphql_retry_max=3, x_file_stream_retry_max=3, x_file_transfer_retry_max=3,
             x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, disable_git=True,
+            x_save_requirements=False,  # of this process, not of the run; and listing them takes longer than all the rest
         ),
     )  # fmt: skip
     try:

@@ -133,6 +133,7 @@ def test_configuration_and_layers_are_published(published):
     assert json.loads(chart.read_text())["data"] == fitted
     assert any("visualize.sqnr_by_module" in key for key in run["config"])  # the chart
     assert not (runs["vit_micro-w3a3-repq"]["folder"] / "files/media").exists()
+    assert not (run["folder"] / "files/requirements.txt").exists()  # packages of the process that published
 
 
 def test_publishing_again_changes_nothing_and_new_figures_replace_the_old(published, tmp_path):
