@@ -4,12 +4,13 @@ A run is one method at one precision on one model. A cell of the grid holds seve
 variant), means over its calibration seeds; a cell of a sweep is one.
 """
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -17,11 +18,13 @@ from pipeline.cells import CELLS, read_record
 from pipeline.report import baseline_rows, cell_rows
 from pipeline.resolve import read_grid
 from pipeline.stage import OUT, RESOLVED, task_of
-from pipeline.sweeps import SWEEPS, jobs
+from pipeline.sweeps import SWEEPS
 from qwt2.errors import Qwt2Error
+from qwt2.io import read_json
 from qwt2.results import HEADLINE, Layer, Method, Row, read_layers
 
 GRID = "grid"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,29 @@ class Run:
         return [layer for layer in read_layers(self.layers_file) if layer.method == self.method]
 
 
+def while_unchanged(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """`read`, called again for a file only once that has changed: the page of all runs reads thousands at every load."""
+    found: dict[Path, tuple[tuple[int, ...], T]] = {}
+
+    def remembered(path: Path) -> T:
+        try:
+            facts = path.stat()
+        except OSError:
+            return read(path)  # says in its own words what is wrong
+        state = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        if path not in found or found[path][0] != state:
+            found[path] = state, read(path)
+        return found[path][1]
+
+    return remembered
+
+
+_json = while_unchanged(read_json)
+_record = while_unchanged(lambda path: read_record(path.parent))
+_yaml = while_unchanged(lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
+_sha256 = while_unchanged(lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+
+
 def all_runs() -> list[Run]:
     """Every run there is, by name; of a sweep's cells those that failed too. Qwt2Error if there is none."""
     runs = [*grid_runs(), *sweep_runs()]
@@ -116,21 +142,18 @@ def _grid_cell(model: str, precision: str, fp32: dict[str, float]) -> Iterator[R
 def _artifacts(cell: str, method: Method) -> dict[str, dict[str, Any]]:
     """Size and hash of the files that engines run, one a calibration seed."""
     files = sorted((OUT / "fold" / cell).glob(f"{method.compensation or 'ptq'}-seed*.onnx")) if not method.variant else []
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in files
-    }
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 
 def sweep_runs() -> Iterator[Run]:
     """The cells that any sweep finished or failed, each once."""
     asked: dict[str, list[str]] = {}
     for folder in sorted(SWEEPS.glob("*/")):
-        for job in jobs(folder.name):
-            asked.setdefault(str(job["cell"]), []).append(folder.name)
-    for folder in sorted(CELLS.glob("*/")):
-        if record := read_record(folder):
-            yield _cell_run(folder, record, tuple(asked.get(folder.name, ())))
+        for cell in sorted({str(_json(path)["cell"]) for path in folder.glob("jobs/*.json")}):
+            asked.setdefault(cell, []).append(folder.name)
+    for path in sorted(CELLS.glob("*/cell.json")):
+        if record := _record(path):
+            yield _cell_run(path.parent, record, tuple(asked.get(path.parent.name, ())))
 
 
 def _cell_run(folder: Path, record: dict[str, Any], sweeps: tuple[str, ...]) -> Run:
@@ -165,7 +188,7 @@ def _merged(files: tuple[Path, ...]) -> dict[str, Any]:
     for path in files:
         if not path.is_file():
             raise Qwt2Error(f"{path} does not exist; run `dvc repro`, which resolves the configuration first")
-        _update(merged, yaml.safe_load(path.read_text(encoding="utf-8")))
+        _update(merged, _yaml(path))
     merged.pop("workers", None)
     return merged
 
@@ -175,7 +198,7 @@ def _update(target: dict[str, Any], source: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             _update(target[key], value)
         else:
-            target[key] = value
+            target[key] = copy.deepcopy(value)  # what is updated next must not be what `_yaml` remembers
 
 
 def _id(config: dict[str, Any], method: str) -> str:
