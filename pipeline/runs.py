@@ -7,10 +7,10 @@ variant), means over its calibration seeds; a cell of a sweep is one.
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -18,13 +18,18 @@ from pipeline.cells import CELLS, read_record
 from pipeline.report import baseline_rows, cell_rows
 from pipeline.resolve import read_grid
 from pipeline.stage import OUT, RESOLVED, task_of
-from pipeline.sweeps import SWEEPS
+from pipeline.sweeps import SWEEPS, job_paths
+from pipeline.unchanged import while_unchanged
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json
 from qwt2.results import HEADLINE, Layer, Method, Row, read_layers
 
 GRID = "grid"
-T = TypeVar("T")
+# The page of all runs reads thousands of files whenever it is loaded.
+_json = while_unchanged(read_json)
+_record = while_unchanged(lambda path: read_record(path.parent))
+_yaml = while_unchanged(lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
+_sha256 = while_unchanged(lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -71,29 +76,6 @@ class Run:
         if self.layers_file is None:
             return []
         return [layer for layer in read_layers(self.layers_file) if layer.method == self.method]
-
-
-def while_unchanged(read: Callable[[Path], T]) -> Callable[[Path], T]:
-    """`read`, called again for a file only once that has changed: the page of all runs reads thousands at every load."""
-    found: dict[Path, tuple[tuple[int, ...], T]] = {}
-
-    def remembered(path: Path) -> T:
-        try:
-            facts = path.stat()
-        except OSError:
-            return read(path)  # says in its own words what is wrong
-        state = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
-        if path not in found or found[path][0] != state:
-            found[path] = state, read(path)
-        return found[path][1]
-
-    return remembered
-
-
-_json = while_unchanged(read_json)
-_record = while_unchanged(lambda path: read_record(path.parent))
-_yaml = while_unchanged(lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
-_sha256 = while_unchanged(lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def all_runs() -> list[Run]:
@@ -149,7 +131,7 @@ def sweep_runs() -> Iterator[Run]:
     """The cells that any sweep finished or failed, each once."""
     asked: dict[str, list[str]] = {}
     for folder in sorted(SWEEPS.glob("*/")):
-        for cell in sorted({str(_json(path)["cell"]) for path in folder.glob("jobs/*.json")}):
+        for cell in sorted({str(_json(path)["cell"]) for path in job_paths(folder.name)}):
             asked.setdefault(cell, []).append(folder.name)
     for path in sorted(CELLS.glob("*/cell.json")):
         if record := _record(path):

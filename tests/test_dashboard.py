@@ -15,7 +15,8 @@ from browser import CHROMIUM, Browser
 import synthetic
 from benchmarks.experiments import served
 from pipeline import dashboard, resolve
-from pipeline.runs import all_runs, while_unchanged
+from pipeline.runs import all_runs
+from pipeline.unchanged import while_unchanged
 from qwt2.errors import Qwt2Error
 from qwt2.results import read_layers
 

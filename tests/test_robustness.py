@@ -3,6 +3,8 @@
 On the first stages of the tiny chain, which need no torch; `make kills` does the same to all of it.
 """
 
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -110,10 +112,18 @@ def test_unfinished_and_changed_cells_are_found(project):
     (changed / "evaluate/rows.csv").write_text("changed")
     facts = '{"status": "finished", "outputs": {"evaluate/rows.csv": {"sha256": "' + "0" * 64 + '", "bytes": 7}}}'
     (changed / "cell.json").write_text(facts)
+    for name in ("sound", "flipped", "unfinished"):
+        (cells / "shared" / name).mkdir(parents=True)
+        (cells / "shared" / name / "model.safetensors").write_bytes(b"weights")
+        facts = {"sha256": hashlib.sha256(b"weights").hexdigest(), "bytes": 7}
+        if name != "unfinished":
+            (cells / "shared" / name / "outputs.json").write_text(json.dumps({"model.safetensors": facts}))
+    overwrite(cells / "shared/flipped/model.safetensors", b"weighty")
     found = tiny_chain.run(project, *VERIFY, check=False)
-    assert found.returncode == 2 and "2 damaged" in found.stderr and "never finished" in found.stdout
+    assert found.returncode == 2 and "4 damaged" in found.stderr and "never finished" in found.stdout
     tiny_chain.run(project, *VERIFY, "--repair")
-    assert [path.name for path in cells.iterdir()] == ["locks"] and tiny_chain.run(project, *VERIFY)
+    assert {path.name for path in cells.iterdir()} == {"locks", "shared"} and tiny_chain.run(project, *VERIFY)
+    assert [path.name for path in (cells / "shared").iterdir()] == ["sound"]
 
 
 @pytest.mark.parametrize("what", ["dvc", "stage"])
