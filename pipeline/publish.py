@@ -114,6 +114,8 @@ def publish(runs: list[Run], mode: str, project: str, entity: str | None = None)
 
     Raises Qwt2Error if the server refuses.
     """
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # below HOME otherwise, which need not exist; offline tables stay there
+        os.environ.setdefault(name, str(FOLDER.resolve() / "cache"))
     import wandb
 
     published = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
@@ -128,6 +130,8 @@ def publish(runs: list[Run], mode: str, project: str, entity: str | None = None)
             _publish_one(run, mode, project, entity)
         except wandb.errors.Error as error:
             raise Qwt2Error(f"W&B refused run {run.name}: {str(error).splitlines()[0]}; WANDB_MODE=offline needs no server") from error
+        except PermissionError as error:  # W&B's own, which has no errno
+            raise Qwt2Error(f"W&B cannot write run {run.name} below {FOLDER}/; give access, then run again") from error
         published[run.id] = state
         write_json(PUBLISHED, published)
         done += 1

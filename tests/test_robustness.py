@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from limits import in_namespace, unprivileged
 
 import synthetic
 from benchmarks import kills, tiny_chain
@@ -148,14 +149,6 @@ def test_two_at_once_build_once_or_one_says_why_not(built, sources):
     tiny_chain.run(sources, *VERIFY)
 
 
-def in_namespace(*options: str) -> list[str]:
-    """A command prefix that needs Linux's user namespaces."""
-    command = ["unshare", "--map-root-user", *options]
-    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
-        pytest.skip("this system does not let `unshare` make a namespace")
-    return command
-
-
 def test_full_disk_is_one_sentence_and_leaves_no_half(sources):
     script = f"""
         mkdir out && mount -t tmpfs -o size=200k tmpfs out && {sys.executable} -m pipeline.resolve
@@ -166,16 +159,12 @@ def test_full_disk_is_one_sentence_and_leaves_no_half(sources):
 
 
 def test_read_only_results_are_one_sentence(tmp_path):
-    setpriv = shutil.which("setpriv")
-    if os.geteuid() == 0 and setpriv is None:
-        pytest.skip("root may write anywhere, and there is no setpriv to give that up")
-    powerless = [setpriv, "--bounding-set", "-dac_override", "--inh-caps", "-dac_override"] if os.geteuid() == 0 else []
     synthetic.write_out(tmp_path / "out")
     (tmp_path / "out/resolved").mkdir()
     (tmp_path / "out/resolved/report.yaml").write_text(yaml.safe_dump(synthetic.CONFIG))
     (tmp_path / "results").mkdir(mode=0o555)
     done = tiny_chain.run(
-        tmp_path, *powerless, sys.executable, "-m", "pipeline.report", check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        tmp_path, *unprivileged(), sys.executable, "-m", "pipeline.report", check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: cannot write results/") and "Permission denied; make room or give access" in done.stderr
