@@ -9,7 +9,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3.11
 
-.PHONY: repro repro-classification test readme lock benchmarks dashboard publish verify determinism kills clean
+.PHONY: repro repro-classification test readme lock benchmarks dashboard publish experiments verify determinism kills clean
 
 repro: $(STAMP)
 	python -m pipeline.warm dvc repro
@@ -35,6 +35,10 @@ dashboard: $(STAMP)
 
 publish: $(STAMP)
 	python -m pipeline.publish
+
+# DVC's experiments by what differs between them; without the hashes of code, and without what the grid's stages read.
+experiments: $(STAMP)
+	dvc exp show --only-changed --drop '^(conf|out|pipeline|qwt2)(/|$$)|^(grid|models|compensations)\b|^compensation\.(cwac|qwt)\.' $(ARGS)
 
 # Re-hash all that is stored; ARGS=--repair deletes what is damaged.
 verify: $(STAMP)

@@ -82,7 +82,8 @@ def page(folder: Path) -> dict | None:
         with served(folder) as address:
             browser.open(address)
             browser.wait("document.querySelectorAll('.ag-center-cols-container .ag-row').length")
-            browser.wait("document.querySelectorAll('#bits .points path').length")
+            for plot in ("bits", "latency"):
+                browser.wait(f"document.querySelectorAll('#{plot} .points path').length")
             seconds = browser.run("performance.now()") / 1e3
     finally:
         browser.close()

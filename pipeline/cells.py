@@ -2,7 +2,7 @@
 
     out/cells/<id>/      config.yaml, evaluate/, log.txt and, written last, cell.json (all that comparisons need);
                          `id` is a hash of the configuration
-    out/cells/shared/    datasets and baselines that DVC has not built
+    out/cells/shared/    datasets and baselines that DVC has not built; outputs.json, written last, has their hashes
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from qwt2.results import HEADLINE, Row, read_rows
 CELLS = OUT / "cells"
 SHARED = CELLS / "shared"
 LOCKS = CELLS / "locks"
+OUTPUTS = "outputs.json"
 CHAIN = ("ptq", "compensate", "fold", "evaluate")
 # Keys of conf/cell.yaml that say how a cell is run and filed, not what it is.
 _FILING = ("seed", "sweep", "keep_models", "objective", "experiment")
@@ -84,12 +85,12 @@ def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
     return record
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path, name: str = "cell.json") -> dict[str, Any] | None:
     """A cell's ``cell.json``, None if the cell was never run to its end (or its record is damaged)."""
-    if not (folder / "cell.json").is_file():
+    if not (folder / name).is_file():
         return None
     try:
-        return read_json(folder / "cell.json")
+        return read_json(folder / name)
     except Qwt2Error:
         return None
 
@@ -106,7 +107,7 @@ def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, An
             import_module(f"pipeline.{stage}").main(declared(select(cfg, stage)), cell)
         rows = read_rows(cell.folder("evaluate") / "rows.csv")
         results = {"method": own_method(rows), "figures": by_method(rows)}
-        results |= {"artifacts": _hashes(cell, ("ptq", "compensate", "fold")), "outputs": _hashes(cell, ("evaluate",))}
+        results |= {"artifacts": _hashes(cell.out, "ptq", "compensate", "fold"), "outputs": _hashes(cell.out, "evaluate")}
     except Exception as error:  # noqa: BLE001 - whatever it is, the other cells of the sweep go on
         LOG.debug("failed", exc_info=error)
         _remove(cell, CHAIN)
@@ -148,10 +149,10 @@ def figures(record: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _hashes(cell: Cell, stages: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    files = sorted(path for stage in stages for path in cell.folder(stage).rglob("*") if path.is_file())
+def _hashes(root: Path, *folders: str) -> dict[str, dict[str, Any]]:
+    files = sorted(path for folder in folders for path in (root / folder).rglob("*") if path.is_file())
     return {
-        path.relative_to(cell.out).as_posix(): {
+        path.relative_to(root).as_posix(): {
             "bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
@@ -195,11 +196,12 @@ def _shared(stage: str, cfg: dict[str, Any], cell: Cell) -> Path:
     config = select(cfg, stage)
     folder = SHARED / f"{stage}-{_digest(config, dvcfiles.source_digest([stage]))}"
     with locked(LOCKS / folder.name):
-        if not (folder / "config.yaml").is_file():
+        if not (folder / OUTPUTS).is_file():
             shutil.rmtree(folder, ignore_errors=True)
             with log_to(SHARED / f"{folder.name}.log"):
                 import_module(f"pipeline.{stage}").main(declared(config), replace(cell, **{stage: folder}))
             write_text(folder / "config.yaml", config)
+            write_json(folder / OUTPUTS, _hashes(folder, "."))
     return folder
 
 

@@ -4,16 +4,19 @@ Serves on loopback alone, loads nothing from elsewhere and reports to nobody. Re
 """
 
 import argparse
+import hashlib
 import logging
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import dash_ag_grid as dag
 import plotly.graph_objects as go
 import yaml
-from dash import Dash, Input, Output, dcc, html
+from dash import Dash, Input, Output, State, dcc, html
+from dash.exceptions import PreventUpdate
 from flask import Response, abort, request
 
 from pipeline.runs import Run, all_runs
@@ -35,6 +38,8 @@ FIGURES = {
     "bytes": ("onnxruntime/file_bytes", "bytes"),
 }
 GRAPH = {"displayModeBar": False}
+# Files that Dash would ask for only once the layout is there, its largest among them: the browser has them by then.
+EARLY = ("plotly/package_data/plotly.min.js", "dash/dcc/async-graph.js", "dash_ag_grid/async-community.js")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 
 
@@ -70,24 +75,29 @@ def make_app() -> Dash:
     app = Dash(
         "qwt2", title="qwt2 runs", assets_folder=str(Path(__file__).parent / "assets"), serve_locally=True,
         update_title=None, enable_mcp=False,
+        external_scripts=[{"src": f"/_dash-component-suites/{path}", "defer": "defer"} for path in EARLY],
     )  # fmt: skip
     runs: dict[str, Run] = {}
 
     def layout() -> html.Div:
+        found = all_runs()
         runs.clear()
-        runs.update({run.id: run for run in all_runs()})
-        return page(list(runs.values()))
+        runs.update({run.id: run for run in found})
+        return page(found)
 
+    app.validation_layout = page([])  # else the browser is sent the rows twice: once to check the callbacks against
     app.layout = layout
 
     @app.callback(
-        Output("bits", "figure"), Output("latency", "figure"), Output("count", "children"),
-        Input("runs", "virtualRowData"), Input("engine", "value"),
+        Output("bits", "figure"), Output("latency", "figure"), Output("count", "children"), Output("drawn", "data"),
+        Input("runs", "virtualRowData"), Input("engine", "value"), State("drawn", "data"),
         prevent_initial_call=True,
     )  # fmt: skip
-    def draw(shown: list[dict[str, Any]] | None, engine: str) -> tuple[go.Figure, go.Figure, str]:
+    def draw(shown: list[dict[str, Any]] | None, engine: str, drawn: str) -> tuple[go.Figure, go.Figure, str, str]:
         rows = shown or []
-        return accuracy_against_bits(rows), accuracy_against_latency(rows, engine), f"{len(rows)} runs"
+        if (asked := drawing(rows, engine)) == drawn:  # the page as it was loaded, or only sorted
+            raise PreventUpdate
+        return accuracy_against_bits(rows), accuracy_against_latency(rows, engine), f"{len(rows)} runs", asked
 
     @app.callback(Output("comparison", "children"), Input("runs", "selectedRows"))
     def compare(selected: list[dict[str, Any]] | None) -> Any:
@@ -99,7 +109,7 @@ def make_app() -> Dash:
     @app.server.before_request
     def only_here() -> None:
         """A page elsewhere must not read this one under a name that it has pointed to this machine."""
-        if request.host.rpartition(":")[0] not in (HOST, "localhost"):
+        if urlsplit(request.host_url).hostname not in (HOST, "localhost"):
             abort(403)
 
     @app.server.route("/config/<run_id>")
@@ -114,7 +124,9 @@ def make_app() -> Dash:
 def page(runs: Sequence[Run]) -> html.Div:
     rows = [table_row(run) for run in runs]
     engines = [{"label": name, "value": engine} for engine, name in ENGINES.items()]
+    engine = next(iter(ENGINES))
     return html.Div([
+        dcc.Store(id="drawn", data=drawing(rows, engine)),
         html.H1("qwt2: all runs"),
         html.P(["Filter below a heading, sort by clicking on it, tick two runs to compare them. ",
                 html.Span(f"{len(rows)} runs", id="count")], className="hint"),
@@ -123,13 +135,17 @@ def page(runs: Sequence[Run]) -> html.Div:
             html.Div([html.H2("Accuracy against bits"),
                       dcc.Graph(id="bits", figure=accuracy_against_bits(rows), config=GRAPH)]),
             html.Div([html.H2("Accuracy against latency"),
-                      dcc.RadioItems(engines, next(iter(ENGINES)), id="engine", inline=True),
-                      dcc.Graph(id="latency", figure=accuracy_against_latency(rows, next(iter(ENGINES))),
-                                config=GRAPH)]),
+                      dcc.RadioItems(engines, engine, id="engine", inline=True),
+                      dcc.Graph(id="latency", figure=accuracy_against_latency(rows, engine), config=GRAPH)]),
         ], className="plots"),
         html.H2("Two runs side by side"),
         html.Div(id="comparison"),
     ])  # fmt: skip
+
+
+def drawing(rows: Iterable[Mapping[str, Any]], engine: str) -> str:
+    """The same for equal plots: of these runs in any order, on this engine."""
+    return hashlib.sha256("\0".join([engine, *sorted(row["id"] for row in rows)]).encode()).hexdigest()
 
 
 def table_row(run: Run) -> dict[str, Any]:
@@ -150,28 +166,39 @@ def table_row(run: Run) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dag.AgGrid:
     words = {"model": "model", "precision": "bits", "method": "method", "sweeps": "sweeps", "seeds": "seed"}
+    number = {"filter": "agNumberColumnFilter"}
+    measured = number | {
+        "type": "rightAligned",
+        "valueFormatter": {"function": "params.value == null ? '' : d3.format('.4~f')(params.value)"},
+    }
     link = {"cellRenderer": "markdown", "linkTarget": "_blank", "filter": False, "sortable": False}
-    columns: list[dict[str, Any]] = [{"field": "config", "headerName": "config", **link}]
-    columns += [{"field": field, "headerName": heading, "filter": "agTextColumnFilter"} for field, heading in words.items()]
-    columns.append({"field": "images", "headerName": "images", "filter": "agNumberColumnFilter"})
-    columns += [
-        {"field": field, "headerName": heading, "filter": "agNumberColumnFilter", "type": "rightAligned",
-         "valueFormatter": {"function": "params.value == null ? '' : d3.format('.4~f')(params.value)"}}
-        for field, (_, heading) in FIGURES.items()
-    ]  # fmt: skip
-    columns += [
-        {"field": "status", "headerName": "status", "filter": "agTextColumnFilter"},
-        {"field": "error", "headerName": "error", "filter": "agTextColumnFilter"},
+    columns = [
+        ("config", "config", link),
+        *((field, heading, {}) for field, heading in words.items()),
+        ("images", "images", number),
+        *((field, heading, measured) for field, (_, heading) in FIGURES.items()),
+        ("status", "status", {}),
+        ("error", "error", {}),
     ]
     return dag.AgGrid(
-        id="runs", rowData=list(rows), columnDefs=columns, getRowId="params.data.id",
-        defaultColDef={"sortable": True, "resizable": True, "floatingFilter": True},
-        columnSize="autoSize", style={"height": "26rem"},
+        id="runs", rowData=list(rows), getRowId="params.data.id",
+        columnDefs=[
+            {"field": field, "headerName": heading, "width": _width(heading, [] if options else [row[field] for row in rows])} | options
+            for field, heading, options in columns
+        ],
+        defaultColDef={"sortable": True, "resizable": True, "floatingFilter": True, "filter": "agTextColumnFilter"},
+        style={"height": "26rem"},
         dashGridOptions={
             "rowSelection": {"mode": "multiRow", "headerCheckbox": False, "enableClickSelection": False},
             "animateRows": False,
         },
     )  # fmt: skip
+
+
+def _width(heading: str, texts: Iterable[str]) -> int:
+    """Pixels for a column. The grid could measure its cells itself, but only by laying them all out once more."""
+    longest = max(map(len, [heading, *texts]))
+    return min(max(110, 50 + 8 * longest), 400)  # room for typing into the filter, and an end to long errors
 
 
 def accuracy_against_bits(rows: Iterable[Mapping[str, Any]]) -> go.Figure:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.unchanged import while_unchanged
 from qwt2.errors import Qwt2Error
 
 LOCK = Path("dvc.lock")
@@ -29,16 +30,19 @@ def locked_stages() -> dict[str, Any]:
 
     Raises Qwt2Error if dvc.lock is truncated or otherwise damaged.
     """
-    if not LOCK.is_file():
-        return {}
+    return _locked_stages(LOCK) if LOCK.is_file() else {}
+
+
+@while_unchanged  # every cell of a sweep asks several times, and the file is long
+def _locked_stages(path: Path) -> dict[str, Any]:
     try:
-        text = LOCK.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         recorded = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
         complete = text.endswith("\n") and all(HASH.fullmatch(out["md5"]) for stage in recorded.values() for out in stage.get("outs", []))
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         complete = False
     if not complete:
-        raise Qwt2Error(f"{LOCK} is damaged; `make verify` says what to do")
+        raise Qwt2Error(f"{path} is damaged; `make verify` says what to do")
     return recorded
 
 

@@ -114,6 +114,8 @@ def publish(runs: list[Run], mode: str, project: str, entity: str | None = None)
 
     Raises Qwt2Error if the server refuses.
     """
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # below HOME otherwise, which need not exist; offline tables stay there
+        os.environ.setdefault(name, str(FOLDER.resolve() / "cache"))
     import wandb
 
     published = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
@@ -128,6 +130,8 @@ def publish(runs: list[Run], mode: str, project: str, entity: str | None = None)
             _publish_one(run, mode, project, entity)
         except wandb.errors.Error as error:
             raise Qwt2Error(f"W&B refused run {run.name}: {str(error).splitlines()[0]}; WANDB_MODE=offline needs no server") from error
+        except PermissionError as error:  # W&B's own, which has no errno
+            raise Qwt2Error(f"W&B cannot write run {run.name} below {FOLDER}/; give access, then run again") from error
         published[run.id] = state
         write_json(PUBLISHED, published)
         done += 1
@@ -156,6 +160,7 @@ def _publish_one(run: Run, mode: str, project: str, entity: str | None) -> None:
             silent=True, console="off", init_timeout=30, finish_timeout=60, finish_timeout_raises=True,
             x_graphql_retry_max=3, x_file_stream_retry_max=3, x_file_transfer_retry_max=3,
             x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, disable_git=True,
+            x_save_requirements=False,  # of this process, not of the run; and listing them takes longer than all the rest
         ),
     )  # fmt: skip
     try:

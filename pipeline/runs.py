@@ -4,6 +4,7 @@ A run is one method at one precision on one model. A cell of the grid holds seve
 variant), means over its calibration seeds; a cell of a sweep is one.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -17,11 +18,18 @@ from pipeline.cells import CELLS, read_record
 from pipeline.report import baseline_rows, cell_rows
 from pipeline.resolve import read_grid
 from pipeline.stage import OUT, RESOLVED, task_of
-from pipeline.sweeps import SWEEPS, jobs
+from pipeline.sweeps import SWEEPS, job_paths
+from pipeline.unchanged import while_unchanged
 from qwt2.errors import Qwt2Error
+from qwt2.io import read_json
 from qwt2.results import HEADLINE, Layer, Method, Row, read_layers
 
 GRID = "grid"
+# The page of all runs reads thousands of files whenever it is loaded.
+_json = while_unchanged(read_json)
+_record = while_unchanged(lambda path: read_record(path.parent))
+_yaml = while_unchanged(lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
+_sha256 = while_unchanged(lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -116,21 +124,18 @@ def _grid_cell(model: str, precision: str, fp32: dict[str, float]) -> Iterator[R
 def _artifacts(cell: str, method: Method) -> dict[str, dict[str, Any]]:
     """Size and hash of the files that engines run, one a calibration seed."""
     files = sorted((OUT / "fold" / cell).glob(f"{method.compensation or 'ptq'}-seed*.onnx")) if not method.variant else []
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in files
-    }
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 
 def sweep_runs() -> Iterator[Run]:
     """The cells that any sweep finished or failed, each once."""
     asked: dict[str, list[str]] = {}
     for folder in sorted(SWEEPS.glob("*/")):
-        for job in jobs(folder.name):
-            asked.setdefault(str(job["cell"]), []).append(folder.name)
-    for folder in sorted(CELLS.glob("*/")):
-        if record := read_record(folder):
-            yield _cell_run(folder, record, tuple(asked.get(folder.name, ())))
+        for cell in sorted({str(_json(path)["cell"]) for path in job_paths(folder.name)}):
+            asked.setdefault(cell, []).append(folder.name)
+    for path in sorted(CELLS.glob("*/cell.json")):
+        if record := _record(path):
+            yield _cell_run(path.parent, record, tuple(asked.get(path.parent.name, ())))
 
 
 def _cell_run(folder: Path, record: dict[str, Any], sweeps: tuple[str, ...]) -> Run:
@@ -165,7 +170,7 @@ def _merged(files: tuple[Path, ...]) -> dict[str, Any]:
     for path in files:
         if not path.is_file():
             raise Qwt2Error(f"{path} does not exist; run `dvc repro`, which resolves the configuration first")
-        _update(merged, yaml.safe_load(path.read_text(encoding="utf-8")))
+        _update(merged, _yaml(path))
     merged.pop("workers", None)
     return merged
 
@@ -175,7 +180,7 @@ def _update(target: dict[str, Any], source: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             _update(target[key], value)
         else:
-            target[key] = value
+            target[key] = copy.deepcopy(value)  # what is updated next must not be what `_yaml` remembers
 
 
 def _id(config: dict[str, Any], method: str) -> str:

@@ -96,7 +96,7 @@ def progress(sweep: str) -> Iterator[None]:
 
         def count() -> None:
             while not finished.wait(_POLL_SECONDS):
-                bar.update(len(jobs(sweep)) - bar.n)
+                bar.update(len(job_paths(sweep)) - bar.n)
 
         watcher = threading.Thread(target=count, daemon=True)
         watcher.start()
@@ -105,12 +105,17 @@ def progress(sweep: str) -> Iterator[None]:
         finally:
             finished.set()
             watcher.join()
-            bar.update(len(jobs(sweep)) - bar.n)
+            bar.update(len(job_paths(sweep)) - bar.n)
+
+
+def job_paths(sweep: str) -> list[Path]:
+    """The records of a sweep. One that is being written has a name with a dot in front."""
+    return sorted((SWEEPS / sweep / "jobs").glob("[!.]*.json"))
 
 
 def jobs(sweep: str) -> list[dict[str, Any]]:
     """The records of a sweep, in the order in which its cells were asked for."""
-    records = [read_json(path) for path in (SWEEPS / sweep / "jobs").glob("*.json")]
+    records = [read_json(path) for path in job_paths(sweep)]
     return sorted(records, key=lambda record: (record["number"], sorted(record["overrides"].items())))
 
 

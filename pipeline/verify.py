@@ -12,12 +12,13 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from tqdm import tqdm
 
 from pipeline import dvcfiles
-from pipeline.cells import CELLS, LOCKS, SHARED, read_record
+from pipeline.cells import CELLS, LOCKS, OUTPUTS, SHARED, read_record
 from pipeline.stage import OUT, RESULTS
 from qwt2.errors import Qwt2Error, guarded
 
@@ -120,22 +121,30 @@ def half_written() -> Iterator[Damage]:
 
 
 def damaged_cells() -> Iterator[Damage]:
-    """Cells of sweeps that were not finished, or whose outputs are not what was recorded."""
+    """Cells of sweeps, and what they share, that were not finished or whose outputs are not what was recorded."""
+    remedy = "the sweep that it belongs to"
     for folder in sorted(CELLS.glob("*/")):
         if folder.name in (SHARED.name, LOCKS.name):
             continue
         record = read_record(folder)
         if record is None:
-            yield Damage(folder, "is a cell that was never finished", "the sweep that it belongs to")
-        elif any(_changed(folder / name, facts["sha256"]) for name, facts in record.get("outputs", {}).items()):
-            yield Damage(folder, "has results that are not what was recorded", "the sweep that it belongs to")
+            yield Damage(folder, "is a cell that was never finished", remedy)
+        elif _changed(folder, record.get("outputs", {})):
+            yield Damage(folder, "has results that are not what was recorded", remedy)
     for folder in sorted(SHARED.glob("*/")):
-        if not (folder / "config.yaml").is_file():
-            yield Damage(folder, "was never finished", "the sweep that it belongs to")
+        outputs = read_record(folder, OUTPUTS)
+        if outputs is None:
+            yield Damage(folder, "was never finished", remedy)
+        elif _changed(folder, outputs):
+            yield Damage(folder, "is not what was recorded", remedy)
 
 
-def _changed(path: Path, sha256: str) -> bool:
-    return not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256
+def _changed(folder: Path, outputs: dict[str, dict[str, Any]]) -> bool:
+    return any(_sha256(folder / name) != facts["sha256"] for name, facts in outputs.items())
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def repair(damage: Damage) -> None:

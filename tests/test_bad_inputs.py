@@ -1,5 +1,6 @@
 """Every mistake a user can make at a command line ends with its one sentence and exit code, before anything is computed."""
 
+import importlib.util
 import json
 import runpy
 import shutil
@@ -83,6 +84,13 @@ def test_experiment(arguments, folder, monkeypatch, capsys):
     code, error = command(f"pipeline.experiment {arguments}", monkeypatch, capsys)
     check_sentence(code, error, EXPERIMENT[arguments])
     assert not (folder / "out/cells").exists()
+
+
+def test_a_launcher_that_is_an_extra(folder, monkeypatch, capsys):
+    if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
+        pytest.skip("hydra-ray-launcher is installed here")
+    code, error = command("pipeline.experiment -m experiment=quick hydra/launcher=ray", monkeypatch, capsys)
+    check_sentence(code, error, "the launcher is not installed; see its file in conf/hydra/launcher for the package")
 
 
 def check_sentence(code: int, error: str, words: str) -> None:

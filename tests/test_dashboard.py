@@ -16,6 +16,7 @@ import synthetic
 from benchmarks.experiments import served
 from pipeline import dashboard, resolve
 from pipeline.runs import all_runs
+from pipeline.unchanged import while_unchanged
 from qwt2.errors import Qwt2Error
 from qwt2.results import read_layers
 
@@ -89,6 +90,7 @@ def test_runs_are_filtered_sorted_and_compared(address, browser, results):
     drawn = browser.wait("document.querySelectorAll('#bits .points path').length")
     assert drawn == browser.run(COUNT)  # the plots follow the filter
 
+    browser.run("window.redrawn = 0; document.querySelector('#bits .js-plotly-plot').on('plotly_afterplot', () => window.redrawn++)")
     heading = "document.querySelector('.ag-header-cell[col-id=accuracy] .ag-header-cell-label')"
     for order in (1, -1):
         browser.run(f"{heading}.click()")
@@ -96,12 +98,14 @@ def test_runs_are_filtered_sorted_and_compared(address, browser, results):
         time.sleep(0.3)
         values = [float(value) for value in browser.run(column("accuracy")) if value]
         assert len(values) > 5 and values == sorted(values, reverse=order < 0)
+    assert browser.run("window.redrawn") == 0  # the same runs in another order
 
     for name in ("sweeps", "model", "bits"):
         type_into_filter(browser, name, "")
     for name, text in (("sweeps", "grid"), ("bits", "w8a8"), ("method", "repq+")):
         type_into_filter(browser, name, text)
     browser.wait(f"{COUNT} == 2")
+    assert browser.wait("window.redrawn") > 0
     for number in (0, 1):
         browser.run(f"document.querySelectorAll('.ag-row input[type=checkbox]')[{number}].click()")
     browser.wait("document.querySelectorAll('#layers .trace').length == 2")
@@ -116,6 +120,8 @@ def test_runs_are_filtered_sorted_and_compared(address, browser, results):
     assert config["model"]["name"] == "vit_micro" and config["precision"]["name"] == "w8a8"
     elsewhere = [url for url in browser.requests if not url.startswith((address, "data:", "blob:", "about:"))]
     assert elsewhere == []
+    for path in dashboard.EARLY:
+        assert sum(path in url for url in browser.requests) == 1
 
 
 def check_figures(results: Path, shown: dict[str, list[str]]) -> None:
@@ -127,7 +133,8 @@ def check_figures(results: Path, shown: dict[str, list[str]]) -> None:
 
 
 def test_pages_under_another_name_are_refused(address):
-    for name, status in (("evil.example", 403), (address.split("/")[2].replace("127.0.0.1", "localhost"), 200)):
+    ours = address.split("/")[2]
+    for name, status in (("evil.example", 403), (ours.replace("127.0.0.1", "localhost"), 200), ("127.0.0.1", 200)):  # port 80
         request = urllib.request.Request(address, headers={"Host": name})
         try:
             code = urllib.request.urlopen(request).status
@@ -148,6 +155,34 @@ def test_modules_of_a_sweep_s_run_are_its_own(results, monkeypatch):
     assert run.layers() == layers and layers
     assert run.sweeps == ("sizes",) and run.status == "finished"
     assert [run.error for run in all_runs() if run.status == "failed"] == ["out of luck"]
+
+
+def test_what_is_read_again_is_what_has_changed(tmp_path):
+    calls = []
+    read = while_unchanged(lambda path: (calls.append(path), path.read_text())[1])
+    path = tmp_path / "file"
+    path.write_text("one")
+    facts = path.stat()
+    assert [read(path), read(path)] == ["one", "one"] and len(calls) == 1
+    (tmp_path / "other").write_text("two")
+    os.utime(tmp_path / "other", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    os.replace(tmp_path / "other", path)  # as long as before and of the same time
+    assert [read(path), read(path)] == ["two", "two"] and len(calls) == 2
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read(path)
+
+
+def test_a_page_that_is_loaded_again_shows_what_is_new(results, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(results, tmp_path / "copy"))
+    before = {run.id: run for run in all_runs()}
+    record = json.loads(Path(f"out/cells/{1:016x}/cell.json").read_text())
+    record["figures"][record["method"]]["torch/top1"] = 12.5
+    Path(f"out/cells/{1:016x}/cell.json").write_text(json.dumps(record))
+    shutil.rmtree(f"out/cells/{2:016x}")
+    after = {run.id: run for run in all_runs()}
+    assert before.keys() - after.keys() == {f"{2:016x}"} and after[f"{1:016x}"].figures["torch/top1"] == 12.5
+    assert {run for run in after if after[run] != before[run]} == {f"{1:016x}"}
 
 
 def test_without_results_nothing_is_served(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from pipeline import cells, dvcfiles, experiment, stage, sweeps
 from pipeline.resolve import resolve
 from qwt2.errors import Qwt2Error
+from qwt2.io import atomic_path
 from qwt2.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +110,16 @@ def test_sweeps_are_named_after_what_is_asked_for():
     assert name(["seed=1,2"]) == name(["seed=1,2"]) != name(["seed=1"])
 
 
+def test_a_record_that_is_being_written_is_none_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished = sweeps.job_path("s", {"seed": "1"})
+    finished.parent.mkdir(parents=True)
+    finished.write_text(json.dumps({"number": 0, "overrides": {"seed": "1"}}))
+    with atomic_path(sweeps.job_path("s", {"seed": "2"})) as half:
+        half.write_text('{"numb')
+        assert sweeps.job_paths("s") == [finished] and len(sweeps.jobs("s")) == 1
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """The sources in a folder of their own; nothing has been built there."""
@@ -153,6 +164,9 @@ def test_quick_runs_skips_and_survives_a_failing_cell(clone):
     assert "less than one batch" in outcomes["cwac", "4"]["error"] and "less than one batch" in more.stdout
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert outcomes["none", "32"]["top1"] == outcomes["none", "32"]["ptq_top1"]
+    for shared in (clone / "out/cells/shared").glob("*/"):
+        assert {path.name for path in shared.iterdir()} >= {"config.yaml", "outputs.json"}
+    assert subprocess.run([sys.executable, "-m", "pipeline.verify"], cwd=clone, env=os.environ | {"PYTHONPATH": str(clone)}).returncode == 0
     failed = clone / "out/cells" / outcomes["cwac", "4"]["cell"]
     assert sorted(path.name for path in failed.iterdir()) == ["cell.json", "config.yaml", "log.txt"]
     assert "Traceback" in (failed / "log.txt").read_text()

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
+from limits import unprivileged
 
 import synthetic
 from pipeline import publish, resolve
@@ -42,11 +44,13 @@ def results(tmp_path_factory) -> Path:
     return folder
 
 
-def publish_in(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def publish_in(folder: Path, *arguments: str, prefix: Sequence[str] = (), **environment: str | None) -> subprocess.CompletedProcess:
+    """A variable of the environment that is None is taken out of it."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment = clean | {"PYTHONPATH": str(ROOT), "NETRC": str(folder / "no-netrc")} | environment
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.publish", *arguments], cwd=folder, capture_output=True, text=True, timeout=120,
-        env=clean | {"PYTHONPATH": str(ROOT), "NETRC": str(folder / "no-netrc")} | environment,
+        [*prefix, sys.executable, "-m", "pipeline.publish", *arguments], cwd=folder, capture_output=True, text=True, timeout=120,
+        env={key: value for key, value in environment.items() if value is not None},
     )  # fmt: skip
 
 
@@ -133,6 +137,7 @@ def test_configuration_and_layers_are_published(published):
     assert json.loads(chart.read_text())["data"] == fitted
     assert any("visualize.sqnr_by_module" in key for key in run["config"])  # the chart
     assert not (runs["vit_micro-w3a3-repq"]["folder"] / "files/media").exists()
+    assert not (run["folder"] / "files/requirements.txt").exists()  # packages of the process that published
 
 
 def test_publishing_again_changes_nothing_and_new_figures_replace_the_old(published, tmp_path):
@@ -157,6 +162,25 @@ def test_publishing_again_changes_nothing_and_new_figures_replace_the_old(publis
     }  # fmt: skip
     (run,) = [run for run in after.values() if run["name"] == "vit_micro-w3a3-repq"]
     assert run["summary"]["torch/top1"] == 12.5 and "3 runs published" in changed.stdout
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nowhere"])
+def test_without_a_home_nothing_is_missing_or_said(home, published, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(published, folder, ignore=shutil.ignore_patterns("wandb"))
+    before = {path.name for path in folder.iterdir()}
+    done = publish_in(folder, HOME=home)
+    assert done.returncode == 0 and done.stderr == "" and len(offline_runs(folder)) == len(offline_runs(published))
+    assert {path.name for path in folder.iterdir()} == before | {"wandb"}
+
+
+def test_a_read_only_folder_is_one_sentence(published, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(published, folder, ignore=shutil.ignore_patterns("wandb"))
+    (folder / "wandb").mkdir(mode=0o555)
+    done = publish_in(folder, prefix=unprivileged())
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and "give access, then run again" in done.stderr
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 On the first stages of the tiny chain, which need no torch; `make kills` does the same to all of it.
 """
 
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from limits import in_namespace, unprivileged
 
 import synthetic
 from benchmarks import kills, tiny_chain
@@ -110,10 +113,18 @@ def test_unfinished_and_changed_cells_are_found(project):
     (changed / "evaluate/rows.csv").write_text("changed")
     facts = '{"status": "finished", "outputs": {"evaluate/rows.csv": {"sha256": "' + "0" * 64 + '", "bytes": 7}}}'
     (changed / "cell.json").write_text(facts)
+    for name in ("sound", "flipped", "unfinished"):
+        (cells / "shared" / name).mkdir(parents=True)
+        (cells / "shared" / name / "model.safetensors").write_bytes(b"weights")
+        facts = {"sha256": hashlib.sha256(b"weights").hexdigest(), "bytes": 7}
+        if name != "unfinished":
+            (cells / "shared" / name / "outputs.json").write_text(json.dumps({"model.safetensors": facts}))
+    overwrite(cells / "shared/flipped/model.safetensors", b"weighty")
     found = tiny_chain.run(project, *VERIFY, check=False)
-    assert found.returncode == 2 and "2 damaged" in found.stderr and "never finished" in found.stdout
+    assert found.returncode == 2 and "4 damaged" in found.stderr and "never finished" in found.stdout
     tiny_chain.run(project, *VERIFY, "--repair")
-    assert [path.name for path in cells.iterdir()] == ["locks"] and tiny_chain.run(project, *VERIFY)
+    assert {path.name for path in cells.iterdir()} == {"locks", "shared"} and tiny_chain.run(project, *VERIFY)
+    assert [path.name for path in (cells / "shared").iterdir()] == ["sound"]
 
 
 @pytest.mark.parametrize("what", ["dvc", "stage"])
@@ -138,14 +149,6 @@ def test_two_at_once_build_once_or_one_says_why_not(built, sources):
     tiny_chain.run(sources, *VERIFY)
 
 
-def in_namespace(*options: str) -> list[str]:
-    """A command prefix that needs Linux's user namespaces."""
-    command = ["unshare", "--map-root-user", *options]
-    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
-        pytest.skip("this system does not let `unshare` make a namespace")
-    return command
-
-
 def test_full_disk_is_one_sentence_and_leaves_no_half(sources):
     script = f"""
         mkdir out && mount -t tmpfs -o size=200k tmpfs out && {sys.executable} -m pipeline.resolve
@@ -156,16 +159,12 @@ def test_full_disk_is_one_sentence_and_leaves_no_half(sources):
 
 
 def test_read_only_results_are_one_sentence(tmp_path):
-    setpriv = shutil.which("setpriv")
-    if os.geteuid() == 0 and setpriv is None:
-        pytest.skip("root may write anywhere, and there is no setpriv to give that up")
-    powerless = [setpriv, "--bounding-set", "-dac_override", "--inh-caps", "-dac_override"] if os.geteuid() == 0 else []
     synthetic.write_out(tmp_path / "out")
     (tmp_path / "out/resolved").mkdir()
     (tmp_path / "out/resolved/report.yaml").write_text(yaml.safe_dump(synthetic.CONFIG))
     (tmp_path / "results").mkdir(mode=0o555)
     done = tiny_chain.run(
-        tmp_path, *powerless, sys.executable, "-m", "pipeline.report", check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        tmp_path, *unprivileged(), sys.executable, "-m", "pipeline.report", check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: cannot write results/") and "Permission denied; make room or give access" in done.stderr

@@ -37,6 +37,19 @@ def test_stage_gets_its_configuration_and_folders(workspace):
     assert cell.quantized("published", "cwac", 0) == Path("out/compensate/net-w4a4/published+cwac-seed0.safetensors")
 
 
+def test_a_stage_logs_into_a_file_of_its_own_and_why_it_failed(workspace, monkeypatch, capsys):
+    monkeypatch.setenv("QWT2_VERBOSE", "")  # restored afterwards: -v sets it
+    log = Path("out/logs/demo@net-w4a4.log")
+    stage.run_stage("demo", lambda cfg, cell: None)
+    assert "stage demo@net-w4a4" in log.read_text() and "finished" in log.read_text() and capsys.readouterr().err == ""
+    with pytest.raises(SystemExit):
+        stage.run_stage("demo", _fail_with(Qwt2Error("the moon is full")))
+    assert "Traceback" in log.read_text() and capsys.readouterr().err == "error: the moon is full\n"
+    monkeypatch.setattr(sys, "argv", ["demo", "net-w4a4", "-v"])
+    stage.run_stage("demo", lambda cfg, cell: None)
+    assert "stage demo@net-w4a4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("read", [lambda cfg: cfg["seeds"], lambda cfg: cfg["model"]["train"]])
 def test_reading_an_undeclared_key_is_an_error(workspace, read):
     with pytest.raises(KeyError, match="not among the keys this stage declares"):
