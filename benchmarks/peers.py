@@ -1,6 +1,6 @@
 """int8 files of this library against those of ONNX Runtime's `quantize_static` and of NNCF, interleaved in one run.
 
-Random weights, and calibration on crops of two real photographs: neither latency nor the distance from the float model's
+Files for OpenVINO are quantized with variant="openvino". Random weights, and calibration on crops of two real photographs: neither latency nor the distance from the float model's
 logits needs trained weights, and accuracy is not claimed here. Latency is taken with one thread, on batches of 1 and 8.
 """
 
@@ -40,6 +40,7 @@ MODELS = {
     "vit_small_patch16_224": "repq",
     "mobilenetv3_large_100": "percentile",
 }
+VARIANTS = {"onnxruntime": "default", "openvino": "openvino"}  # engine -> how its files are quantized
 CALIBRATION_IMAGES, TEST_IMAGES = 32, 32
 ROUNDS = {1: 20, 8: 5}  # batch size -> rounds
 THREADS = 1
@@ -70,35 +71,39 @@ class Comparison:
         self.calibration, self.test = crops[:CALIBRATION_IMAGES], crops[CALIBRATION_IMAGES:]
         with torch.no_grad():
             self.exact = self.model(self.test).numpy()
-        self.costs: dict[str, dict] = {}
+        self.costs: dict[tuple[str, str], dict] = {}
         self.make_files()
 
     def make_files(self) -> None:
-        """<variant>.onnx or nncf.xml in the folder, and what each took to make."""
-        export_onnx(self.model, self.path("fp32"), self.test[:1])
-        batches = list(self.calibration.split(16))
-        ptq = self.measured("ptq", lambda: quantize(self.model, batches, self.method, Precision(8, 8)))
+        """A file for each engine and variant, and what each took to make."""
+        for engine in VARIANTS:
+            self.make_own_files(engine)
+        self.measured("onnxruntime", "quantize_static", self.quantize_static)
+        self.measured("openvino", "nncf", self.nncf)
+
+    def make_own_files(self, engine: str) -> None:
+        export_onnx(self.model, self.path(engine, "fp32"), self.test[:1])
+        batches, how = list(self.calibration.split(16)), (self.method, Precision(8, 8), VARIANTS[engine])
+        ptq = self.measured(engine, "ptq", lambda: quantize(self.model, batches, *how))
         qmodels = {"ptq": ptq}
         for compensation in ("cwac", "qwt"):
             qmodels[compensation] = copy.deepcopy(ptq)
-            self.measured(compensation, lambda: compensate(qmodels[compensation], batches, compensation))
-            for key in self.costs[compensation]:  # on top of plain PTQ's
-                combine = sum if key == "seconds" else max
-                self.costs[compensation][key] = combine((self.costs[compensation][key], self.costs["ptq"][key]))
+            self.measured(engine, compensation, lambda: compensate(qmodels[compensation], batches, compensation))
+            costs = self.costs[engine, compensation]
+            for key, base in self.costs[engine, "ptq"].items():  # on top of plain PTQ's
+                costs[key] = costs[key] + base if key == "seconds" else max(costs[key], base)
         for variant, qmodel in qmodels.items():
-            export_onnx(fold(qmodel), self.path(variant), self.test[:1])
-        export_onnx(unfolded(ptq, qmodels["cwac"]), self.path("cwac_unfolded"), self.test[:1])
-        self.measured("quantize_static", self.quantize_static)
-        self.measured("nncf", self.nncf)
+            export_onnx(fold(qmodel), self.path(engine, variant), self.test[:1])
+        export_onnx(unfolded(ptq, qmodels["cwac"]), self.path(engine, "cwac_unfolded"), self.test[:1])
 
-    def path(self, variant: str) -> Path:
-        return self.folder / f"{variant}.{'xml' if variant == 'nncf' else 'onnx'}"
+    def path(self, engine: str, variant: str) -> Path:
+        return self.folder / f"{engine}-{variant}.{'xml' if variant == 'nncf' else 'onnx'}"
 
-    def measured(self, variant: str, work: Callable):
+    def measured(self, engine: str, variant: str, work: Callable):
         started = time.perf_counter()
         with PeakMemory() as memory:
             result = work()
-        self.costs[variant] = {"seconds": time.perf_counter() - started, "peak_memory_mb": memory.megabytes}
+        self.costs[engine, variant] = {"seconds": time.perf_counter() - started, "peak_memory_mb": memory.megabytes}
         return result
 
     def quantize_static(self) -> None:
@@ -115,9 +120,9 @@ class Comparison:
                 return None if image is None else {"images": image.numpy()}
 
         prepared = self.folder / "prepared.onnx"
-        quant_pre_process(self.path("fp32"), prepared, skip_symbolic_shape=True)
+        quant_pre_process(self.path("onnxruntime", "fp32"), prepared, skip_symbolic_shape=True)
         quantize_static(
-            prepared, self.path("quantize_static"), Reader(self.calibration), quant_format=QuantFormat.QDQ,
+            prepared, self.path("onnxruntime", "quantize_static"), Reader(self.calibration), quant_format=QuantFormat.QDQ,
             per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
 
@@ -132,7 +137,7 @@ class Comparison:
         # Converted by OpenVINO itself: from our ONNX file NNCF makes a model whose layers run in float.
         model = openvino.convert_model(self.model, example_input=self.test[:1])
         quantized = nncf.quantize(model, dataset, subset_size=CALIBRATION_IMAGES, model_type=kind)
-        openvino.save_model(quantized, self.path("nncf"), compress_to_fp16=False)
+        openvino.save_model(quantized, self.path("openvino", "nncf"), compress_to_fp16=False)
 
     def rows(self) -> list[dict]:
         rows = []
@@ -140,7 +145,7 @@ class Comparison:
             sessions = self.sessions(batch)
             image_batches = [images.numpy() for images in self.test.split(batch)]
             calls = {key: [partial(session, image_batches[0])] for key, session in sessions.items()}
-            for engine in ("onnxruntime", "openvino"):
+            for engine in VARIANTS:
                 own = {variant: call for (e, variant), call in calls.items() if e == engine}
                 measured = measure_latency(own, BASE, rounds, warmup=1)
                 for variant, latency in measured.items():
@@ -149,9 +154,9 @@ class Comparison:
         return rows
 
     def row(self, engine: str, variant: str, batch: int, rounds: int, latency, logits: np.ndarray) -> dict:
-        source = {"bf16": "fp32"}.get(variant, variant)
-        files = [self.path(source), self.path(source).with_suffix(".bin")]
-        costs = self.costs.get(variant, {})
+        path = self.path(engine, {"bf16": "fp32"}.get(variant, variant))
+        files = [path, path.with_suffix(".bin")]
+        costs = self.costs.get((engine, variant), {})
         return {
             "model": self.name, "engine": engine, "variant": variant, "batch": batch,
             "latency_ms": round(latency.wall_ms, 3), "latency_cpu_ms": round(latency.cpu_ms, 3),
@@ -169,18 +174,19 @@ class Comparison:
         from qwt2.engines.ort import OnnxRuntimeSession
         from qwt2.engines.ov import OpenVinoSession
 
-        def compiled(session, variant):
-            model = session(with_batch_size(onnx.load(self.path(variant)), batch), THREADS)
+        def compiled(session, engine, variant):
+            model = session(with_batch_size(onnx.load(self.path(engine, variant)), batch), THREADS)
             return lambda images: next(iter(model({"images": images}).values()))
 
         own = ["fp32", "ptq", "cwac_unfolded", "cwac", "qwt"]
-        sessions = {("onnxruntime", variant): compiled(OnnxRuntimeSession, variant) for variant in [*own, "quantize_static"]}
-        sessions |= {("openvino", variant): compiled(OpenVinoSession, variant) for variant in own}
-        fixed = with_batch_size(onnx.load(self.path("fp32")), batch).SerializeToString()
+        runs = [("onnxruntime", variant) for variant in [*own, "quantize_static"]] + [("openvino", variant) for variant in own]
+        kinds = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}
+        sessions = {(engine, variant): compiled(kinds[engine], engine, variant) for engine, variant in runs}
+        fixed = with_batch_size(onnx.load(self.path("openvino", "fp32")), batch).SerializeToString()
         shape = [batch, *self.test.shape[1:]]
         sessions["openvino", "bf16"] = openvino_default(fixed, shape, {})
         # as our files run: what stays in float in float32
-        sessions["openvino", "nncf"] = openvino_default(self.path("nncf"), shape, {"INFERENCE_PRECISION_HINT": "f32"})
+        sessions["openvino", "nncf"] = openvino_default(self.path("openvino", "nncf"), shape, {"INFERENCE_PRECISION_HINT": "f32"})
         return sessions
 
 
