@@ -66,9 +66,14 @@ class Detection(Task):
 
     def calibration(self, network: nn.Module, seed: int) -> Iterator[Inputs]:
         images, batch_size = calibration_size(self.cfg)
-        dataset = build_dataset(self.config, self.scenes, "train")
-        batches = Batches(self.config, dataset, batch_size, draw_calibration(len(dataset), images, seed))
+        chosen = draw_calibration(len(self.training), images, seed)
+        batches = Batches(self.config, self.training, batch_size, chosen)
         return (self._with_regions(network, *batch) for batch in batches)
+
+    @cached_property
+    def training(self) -> Any:
+        """The training images, as a detector is tested with them."""
+        return build_dataset(self.config, self.scenes, "train")
 
     def structure(self, network: nn.Module) -> dict[str, Any]:
         detector = network.detector

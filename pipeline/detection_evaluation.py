@@ -8,7 +8,6 @@ import numpy as np
 
 from pipeline.detection import Detection as Task
 from pipeline.evaluation import Evaluation, Figures
-from pipeline.parallel import each
 from pipeline.stage import Cell
 from qwt2.detection.parts import DENSE, part_names, running_on
 from qwt2.detection.pictures import draw_grid
@@ -35,20 +34,10 @@ class Detection(Evaluation):
 
     def engine_figures(self, method: str, engine: str) -> Figures:
         """Of the first seed: a detector goes through its validation images for seconds, and engines hardly differ."""
-        return by_metric([self.on_engines[method, engine]])
-
-    @cached_property
-    def on_engines(self) -> dict[tuple[str, str], dict[str, float]]:
-        """Metrics of every method on every engine."""
-        runs = [(method, engine, self.seeds[0]) for engine in self.cfg["evaluate"]["engines"] for method in self.methods]
-        found = each("evaluate on engines", self.on_engine_with, runs, self.cfg["workers"])
-        return {(method, engine): metrics for (method, engine, _), metrics in zip(runs, found)}
-
-    def on_engine_with(self, run: tuple[str, str, int]) -> dict[str, float]:
-        method, engine, seed = run
-        runs = {p: load_engine(self.cell.onnx(method, seed, p), engine, self.cfg["threads"]) for p in self.parts}
+        files = {part: self.cell.onnx(method, self.seeds[0], part) for part in self.parts}
+        runs = {part: load_engine(path, engine, self.cfg["threads"]) for part, path in files.items()}
         with running_on(self.network, runs, image_size(runs[DENSE])) as detector:
-            return self.task.measure(detector)["metrics"]
+            return by_metric([self.task.measure(detector)["metrics"]])
 
     def write_pictures(self, path: Path) -> None:
         """What fp32, plain PTQ and CWAC find, side by side."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.parallel import watched
+from pipeline.parallel import each
 from pipeline.stage import Cell
 from qwt2.data import open_dataset
 from qwt2.engines import load_engine
@@ -40,7 +40,6 @@ class Evaluation(ABC):
         self.cfg, self.cell = cfg, cell
         self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
         self.methods, self.exported = ["ptq", *self.compensations], ["ptq", *cfg["exported"]]
-        self.mismatches: dict[tuple[str, str], dict[str, Mismatch]] = {}  # of (method, engine), as they are measured
 
     def label(self, method: str, variant: str = "default") -> str:
         name = self.cfg["ptq"]["method"] + ("" if variant == "default" else f"_{variant}")
@@ -111,17 +110,28 @@ class Evaluation(ABC):
     def on_engine(self, engine: str) -> list[Row]:
         """Accuracy of the exported methods on an integer engine, its distance from the simulation, and file sizes."""
         rows = []
-        for method in watched(f"evaluate on {engine}", self.exported, [[method] for method in self.exported]):
-            figures, simulated = self.engine_figures(method, engine), self.simulated_figures(method, "default")
+        for method in self.exported:
+            engine_figures, mismatches = self.measured[method, engine]
+            figures, simulated = dict(engine_figures), self.simulated_figures(method, "default")
             for metric, delta in self.DELTAS.items():
                 if metric in figures:
                     figures[delta] = [y - x for y, x in zip(figures[metric], simulated[metric])]
             files = [[self.cell.onnx(method, seed, part) for part in self.parts] for seed in self.seeds]
             figures["file_bytes"] = [sum(path.stat().st_size for path in paths) for paths in files]
             rows += self.rows_of(method, engine, figures)
-            self.mismatches[method, engine] = self.measure_mismatches(files[0], engine)
-            rows += self.mismatch_rows(method, engine, Mismatch.worst(list(self.mismatches[method, engine].values())))
+            rows += self.mismatch_rows(method, engine, Mismatch.worst(list(mismatches.values())))
         return rows
+
+    @cached_property
+    def measured(self) -> dict[tuple[str, str], tuple[Figures, dict[str, Mismatch]]]:
+        """Figures of every exported method on every engine, and how far its modules are from the simulation there."""
+        runs = [(method, engine) for engine in self.cfg["evaluate"]["engines"] for method in self.exported]
+        return dict(zip(runs, each("evaluate on engines", self.measure, runs, self.cfg["workers"])))
+
+    def measure(self, run: tuple[str, str]) -> tuple[Figures, dict[str, Mismatch]]:
+        method, engine = run
+        files = [self.cell.onnx(method, self.seeds[0], part) for part in self.parts]
+        return self.engine_figures(method, engine), self.measure_mismatches(files, engine)
 
     def measure_mismatches(self, files: list[Path], engine: str) -> dict[str, Mismatch]:
         """Of every module of every file."""
@@ -161,7 +171,7 @@ class Evaluation(ABC):
             label = self.label(fit["compensation"], fit["variant"])
             for module in fit["modules"]:
                 records[label, fit["seed"], module["module"]] = module | {"kind": kinds.get(module["module"], "block")}
-        for (method, engine), mismatches in self.mismatches.items():
+        for (method, engine), (_, mismatches) in self.measured.items():
             for module, kind in self.facts(method)["modules"].items():
                 record = records.setdefault((self.label(method), self.seeds[0], module), {"kind": kind})
                 if module in mismatches:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qwt2.export import Exporter
+from qwt2.export import Exporter, structure
 from qwt2.inputs import Inputs
 
 
@@ -20,8 +20,16 @@ class FileExporter:
     def __init__(self, example_input: Inputs):
         self.exporter = Exporter(example_input)
 
-    def export(self, folded: nn.Module, path: Path) -> None:
-        self.exporter.export(folded, path)
+    def export(self, folded: nn.Module, path: Path) -> Path:
+        return self.exporter.export(folded, path)
+
+    def learn(self, path: Path) -> None:
+        """Write files of its structure into copies of a file that another process exported."""
+        self.exporter.learn(path)
+
+    def structure(self, folded: nn.Module) -> str:
+        """The same for networks whose files differ in stored numbers alone."""
+        return structure(folded)
 
     def holds(self, folded: nn.Module, module: str) -> bool:
         """Whether the file holds a module of the network."""
@@ -39,8 +47,11 @@ class PartExporter(FileExporter):
     def __init__(self, name: str, example_input):
         self.name, self.exporter = name, Exporter(example_input, output_names=None)
 
-    def export(self, folded: nn.Module, path: Path) -> None:
-        self.exporter.export(self._part(folded), path)
+    def export(self, folded: nn.Module, path: Path) -> Path:
+        return self.exporter.export(self._part(folded), path)
+
+    def structure(self, folded: nn.Module) -> str:
+        return structure(self._part(folded))
 
     def holds(self, folded: nn.Module, module: str) -> bool:
         return self._part(folded).holds(module)

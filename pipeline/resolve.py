@@ -35,7 +35,7 @@ KEYS = {
     "baseline": ("threads", "data", "model"),
     "ptq": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision"),
     "compensate": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq.variants", "compensation"),
-    "fold": ("threads", "seeds", "data", _ARCHITECTURE, "exported", "evaluate.mismatch_images"),
+    "fold": ("threads", "workers", "seeds", "data", _ARCHITECTURE, "exported", "evaluate.mismatch_images"),
     "evaluate": (
         *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
         *("compensations", "exported", "evaluate"),

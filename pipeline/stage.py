@@ -76,12 +76,17 @@ def run_stage(stage: str, main: Callable[[Declared, Cell], None], runs_networks:
     A user's mistake is printed as one sentence with exit code 2, and what the stage had written so far is
     removed. A stage that `runs_networks` starts warm where it can (`pipeline.warm`).
     """
-    if runs_networks and (code := delegate()) is not None:
-        raise SystemExit(code)
     options = _parser(stage).parse_args()
+    if runs_networks and (code := delegate(_detects(stage, options.cell))) is not None:
+        raise SystemExit(code)
     if options.verbose:
         os.environ[VERBOSE] = "1"
     guarded(lambda: _run(stage, options.cell, main))
+
+
+def _detects(stage: str, cell: str) -> bool:
+    """Whether the stage works on a detector; that a configuration is missing is told later."""
+    return config_path(stage, cell).is_file() and task_of(load_config(stage, cell).get("model", {})) == "detection"
 
 
 def _parser(stage: str) -> argparse.ArgumentParser:

@@ -1,10 +1,13 @@
 """Run a command whose stages start warm: `python -m pipeline.warm dvc repro`.
 
-Importing torch and timm would cost each of some twenty stages several seconds. Here one process imports them once,
-when the first stage asks, and such stages run in forks of it. Only third-party libraries are shared: a stage's own
-code is imported after the fork. Without this wrapper every stage runs in its own process, with the same results.
+Importing torch and timm, or mmdet, would cost each of some fifty stages several seconds. Here one process imports them
+once, when the first stage asks, and such stages run in forks of it. Only third-party libraries are shared: a stage's own
+code is imported after the fork, except for what mmdet cannot be imported without (`qwt2.detection.ops`). Without this
+wrapper every stage runs in its own process, with the same results.
 """
 
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -16,6 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 _ADDRESS = "QWT2_WARM"
@@ -23,8 +27,11 @@ _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 2.0
 
 
-def delegate() -> int | None:
+def delegate(detects: bool = False) -> int | None:
     """Have the warm process run the module that is `__main__`, with this process's arguments and streams.
+
+    Args:
+        detects: whether it will need mmdet too.
 
     Returns:
         The stage's exit code; None if there is no warm process, so that the caller must do the work itself.
@@ -33,7 +40,9 @@ def delegate() -> int | None:
     if address is None:
         return None
     module = sys.modules["__main__"].__spec__.name
-    request = {"module": module, "argv": sys.argv, "folder": os.getcwd(), "environment": dict(os.environ)}
+    request = {
+        "module": module, "argv": sys.argv, "folder": os.getcwd(), "environment": dict(os.environ), "detects": detects
+    }  # fmt: skip
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(address)
@@ -62,34 +71,59 @@ def main(command: list[str]) -> int:
             except TimeoutError:
                 pass
             else:
-                workers.add(_start(connection))
+                if pid := _start(connection):
+                    workers.add(pid)
             workers = {pid for pid in workers if os.waitpid(pid, os.WNOHANG)[0] == 0}
     for pid in workers:
         os.waitpid(pid, 0)
     return process.returncode
 
 
-def _start(connection: socket.socket) -> int:
-    """Fork a process that does what `connection` asks; its pid."""
-    import timm  # noqa: F401
-    import torch  # noqa: F401
-
-    pid = os.fork()
+def _start(connection: socket.socket) -> int | None:
+    """Fork a process that does what `connection` asks; its pid. None where the asker is gone."""
+    request, streams = _receive(connection)
+    pid = None
+    if request is not None:
+        _import_libraries(request["detects"])
+        gc.freeze()  # or each collection in a fork would go through all that is imported
+        pid = os.fork()
     if pid == 0:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.register_at_fork(after_in_child=connection.close)  # or the asker would wait for the worker's own forks
-        os._exit(_work(connection))
+        os._exit(_work(connection, request, streams))
     connection.close()
+    for stream in streams:
+        os.close(stream)
     return pid
 
 
-def _work(connection: socket.socket) -> int:
+def _receive(connection: socket.socket) -> tuple[dict | None, list[int]]:
+    """What is asked for, and the asker's standard streams."""
     connection.setblocking(True)
     data, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
     while not data.endswith(b"\n"):
-        data += connection.recv(1 << 16)
-    request = json.loads(data)
+        more = connection.recv(1 << 16)
+        if not more:
+            return None, streams
+        data += more
+    return json.loads(data), streams
+
+
+def _import_libraries(detection: bool) -> None:
+    import timm  # noqa: F401
+    import torch  # noqa: F401
+
+    if detection:
+        with suppress(Exception):  # the stage itself will meet it, and tell
+            # Imported by name, as most stages do not depend on it.
+            importlib.import_module("qwt2.detection.ops").ensure_operators()
+            from mmdet.utils import register_all_modules
+
+            register_all_modules(init_default_scope=False)
+
+
+def _work(connection: socket.socket, request: dict, streams: list[int]) -> int:
     for stream, copy in enumerate(streams):
         os.dup2(copy, stream)
         os.close(copy)

@@ -122,11 +122,15 @@ class Exporter:
 
     def export(self, folded: nn.Module, path: str | os.PathLike) -> Path:
         """As :func:`export_onnx`; the files that were written before must still be there."""
-        structure = _structure(folded)
-        if structure in self._templates:
-            return rewrite_onnx(self._templates[structure], folded, path)
-        self._templates[structure] = export_onnx(folded, path, self.example_input, output_names=self.output_names)
-        return Path(path)
+        known = self._templates.get(structure(folded))
+        if known is not None:
+            return rewrite_onnx(known, folded, path)
+        return self.learn(export_onnx(folded, path, self.example_input, output_names=self.output_names))
+
+    def learn(self, path: Path) -> Path:
+        """Write models of the structure in a file that was exported elsewhere into copies of it; returns ``path``."""
+        self._templates |= dict.fromkeys(_structures(load_onnx(path)), path)
+        return path
 
 
 def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.PathLike) -> Path:
@@ -139,7 +143,7 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
         Qwt2Error: the file was not exported by this library or from another structure.
     """
     model = load_onnx(template)
-    if _structure(folded) not in {entry.value for entry in model.metadata_props if entry.key == STRUCTURE_KEY}:
+    if structure(folded) not in _structures(model):
         raise Qwt2Error(f"{template} holds a model of another structure; export this one with qwt2.export_onnx")
     state = {name: tensor.detach().cpu().numpy() for name, tensor in folded.state_dict().items()}
     for tensor in model.graph.initializer:
@@ -230,13 +234,18 @@ def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:
     del model.metadata_props[:]
     info = getattr(folded, "quantization", None)
     label = "float" if info is None else f"{info.method} W{info.precision.weight_bits}A{info.precision.activation_bits}"
-    onnx.helper.set_model_props(model, {PRODUCER_KEY: label, STRUCTURE_KEY: _structure(folded)})
+    onnx.helper.set_model_props(model, {PRODUCER_KEY: label, STRUCTURE_KEY: structure(folded)})
 
 
-def _structure(model: nn.Module) -> str:
+def structure(model: nn.Module) -> str:
     """A digest of the names, shapes and types of everything a model stores."""
     stored = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
     return hashlib.sha256(json.dumps(stored).encode()).hexdigest()
+
+
+def _structures(model: onnx.ModelProto) -> set[str]:
+    """Of the model that a file was exported from; empty for files of others."""
+    return {entry.value for entry in model.metadata_props if entry.key == STRUCTURE_KEY}
 
 
 def _refuse_unfolded(model: nn.Module) -> None:

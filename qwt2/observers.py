@@ -69,8 +69,14 @@ class Grid:
         # In place after the first operation: on large activations, fresh memory costs more than arithmetic.
         codes = (x / scale).round_()
         if bool((zero_point == zero_point.round()).all()):  # then adding and subtracting it changes nothing
-            return codes.clamp_(self.qmin - zero_point, self.qmax - zero_point).mul_(scale)
+            return codes.clamp_(*self._around(zero_point)).mul_(scale)
         return codes.add_(zero_point).clamp_(self.qmin, self.qmax).sub_(zero_point).mul_(scale)
+
+    def _around(self, zero_point: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        """The ends of the grid less the zero point; as numbers where one fits all, as torch clamps faster to them."""
+        lowest, highest = (float(end) for end in zero_point.aminmax())
+        shared = lowest if lowest == highest else zero_point
+        return self.qmin - shared, self.qmax - shared
 
 
 Observer = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]

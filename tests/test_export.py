@@ -319,3 +319,7 @@ def test_exporter_exports_a_structure_once(tmp_path, monkeypatch):
     models = small(), small(seed=1), small(4), small(4, seed=1)
     paths = [exporter.export(model, tmp_path / f"{i}.onnx") for i, model in enumerate(models)]
     assert len(exports) == 2 and len({p.read_bytes() for p in paths}) == 4
+    other = Exporter(tiny.images(2))
+    other.learn(paths[0])
+    assert other.export(models[1], tmp_path / "learned.onnx").read_bytes() == paths[1].read_bytes()
+    assert len(exports) == 2

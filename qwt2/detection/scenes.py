@@ -123,10 +123,33 @@ def score(found: list[Any], scenes: Scenes, split: str = "val") -> dict[str, flo
         if not (torch.isfinite(instances.scores).all() and torch.isfinite(instances.bboxes).all()):
             raise Qwt2Error("the detector's boxes or scores hold NaN or infinity; check the weights and the precision")
     kinds = ["bbox", "segm"] if any("masks" in sample.pred_instances for sample in found) else ["bbox"]
-    with contextlib.redirect_stdout(io.StringIO()), quiet():
+    with contextlib.redirect_stdout(io.StringIO()), quiet(), _only_what_is_asked():
         metric = CocoMetric(ann_file=str(scenes.annotations[split]), metric=kinds)
         metric.dataset_meta = {"classes": tuple(scenes.classes)}
         metric.process({}, [sample.to_dict() for sample in found])
         figures = metric.evaluate(len(found))
     # mmdet rounds to three digits, and gives no figures where nothing at all is found.
     return {name: round(100.0 * figures.get(key, 0.0), 1) for name, key in METRICS.items() if key.partition("/")[2][:4] in kinds}
+
+
+@contextlib.contextmanager
+def _only_what_is_asked() -> Iterator[None]:
+    """Halve CocoMetric's time: no detour through JSON files, no figures of small, medium and large objects by themselves."""
+    from mmdet.evaluation.metrics import coco_metric
+
+    def of_all_areas(*args: Any) -> Any:
+        evaluation = originals["COCOeval"](*args)
+        params = evaluation.params
+        params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
+        return evaluation
+
+    files: dict[str, Any] = {}
+    replacements = {
+        "dump": lambda results, path: files.update({path: results}), "load": files.__getitem__, "COCOeval": of_all_areas
+    }  # fmt: skip
+    originals = {name: getattr(coco_metric, name) for name in replacements}
+    try:
+        vars(coco_metric).update(replacements)
+        yield
+    finally:
+        vars(coco_metric).update(originals)
