@@ -249,6 +249,23 @@ def test_score_is_100_for_the_annotations_themselves_and_0_for_other_classes(con
     assert moved["bbox_ap"] < 90 and moved["bbox_ap50"] == 100 and moved["segm_ap"] == 100
 
 
+def test_score_is_what_mmdets_own_metric_gives(config):
+    """Of detections that are off by more and more, with CocoMetric as mmdet ships it."""
+    from mmdet.evaluation.metrics import CocoMetric
+
+    scenes, samples = tiny_detectors.scenes(), found(config)
+    for number, sample in enumerate(samples):
+        sample.pred_instances.bboxes += 0.5 * number
+        sample.pred_instances.masks = sample.pred_instances.masks.roll(number, -1)
+    metric = CocoMetric(ann_file=str(scenes.annotations["val"]), metric=["bbox", "segm"])
+    metric.dataset_meta = {"classes": tuple(scenes.classes)}
+    metric.process({}, [sample.to_dict() for sample in samples])
+    expected = metric.evaluate(len(samples))
+    mine = score(samples, scenes)
+    assert mine == {n: round(100 * expected[f"coco/{k}"], 1) for n, k in (("bbox_ap", "bbox_mAP"), ("bbox_ap50", "bbox_mAP_50"), ("segm_ap", "segm_mAP"))}
+    assert 0 < mine["bbox_ap"] < 100 and 0 < mine["segm_ap"] < 100
+
+
 def test_score_of_nothing_found_is_0(config):
     samples = found(config)
     for sample in samples:
