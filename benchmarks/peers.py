@@ -42,7 +42,7 @@ MODELS = {
 }
 VARIANTS = {"onnxruntime": "default", "openvino": "openvino"}  # engine -> how its files are quantized
 CALIBRATION_IMAGES, TEST_IMAGES = 32, 32
-ROUNDS = {1: 20, 8: 5}  # batch size -> rounds
+ROUNDS = {1: 40, 8: 11}  # batch size -> rounds
 THREADS = 1
 BASE = "ptq"
 
