@@ -26,6 +26,7 @@ from qwt2.quantization import quantized_layers
 
 KINDS = {"swin": "repq", "resnet": "percentile"}
 ENGINES = ("onnxruntime", "openvino")
+THREE = ["/0of3", "/1of3", "/2of3"]  # query, key and value
 
 
 @dataclass
@@ -244,11 +245,11 @@ def test_folding_changes_nothing(chain):
 
 def test_files_hold_every_quantized_module_once(chain):
     assert list(chain.files) == [DENSE, "detector.roi_head.bbox_head", "detector.roi_head.mask_head"]
-    stored = [
-        tensor.name.removesuffix(".weight_scale")
-        for path in chain.files.values() for tensor in load_onnx(path).graph.initializer if tensor.name.endswith(".weight_scale")
-    ]  # fmt: skip
-    assert sorted(stored) == sorted(chain.qmodel.quantization.layers)
+    names = [tensor.name for path in chain.files.values() for tensor in load_onnx(path).graph.initializer]
+    layers = chain.qmodel.quantization.layers
+    # Files have a layer for each of query, key and value.
+    expected = [f"{layer}.weight_scale{part}" for layer in layers for part in (THREE if layer.endswith(".qkv") else [""])]
+    assert sorted(name for name in names if ".weight_scale" in name) == sorted(expected)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -36,7 +36,7 @@ def project(tmp_path_factory) -> Path:
 def shown(project: Path, *arguments: str) -> list[dict[str, str]]:
     """The table of `make experiments`, in an environment that is set up."""
     shutil.copy(ROOT / "Makefile", project)
-    command = ["make", "--dry-run", "--old-file=.venv/.installed", "experiments", f"ARGS={' '.join(arguments)} --csv"]
+    command = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/.installed", "experiments", f"ARGS={' '.join(arguments)} --csv"]
     line = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
     return [*csv.DictReader(io.StringIO(run(project, *shlex.split(line)).stdout))]
 

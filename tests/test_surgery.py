@@ -73,7 +73,7 @@ def boolean(q):
 def test_attention_taken_apart_computes_the_same(product, mask):
     model = randomize(Tokens(Attention(product, mask)))
     expected = outputs(model, images(4))
-    exposed = expose_operations(model, trace(model, images(1)), residual=False)
+    exposed = expose_operations(model, trace(model, images(1)), additions={})
     names = exposed.matmuls
     assert names == ["layer.matmul1", "layer.matmul2"] and not exposed.skipped
     first, second = (model.get_submodule(name) for name in names)
@@ -90,7 +90,7 @@ def test_whole_networks_taken_apart_compute_the_same(name):
     expected = outputs(model, images(4))
     changed = copy.deepcopy(model)
     fold_batchnorms(changed, trace(changed, images(1)))
-    exposed = expose_operations(changed, trace(changed, images(1)), residual=False)
+    exposed = expose_operations(changed, trace(changed, images(1)), additions={})
     assert not exposed.skipped
     for matmul in exposed.matmuls:
         changed.get_submodule(matmul).quantized = False
@@ -108,7 +108,7 @@ def test_attention_that_cannot_be_rewritten_stays_in_float_with_its_reason():
     model = randomize(Tokens(DataDependent()))
     with torch.no_grad():
         model.stem.bias.add_(10.0)
-    exposed = expose_operations(model, trace(model, images(1)), residual=False)
+    exposed = expose_operations(model, trace(model, images(1)), additions={})
     assert not exposed.matmuls and "cannot be traced" in exposed.skipped["layer"]
 
 
