@@ -1,7 +1,8 @@
 """int8 files of this library against those of ONNX Runtime's `quantize_static` and of NNCF, interleaved in one run.
 
-Files for OpenVINO are quantized with variant="openvino". Random weights, and calibration on crops of two real photographs: neither latency nor the distance from the float model's
-logits needs trained weights, and accuracy is not claimed here. Latency is taken with one thread, on batches of 1 and 8.
+Files for OpenVINO are quantized with variant="openvino". Random weights, and calibration on crops of two real photographs:
+neither latency nor the distance from the float model's logits needs trained weights, and accuracy is not claimed here.
+Latency is taken with one thread, on batches of 1 and 8.
 """
 
 import copy
