@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from qwt2.errors import Qwt2Error
 from qwt2.int4 import widen_int4
 from qwt2.io import atomic_path
+from qwt2.onnx_graph import OnnxGraph
 
 PRODUCER_KEY = "qwt2"
 # Names of nodes that qwt2.onnx_passes adds in front of a pooling.
@@ -116,7 +117,7 @@ def slice_modules(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tupl
     Returns:
         The model, whose inputs bear those names, and module name -> :class:`Slice`.
     """
-    graph = _Graph(model)
+    graph = _Modules(model)
     modules = sorted({name.rpartition(".")[0] for name in inputs})
     nodes, slices = [], {}
     for module in modules:
@@ -191,23 +192,8 @@ class Slice:
         return self.scale or max(float(expected.max() - expected.min()) / 255, np.finfo(np.float32).tiny)
 
 
-def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """Every stored tensor by name: initializers and the tensors of Constant nodes."""
-    found = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            found[node.output[0]] = node.attribute[0].t
-    return found
-
-
-class _Graph:
-    def __init__(self, model: onnx.ModelProto):
-        self.constants = constants(model)
-        self.maker = {name: node for node in model.graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+class _Modules(OnnxGraph):
+    """The integer modules of a graph."""
 
     def piece(self, module: str) -> tuple[list[onnx.NodeProto], str, list[onnx.NodeProto]]:
         """Nodes of one module's slice, its output tensor, and the part after the module itself.
@@ -262,14 +248,14 @@ class _Graph:
         users = [node for node in users if not node.name.startswith(POOLED)]
         quantize = next(n for n in users if n.op_type == "QuantizeLinear")
         dequantize = next(n for n in users if n.op_type == "DequantizeLinear")
-        before = self.maker.get(quantize.input[0])
+        before = self.made.get(quantize.input[0])
         clipped = before is not None and before.op_type == "Clip" and before.input[1] == f"{prefix}.low"
         return [before, quantize, dequantize] if clipped else [quantize, dequantize]
 
     def _epilogue(self, tensor: str) -> list[onnx.NodeProto]:
         """What lies between a tensor and the end of the next quantizer, if only mergeable nodes do."""
         nodes: list[onnx.NodeProto] = []
-        while len(self.readers.get(tensor, [])) == 1 and self.readers[tensor][0].op_type in _MERGED:
+        while len(self.readers[tensor]) == 1 and self.readers[tensor][0].op_type in _MERGED:
             nodes.append(self.readers[tensor][0])
             tensor = nodes[-1].output[0]
             if nodes[-1].op_type == "DequantizeLinear":

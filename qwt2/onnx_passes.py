@@ -6,13 +6,12 @@ what lies on it already.
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import onnx
 from onnx import helper, numpy_helper
 
 from qwt2.errors import Qwt2Error
-from qwt2.onnx_file import POOLED, constants
+from qwt2.onnx_file import POOLED
+from qwt2.onnx_graph import OnnxGraph
 from qwt2.onnx_projections import split_projections
 
 _ACTIVATIONS = ("Gelu", "Relu", "HardSwish", "Sigmoid", "Tanh")
@@ -32,18 +31,16 @@ def rewrite_for_engines(model: onnx.ModelProto) -> None:
 
 def drop_identities(model: onnx.ModelProto) -> None:
     """Let readers of an Identity, or of a Pad by nothing, read what it reads; engines match their patterns on neighbours."""
-    graph = model.graph
-    stored = constants(model)
-    outputs = {value.name for value in graph.output}
+    graph = OnnxGraph(model)
     source: dict[str, str] = {}
     kept = []
-    for node in graph.node:
+    for node in graph.nodes:
         node.input[:] = [source.get(name, name) for name in node.input]
-        if _is_identity(node, stored) and node.output[0] not in outputs:
+        if _is_identity(node, graph.constants) and node.output[0] not in graph.outputs:
             source[node.output[0]] = node.input[0]
         else:
             kept.append(node)
-    _set_nodes(graph, kept)
+    graph.replace_nodes(kept)
 
 
 def _is_identity(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> bool:
@@ -59,23 +56,20 @@ def move_below(model: onnx.ModelProto, names: set[str], kinds: tuple[str, ...]) 
         names: output tensors of the nodes to move.
         kinds: operations that compute value by value, if their other inputs are single numbers.
     """
-    graph = model.graph
+    graph = OnnxGraph(model)
     numbers = _numbers(graph)
-    outputs = {value.name for value in graph.output}
-    readers = _readers(graph)
     moved = []
-    for node in [n for n in graph.node if set(n.output) & names]:
+    for node in [n for n in graph.nodes if set(n.output) & names]:
         chain = []
         tensor = node.output[0]
-        while tensor not in outputs and len(readers[tensor]) == 1:
-            [reader] = readers[tensor]
+        while (reader := graph.only_reader(tensor)) is not None:
             if reader.op_type not in kinds or not all(name in numbers for name in reader.input[1:] if name):
                 break
             chain.append(reader)
             tensor = reader.output[0]
         if chain:
             moved.append((node, chain))
-    nodes, stale = list(graph.node), set()
+    nodes, stale = list(graph.nodes), set()
     for node, chain in moved:
         stale |= {node.output[0], *(reader.output[0] for reader in chain[:-1])}
         end = chain[-1].output[0]
@@ -84,19 +78,19 @@ def move_below(model: onnx.ModelProto, names: set[str], kinds: tuple[str, ...]) 
         node.output[0] = end
         nodes.remove(node)
         nodes.insert(nodes.index(chain[-1]) + 1, node)
-    shapes = [value for value in graph.value_info if value.name not in stale]
-    del graph.value_info[:]
-    graph.value_info.extend(shapes)
-    _set_nodes(graph, nodes)
+    shapes = [value for value in model.graph.value_info if value.name not in stale]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(shapes)
+    graph.replace_nodes(nodes)
 
 
 def _reshapes_behind_layers(model: onnx.ModelProto) -> set[str]:
     """Linear layers are exported with two dimensions; the activation that follows belongs to their kernel."""
-    made = {name: node for node in model.graph.node for name in node.output}
+    graph = OnnxGraph(model)
     return {
         node.output[0]
-        for node in model.graph.node
-        if node.op_type == "Reshape" and node.input[0] in made and made[node.input[0]].op_type == "Gemm"
+        for node in graph.nodes
+        if node.op_type == "Reshape" and node.input[0] in graph.made and graph.made[node.input[0]].op_type == "Gemm"
     }
 
 
@@ -126,16 +120,13 @@ def quantize_before_pooling(model: onnx.ModelProto) -> None:
     Raises:
         Qwt2Error: the scales differed once the graph was made; it is of another model then.
     """
-    graph = model.graph
-    readers = _readers(graph)
-    made = {name: node for node in graph.node for name in node.output}
-    outputs = {value.name for value in graph.output}
+    graph = OnnxGraph(model)
     nodes = []
-    for node in graph.node:
-        quantizers = [_quantizer(reader, readers) for reader in readers[node.output[0]]]
-        if node.op_type == "MaxPool" and node.output[0] not in outputs and quantizers and all(quantizers):
-            grids = {tuple(_values(graph, n.input[1:]) for n in quantizer) for quantizer in quantizers}
-            behind = made.get(node.input[0])
+    for node in graph.nodes:
+        quantizers = [_quantizer(reader, graph) for reader in graph.readers[node.output[0]]]
+        if node.op_type == "MaxPool" and node.output[0] not in graph.outputs and quantizers and all(quantizers):
+            grids = {_grid(quantizer, graph) for quantizer in quantizers}
+            behind = graph.made.get(node.input[0])
             if behind is not None and behind.output[0].startswith(POOLED):  # made by this pass before
                 if len(grids) > 1:
                     raise Qwt2Error(f"quantizers behind {node.name} differ; export the model with qwt2.export_onnx again")
@@ -144,14 +135,14 @@ def quantize_before_pooling(model: onnx.ModelProto) -> None:
                 node.input[0] = before[-1].output[0]
                 nodes += before
         nodes.append(node)
-    _set_nodes(graph, nodes)
+    graph.replace_nodes(nodes)
 
 
-def _quantizer(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> list[onnx.NodeProto]:
+def _quantizer(node: onnx.NodeProto, graph: OnnxGraph) -> list[onnx.NodeProto]:
     """The Clip (if any), QuantizeLinear and DequantizeLinear that start with ``node``, or nothing."""
     chain = [node]
-    while chain[-1].op_type in ("Clip", "QuantizeLinear") and len(readers[chain[-1].output[0]]) == 1:
-        chain += readers[chain[-1].output[0]]
+    while chain[-1].op_type in ("Clip", "QuantizeLinear") and len(graph.readers[chain[-1].output[0]]) == 1:
+        chain += graph.readers[chain[-1].output[0]]
     kinds = [n.op_type for n in chain]
     return chain if kinds[-2:] == ["QuantizeLinear", "DequantizeLinear"] else []
 
@@ -169,31 +160,17 @@ def _copies(nodes: list[onnx.NodeProto], tensor: str, name: str) -> list[onnx.No
     return copies
 
 
-def _values(graph: onnx.GraphProto, names: list[str]) -> tuple[bytes, ...]:
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    return tuple(numpy_helper.to_array(tensors[name]).tobytes() for name in names if name)
+def _grid(quantizer: list[onnx.NodeProto], graph: OnnxGraph) -> tuple[tuple[bytes, ...], ...]:
+    """The values that a quantizer's nodes compute with."""
+    return tuple(
+        tuple(numpy_helper.to_array(graph.constants[name]).tobytes() for name in node.input[1:] if name) for node in quantizer
+    )
 
 
-def _numbers(graph: onnx.GraphProto) -> set[str]:
+def _numbers(graph: OnnxGraph) -> set[str]:
     """Names of constants that hold one number."""
-    names = {tensor.name for tensor in graph.initializer if all(size == 1 for size in tensor.dims)}
-    for node in graph.node:
-        if node.op_type == "Constant":
-            value = helper.get_attribute_value(node.attribute[0])
-            if isinstance(value, (int, float)) or (isinstance(value, onnx.TensorProto) and all(s == 1 for s in value.dims)):
-                names.add(node.output[0])
+    names = {name for name, tensor in graph.constants.items() if all(size == 1 for size in tensor.dims)}
+    for node in graph.nodes:
+        if node.op_type == "Constant" and isinstance(helper.get_attribute_value(node.attribute[0]), (int, float)):
+            names.add(node.output[0])
     return names
-
-
-def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            readers[name].append(node)
-    return readers
-
-
-def _set_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)

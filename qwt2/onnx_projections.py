@@ -7,14 +7,15 @@ output channels do not depend on each other.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from qwt2.onnx_file import constants, part_name, stored_values
+from qwt2.onnx_file import part_name, stored_values
+from qwt2.onnx_graph import OnnxGraph
+
 
 def split_projections(model: onnx.ModelProto) -> None:
     """Split every layer whose output is reshaped, transposed and taken apart into equal pieces, in place.
@@ -23,7 +24,7 @@ def split_projections(model: onnx.ModelProto) -> None:
     """
     graph = model.graph
     finder = _Finder(model)
-    found = [projection for node in graph.node if node.op_type == "Gemm" and (projection := finder.projection(node))]
+    found = [projection for node in finder.nodes if node.op_type == "Gemm" and (projection := finder.projection(node))]
     if not found:
         return
     stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -31,7 +32,7 @@ def split_projections(model: onnx.ModelProto) -> None:
     # In the transpose's place: what its shape is computed from may come behind the layer.
     replaced = {id(projection.transpose): projection.parts() for projection in found}
     nodes = []
-    for node in graph.node:
+    for node in finder.nodes:
         nodes += replaced.get(id(node), [] if id(node) in gone else [node])
     for projection in found:
         for name in projection.constants:
@@ -41,9 +42,8 @@ def split_projections(model: onnx.ModelProto) -> None:
             graph.initializer.extend(numpy_helper.from_array(stored_values(part, whole), part) for part in parts)
     known = {name for node in nodes for name in node.output} | {tensor.name for tensor in graph.initializer}
     shapes = [value for value in graph.value_info if value.name in known]
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:], graph.value_info[:]
-    graph.node.extend(nodes)
+    finder.replace_nodes(nodes)
+    del graph.value_info[:]
     graph.value_info.extend(shapes)
 
 
@@ -110,16 +110,10 @@ class _Projection:
         ]
 
 
-class _Finder:
+class _Finder(OnnxGraph):
     def __init__(self, model: onnx.ModelProto):
-        self.made = {name: node for node in model.graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in model.graph.node:
-            for name in node.input:
-                self.readers[name].append(node)
+        super().__init__(model)
         self.stored = {tensor.name for tensor in model.graph.initializer}
-        self.values = constants(model)
-        self.outputs = {value.name for value in model.graph.output}
         self.shapes = {
             value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.value_info
         }
@@ -130,7 +124,7 @@ class _Finder:
         if not self._own_constants(weight) or not self._own_constants(bias):
             return None
         reshapes, tensor = [], gemm.output[0]
-        while (node := self._only_reader(tensor)) is not None and node.op_type == "Reshape":
+        while (node := self.only_reader(tensor)) is not None and node.op_type == "Reshape":
             reshapes.append(node)
             tensor = node.output[0]
         if node is None or node.op_type != "Transpose" or not reshapes or node.output[0] in self.outputs:
@@ -154,10 +148,6 @@ class _Finder:
             and all(name in self.stored and len(self.readers[name]) == 1 for name in node.input)
         )  # fmt: skip
 
-    def _only_reader(self, tensor: str) -> onnx.NodeProto | None:
-        readers = self.readers[tensor]
-        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
-
     def _pieces(self, tensor: str, count: int) -> list[list[onnx.NodeProto]]:
         """For every index of a tensor's first axis the nodes that select it, if nothing else reads the tensor."""
         found: dict[int, list[onnx.NodeProto]] = {}
@@ -178,7 +168,7 @@ class _Finder:
         if node.op_type != "Slice" or len(node.input) < 4:
             return None, []
         start, end, axis = (self._constant(name) for name in node.input[1:4])
-        squeeze = self._only_reader(node.output[0])
+        squeeze = self.only_reader(node.output[0])
         known = all(value is not None and value.size == 1 for value in (start, end, axis))
         if not known or squeeze is None or squeeze.op_type != "Squeeze" or axis.item() != 0 or end.item() != start.item() + 1:
             return None, []
@@ -186,7 +176,7 @@ class _Finder:
         return (start.item(), [node, squeeze]) if squeezed is not None and squeezed.tolist() == [0] else (None, [])
 
     def _constant(self, name: str) -> np.ndarray | None:
-        tensor = self.values.get(name)
+        tensor = self.constants.get(name)
         if tensor is not None:
             return numpy_helper.to_array(tensor)
         node = self.made.get(name)

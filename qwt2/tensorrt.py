@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from qwt2.onnx_file import constants
+from qwt2.onnx_graph import OnnxGraph
 
 MAX_OPSET = 20
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -46,13 +46,9 @@ def check(model: onnx.ModelProto) -> list[Violation]:
 class _Check:
     def __init__(self, model: onnx.ModelProto):
         self.model = model
-        self.constants = {name: numpy_helper.to_array(tensor) for name, tensor in constants(model).items()}
-        self.types = {name: tensor.data_type for name, tensor in constants(model).items()}
-        self.maker = {name: node for node in model.graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+        self.graph = OnnxGraph(model)
+        self.constants = {name: numpy_helper.to_array(tensor) for name, tensor in self.graph.constants.items()}
+        self.types = {name: tensor.data_type for name, tensor in self.graph.constants.items()}
 
     def violations(self) -> Iterator[Violation]:
         for entry in self.model.opset_import:
@@ -64,7 +60,7 @@ class _Check:
             if not all(dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]):
                 yield Violation(value.name, "has a dynamic dimension besides the batch")
         rules = {"QuantizeLinear": self._quantizer, "DequantizeLinear": self._dequantizer} | dict.fromkeys(_PRODUCTS, self._product)
-        for node in self.model.graph.node:
+        for node in self.graph.nodes:
             for reason in rules.get(node.op_type, lambda node: ())(node):
                 yield Violation(node.name or node.output[0], reason)
 
@@ -74,7 +70,7 @@ class _Check:
             yield "quantizes an activation with more than one scale"
         if self._zero_type(node) != TensorProto.INT8:
             yield "makes codes that are not int8"
-        for reader in self.readers.get(node.output[0], []):
+        for reader in self.graph.readers[node.output[0]]:
             if reader.op_type not in ("DequantizeLinear", *_MOVES):
                 yield f"makes codes that {reader.op_type} reads before they are dequantized"
 
@@ -114,7 +110,7 @@ class _Check:
 
     def _source(self, name: str) -> onnx.NodeProto | None:
         """The dequantizer that a tensor comes from through nothing but movement, if it does."""
-        node = self.maker.get(name)
+        node = self.graph.made.get(name)
         while node is not None and node.op_type in _MOVES:
-            node = self.maker.get(node.input[0])
+            node = self.graph.made.get(node.input[0])
         return node if node is not None and node.op_type == "DequantizeLinear" else None

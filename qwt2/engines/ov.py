@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
+from qwt2.onnx_graph import OnnxGraph
 from qwt2.operations import Operation
 
 _FUSED = ("Clip", "Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")  # computed in a convolution's kernel
@@ -54,9 +53,9 @@ def quantize_added_twice(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    graph = _Neighbours(changed)
+    graph = _Convolutions(changed)
     nodes = []
-    for node in changed.graph.node:
+    for node in graph.nodes:
         if node.op_type == "Add" and not any(graph.is_convolution(name) for name in node.input):
             for position, name in enumerate(node.input):
                 if graph.is_quantized_convolution(name):
@@ -66,21 +65,15 @@ def quantize_added_twice(model: onnx.ModelProto) -> onnx.ModelProto:
                     nodes.append(onnx.helper.make_node("DequantizeLinear", [codes, *parameters], [value]))
                     node.input[position] = value
         nodes.append(node)
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del changed.graph.node[:]
-    changed.graph.node.extend(nodes)
+    graph.replace_nodes(nodes)
     return changed
 
 
-class _Neighbours:
-    def __init__(self, model: onnx.ModelProto):
-        self.made = {name: node for node in model.graph.node for name in node.output}
-        self.readers = Counter(name for node in model.graph.node for name in node.input)
-
+class _Convolutions(OnnxGraph):
     def is_convolution(self, name: str) -> bool:
         """Whether a tensor is a convolution's output that nothing else reads, perhaps activated or clipped."""
         node = self.made.get(name)
-        if node is None or self.readers[name] > 1:
+        if node is None or len(self.readers[name]) > 1:
             return False
         return node.op_type == "Conv" or (node.op_type in _FUSED and self.is_convolution(node.input[0]))
 

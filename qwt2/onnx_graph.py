@@ -1,0 +1,45 @@
+"""Who makes and who reads each tensor of an ONNX graph."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import onnx
+
+
+class OnnxGraph:
+    """The wiring of a model's graph as it was when this was made.
+
+    Attributes:
+        nodes: in execution order.
+        made: tensor -> the node that makes it.
+        readers: tensor -> the nodes that read it, one entry for each operand; empty for what nothing reads.
+        constants: tensor -> what is stored of it: initializers and the tensors of Constant nodes.
+        outputs: the graph's outputs.
+    """
+
+    def __init__(self, model: onnx.ModelProto):
+        self._graph = model.graph
+        self.nodes = list(model.graph.node)
+        self.made = {name: node for node in self.nodes for name in node.output}
+        self.readers: defaultdict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            for name in node.input:
+                self.readers[name].append(node)
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in self.nodes:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.constants[node.output[0]] = node.attribute[0].t
+        self.outputs = {value.name for value in model.graph.output}
+
+    def only_reader(self, tensor: str) -> onnx.NodeProto | None:
+        """The node that reads a tensor, if no other does and the tensor is no output."""
+        readers = self.readers[tensor]
+        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
+
+    def replace_nodes(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        """Give the model's graph these nodes, its own among them, in this order."""
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del self._graph.node[:]
+        self._graph.node.extend(copies)
