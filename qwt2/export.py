@@ -15,11 +15,11 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
-from qwt2.integer import IntegerLayer, dequantize, quantize_dequantize
+from qwt2.integer import IntegerLayer, QuantizeDequantize, dequantize, quantize_dequantize
 from qwt2.int4 import pack_int4
 from qwt2.io import quiet
-from qwt2.onnx_file import PRODUCER_KEY, load_onnx, save_onnx, stored_values
-from qwt2.onnx_passes import quantize_before_pooling, rewrite_for_engines
+from qwt2.onnx_file import PRODUCER_KEY, VARIANT_KEY, load_onnx, save_onnx, stored_values
+from qwt2.onnx_passes import fuse_additions, quantize_before_pooling, rewrite_for_engines
 from qwt2.tensorrt import check as check_tensorrt
 from qwt2.tracing import evaluation_mode
 
@@ -87,7 +87,7 @@ def export_onnx(
     _strip(model)
     _strip_later_attributes(model)
     _use_first_names(model, folded)
-    rewrite_for_engines(model)
+    rewrite_for_engines(model, _clipped(folded))
     _stamp(model, folded)
     if profile == "tensorrt":
         _fit_tensorrt(model)
@@ -151,6 +151,7 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
         if values is not None:
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     quantize_before_pooling(model)
+    fuse_additions(model, _clipped(folded))
     _stamp(model, folded)
     return save_onnx(model, path)
 
@@ -158,7 +159,7 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
 def _translations() -> dict:
     from onnxscript import opset20 as op
 
-    def quantize_dequantize_onnx(x, scale, zero_point, low, high):
+    def quantize_dequantize_onnx(x, scale, zero_point, low, high, rounds: bool):
         clipped = x if low is None else op.Clip(x, low, high)
         codes = op.QuantizeLinear(clipped, scale, zero_point)
         return op.DequantizeLinear(codes, scale, zero_point)
@@ -230,11 +231,17 @@ def _use_first_names(model: onnx.ModelProto, folded: nn.Module) -> None:
         node.input[:] = [new.get(name, name) for name in node.input]
 
 
+def _clipped(folded: nn.Module) -> list[str]:
+    """Names of the quantizers that do not round."""
+    return [name for name, module in folded.named_modules() if isinstance(module, QuantizeDequantize) and not module.rounds]
+
+
 def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:
     del model.metadata_props[:]
     info = getattr(folded, "quantization", None)
     label = "float" if info is None else f"{info.method} W{info.precision.weight_bits}A{info.precision.activation_bits}"
-    onnx.helper.set_model_props(model, {PRODUCER_KEY: label, STRUCTURE_KEY: structure(folded)})
+    variant = {} if info is None else {VARIANT_KEY: info.variant}
+    onnx.helper.set_model_props(model, {PRODUCER_KEY: label, STRUCTURE_KEY: structure(folded)} | variant)
 
 
 def structure(model: nn.Module) -> str:

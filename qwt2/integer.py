@@ -18,7 +18,7 @@ from qwt2.quantizers import UniformQuantizer
 
 @torch.library.custom_op("qwt2::quantize_dequantize", mutates_args=())
 def quantize_dequantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor | None, high: Tensor | None
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor | None, high: Tensor | None, rounds: bool
 ) -> Tensor:
     """Round ``x`` to 8-bit codes and back.
 
@@ -30,17 +30,21 @@ def quantize_dequantize(
         zero_point: uint8 or int8, (); its type is the type of the codes.
         low, high: float32, (); ends of the grid. ``None``: all 256 codes are in use, and the
             saturation of the code type is the clipping.
+        rounds: False gives what an engine gives that leaves out the rounding of this pair: ``x``, clipped. What the
+            exported file has in its place, :func:`qwt2.onnx_passes.fuse_additions` decides.
     """
     info = torch.iinfo(zero_point.dtype)
     zero = zero_point.to(x.dtype)
     if low is not None:
         x = torch.clamp(x, low, high)
+    if not rounds:
+        return x.clone()  # an operator must not return its own input
     codes = torch.clamp(torch.round(x / scale) + zero, info.min, info.max)
     return (codes - zero) * scale
 
 
 @quantize_dequantize.register_fake
-def _(x, scale, zero_point, low, high):
+def _(x, scale, zero_point, low, high, rounds):
     return torch.empty_like(x)
 
 
@@ -65,17 +69,17 @@ class QuantizeDequantize(nn.Module):
 
     def __init__(self, quantizer: UniformQuantizer):
         super().__init__()
-        grid = quantizer.grid
+        grid, self.rounds = quantizer.grid, quantizer.rounds
         code_type = torch.int8 if grid.symmetric else torch.uint8
         scale, zero_point = quantizer.scale.clone(), quantizer.zero_point
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point.round().to(code_type))
-        clips = grid.bits < 8 or grid.narrow
+        clips = grid.bits < 8 or grid.narrow or not self.rounds
         self.register_buffer("low", (grid.qmin - zero_point) * scale if clips else None)
         self.register_buffer("high", (grid.qmax - zero_point) * scale if clips else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantize_dequantize(x, self.scale, self.zero_point, self.low, self.high)
+        return quantize_dequantize(x, self.scale, self.zero_point, self.low, self.high, self.rounds)
 
 
 class IntegerLayer(nn.Module):

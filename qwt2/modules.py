@@ -164,7 +164,8 @@ class QuantizedMatmul(QuantizedModule):
 class QuantizedAdd(QuantizedModule):
     """a + b with operands fake-quantized: a residual addition as engines with integer additions compute it.
 
-    An operand without quantizer is the output of a layer that has an output quantizer.
+    An operand without quantizer is the output of a layer that has an output quantizer; one whose quantizer only clips is
+    the output of a layer in whose kernel the sum is computed.
     """
 
     def __init__(self, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None):

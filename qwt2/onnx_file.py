@@ -18,6 +18,7 @@ from qwt2.io import atomic_path
 from qwt2.onnx_graph import OnnxGraph
 
 PRODUCER_KEY = "qwt2"
+VARIANT_KEY = "qwt2_variant"  # how the model was quantized
 # Names of nodes that qwt2.onnx_passes adds in front of a pooling.
 POOLED = "pooled/"
 _PART = re.compile(r"(.+)/(\d+)of(\d+)")

@@ -6,6 +6,8 @@ what lies on it already.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx
 from onnx import helper, numpy_helper
 
@@ -17,16 +19,23 @@ from qwt2.onnx_projections import split_projections
 _ACTIVATIONS = ("Gelu", "Relu", "HardSwish", "Sigmoid", "Tanh")
 _SCALINGS = ("Mul",)
 _QUANTIZERS = ("Clip", "QuantizeLinear", "DequantizeLinear")
+# What OpenVINO computes, behind an addition, in a convolution's kernel.
+_FUSED = ("Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")
 
 
-def rewrite_for_engines(model: onnx.ModelProto) -> None:
-    """Apply every pass of this module, in place."""
+def rewrite_for_engines(model: onnx.ModelProto, clipped: Collection[str] = ()) -> None:
+    """Apply every pass of this module, in place.
+
+    Args:
+        clipped: names of the quantizers that do not round.
+    """
     drop_identities(model)
     split_projections(model)
     move_below(model, _transposes_of_last_axis(model), _QUANTIZERS)
     move_below(model, _transposes_behind_layers(model), (*_SCALINGS, *_QUANTIZERS))
     move_below(model, _reshapes_behind_layers(model), (*_ACTIVATIONS, *_SCALINGS, *_QUANTIZERS))
     quantize_before_pooling(model)
+    fuse_additions(model, clipped)
 
 
 def drop_identities(model: onnx.ModelProto) -> None:
@@ -136,6 +145,62 @@ def quantize_before_pooling(model: onnx.ModelProto) -> None:
                 nodes += before
         nodes.append(node)
     graph.replace_nodes(nodes)
+
+
+def fuse_additions(model: onnx.ModelProto, clipped: Collection[str]) -> None:
+    """Make of each of these quantizers either its Clip alone, or its QuantizeLinear and DequantizeLinear alone.
+
+    In front of an addition, OpenVINO (2026.4) leaves out the rounding of a convolution's quantizer where one quantizer
+    reads the sum, and computes all in the convolution's kernel. Elsewhere it would round.
+
+    Args:
+        clipped: names of quantizers that do not round; their scales and ends are stored under these names.
+
+    Raises:
+        Qwt2Error: quantizers behind a sum differ, in a file in which they did not; it is of another model then.
+    """
+    graph = OnnxGraph(model)
+    gone: set[int] = set()
+    source: dict[str, str] = {}
+    for name in clipped:
+        clips = graph.readers[f"{name}.low"]
+        quantizers = [node for node in graph.readers[f"{name}.scale"] if node.op_type == "QuantizeLinear"]
+        for quantize in quantizers:
+            [dequantize] = graph.readers[quantize.output[0]]
+            fuses = _is_rounded_once(dequantize.output[0], graph)
+            if not clips and not fuses:
+                raise Qwt2Error(f"quantizers behind {name} differ; export the model with qwt2.export_onnx again")
+            if fuses:
+                source |= {clip.output[0]: clip.input[0] for clip in clips}
+                gone |= set(map(id, clips))
+            else:
+                source[dequantize.output[0]] = quantize.input[0]
+                gone |= {id(quantize), id(dequantize)}
+    for node in graph.nodes:
+        node.input[:] = [source.get(tensor, tensor) for tensor in node.input]
+    graph.replace_nodes([node for node in graph.nodes if id(node) not in gone])
+    _drop_unread(model)
+
+
+def _is_rounded_once(operand: str, graph: OnnxGraph) -> bool:
+    """Whether all that reads the sum of which a tensor is an operand, activated or not, is one and the same quantizer."""
+    addition = graph.only_reader(operand)
+    if addition is None or addition.op_type != "Add":
+        return False
+    tensor = addition.output[0]
+    while (reader := graph.only_reader(tensor)) is not None and reader.op_type in _FUSED:
+        tensor = reader.output[0]
+    quantizers = [_quantizer(reader, graph) for reader in graph.readers[tensor]]
+    grids = {_grid(quantizer, graph) for quantizer in quantizers}
+    return all(quantizers) and len(grids) == 1 and tensor not in graph.outputs
+
+
+def _drop_unread(model: onnx.ModelProto) -> None:
+    """Drop what is stored and no node reads."""
+    read = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
 
 
 def _quantizer(node: onnx.NodeProto, graph: OnnxGraph) -> list[onnx.NodeProto]:

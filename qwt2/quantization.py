@@ -28,6 +28,7 @@ from qwt2.ptq import PTQ_METHODS
 from qwt2.ptq.recipe import PTQMethod, Recipe
 from qwt2.quantizers import LogSqrt2Quantizer, Quantizer, UniformQuantizer
 from qwt2.surgery import (
+    Operands,
     expose_operations,
     expose_transposed_convolutions,
     fold_batchnorms,
@@ -126,8 +127,8 @@ def quantize(
         method: a registered PTQ method ("repq", "percentile", "mse", "minmax").
         precision: bit widths.
         variant: "default" runs on integer engines; "openvino" leaves float what OpenVINO's convolution kernels
-            activate, add and round at once (more accurate and faster there, slower on engines whose convolutions give
-            integers alone); "tensorrt" has the symmetric activations that TensorRT wants; "published" follows the
+            activate, add and round at once (more accurate there, and mostly faster; slower on engines whose
+            convolutions give integers alone); "tensorrt" has the symmetric activations that TensorRT wants; "published" follows the
             papers' code, where a method has that variant.
         observer_images: how many calibration images choose the ranges (32 in the papers).
         blocks: names of the blocks that compensation will work on; found by their names if not given.
@@ -324,8 +325,9 @@ def _insert_layers(
         replace_module(qmodel, name, kind(layer, input_quantizer, weight_quantizer, output_quantizer, recipe.exportable))
 
 
-def _activation_quantizer(recipe: Recipe, bits: int, axis: int | None) -> UniformQuantizer:
-    return UniformQuantizer(Grid(bits, recipe.symmetric_activations, recipe.zero_in_range), recipe.observer, axis)
+def _activation_quantizer(recipe: Recipe, bits: int, axis: int | None, rounds: bool = True) -> UniformQuantizer:
+    grid = Grid(bits, recipe.symmetric_activations, recipe.zero_in_range)
+    return UniformQuantizer(grid, recipe.observer, axis, rounds)
 
 
 def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
@@ -344,19 +346,18 @@ def _insert_matmul_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantizat
             )
 
 
-def _quantized_operands(wiring: Trace, recipe: Recipe) -> dict[str, list[tuple[bool, bool]]]:
-    """Which operands of every addition get a quantizer of their own; see :attr:`Recipe.addition_bits`."""
+def _quantized_operands(wiring: Trace, recipe: Recipe) -> dict[str, list[Operands]]:
+    """What becomes of the operands of every addition; see :attr:`Recipe.addition_bits`."""
     if recipe.addition_bits is None:
         return {}
 
-    def chosen(makers: tuple[str | None, str | None]) -> tuple[bool, bool]:
-        convolutions = [name for name in makers if name in wiring.layers]
+    def chosen(makers: tuple[str | None, str | None]) -> Operands:
+        convolutions = [position for position, name in enumerate(makers) if name in wiring.layers]
         if not convolutions:
-            return False, False
+            return None, None
         if recipe.output_bits:
-            return makers[0] is None, makers[1] is None
-        last = makers.index(max(convolutions, key=wiring.layers.index))
-        return last != 0, last != 1
+            return tuple(None if maker else "quantized" for maker in makers)
+        return tuple("clipped" if position == convolutions[0] else "quantized" for position in range(2))
 
     return {name: [chosen(makers) for makers in site.additions] for name, site in wiring.sites.items()}
 
@@ -365,7 +366,8 @@ def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantiz
     for name in info.additions:
         addition = qmodel.get_submodule(name)
         for role in addition.quantizers():
-            setattr(addition, role, _activation_quantizer(recipe, recipe.addition_bits, None))
+            rounds = not getattr(addition, role).clips
+            setattr(addition, role, _activation_quantizer(recipe, recipe.addition_bits, None, rounds))
 
 
 def first_and_last(qmodel: nn.Module, wiring: Trace, blocks: list[str], many_outputs: bool) -> set[str]:

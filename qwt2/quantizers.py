@@ -56,15 +56,16 @@ class UniformQuantizer(Quantizer):
         grid: the integer grid.
         observer: name of the observer that chooses the range.
         channel_axis: axis with one scale an entry; ``None`` for one scale in all.
+        rounds: False only clips to the grid's range, as OpenVINO computes a quantizer in front of an addition.
 
     Attributes:
         scale, zero_point: float tensors; shape () per tensor, (channels,) per channel. The zero
             point is whole unless a method sets it otherwise (RepQ-ViT's published variant).
     """
 
-    def __init__(self, grid: Grid, observer: str, channel_axis: int | None = None):
+    def __init__(self, grid: Grid, observer: str, channel_axis: int | None = None, rounds: bool = True):
         super().__init__()
-        self.grid, self.observer, self.channel_axis = grid, observer, channel_axis
+        self.grid, self.observer, self.channel_axis, self.rounds = grid, observer, channel_axis, rounds
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
 
@@ -92,7 +93,10 @@ class UniformQuantizer(Quantizer):
         return self.scale.reshape(shape), self.zero_point.reshape(shape)
 
     def quantize(self, x: Tensor) -> Tensor:
-        return self.grid.fake_quantize(x, *self.parameters_for(x))
+        scale, zero_point = self.parameters_for(x)
+        if not self.rounds:
+            return torch.clamp(x, (self.grid.qmin - zero_point) * scale, (self.grid.qmax - zero_point) * scale)
+        return self.grid.fake_quantize(x, scale, zero_point)
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of ``x``, as an int32 tensor of its shape."""
@@ -103,7 +107,8 @@ class UniformQuantizer(Quantizer):
     def extra_repr(self) -> str:
         kind = "symmetric" if self.grid.symmetric else "affine"
         axis = "" if self.channel_axis is None else f", channel_axis={self.channel_axis}"
-        return f"bits={self.grid.bits}, {kind}, observer={self.observer}{axis}"
+        rounds = "" if self.rounds else ", clips only"
+        return f"bits={self.grid.bits}, {kind}, observer={self.observer}{axis}{rounds}"
 
 
 class LogSqrt2Quantizer(Quantizer):

@@ -104,12 +104,21 @@ def _overlap(layer: nn.ConvTranspose2d) -> str:
     return "" if square and plain else "a transposed convolution whose kernel differs from its stride, padded or grouped, stays in float"
 
 
-class PendingOperand(Quantizer):
-    """Stands for the quantizer of an operand until a PTQ method chooses one."""
+# Of an addition: "quantized", "clipped" to the grid's range, or ``None``, as it is.
+Operands = tuple[str | None, str | None]
 
-    def __init__(self, is_softmax: bool = False):
+
+class PendingOperand(Quantizer):
+    """Stands for the quantizer of an operand until a PTQ method chooses one.
+
+    Args:
+        is_softmax: the operand is a softmax's output.
+        clips: the quantizer is only to clip.
+    """
+
+    def __init__(self, is_softmax: bool = False, clips: bool = False):
         super().__init__()
-        self.is_softmax = is_softmax
+        self.is_softmax, self.clips = is_softmax, clips
 
 
 @dataclass
@@ -126,7 +135,7 @@ class Exposed:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def expose_operations(model: nn.Module, trace: Trace, additions: Mapping[str, list[tuple[bool, bool]]]) -> Exposed:
+def expose_operations(model: nn.Module, trace: Trace, additions: Mapping[str, list[Operands]]) -> Exposed:
     """Make every product of activations a :class:`QuantizedMatmul` module of its own, in place.
 
     The forward method of each module that multiplies activations, ``model`` itself included, is
@@ -135,8 +144,8 @@ def expose_operations(model: nn.Module, trace: Trace, additions: Mapping[str, li
     product, mask, softmax and product.
 
     Args:
-        additions: site name -> for each of its additions, which operands get a quantizer; those with one become
-            :class:`QuantizedAdd` modules ``add1``, ``add2``, ...
+        additions: site name -> for each of its additions, what becomes of its operands; those of which one is
+            quantized or clipped become :class:`QuantizedAdd` modules ``add1``, ``add2``, ...
     """
     exposed = Exposed()
     for name, site in trace.sites.items():
@@ -162,7 +171,7 @@ class _ChildrenAreLeaves(fx.Tracer):
         return True
 
 
-def _rewrite(module: nn.Module, site: Site, additions: list[tuple[bool, bool]]) -> fx.GraphModule:
+def _rewrite(module: nn.Module, site: Site, additions: list[Operands]) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fx says that it cannot check the constants
         graph = _ChildrenAreLeaves().trace(module, concrete_args=site.constants)
@@ -182,13 +191,14 @@ def _rewrite(module: nn.Module, site: Site, additions: list[tuple[bool, bool]]) 
     return rewritten
 
 
-def _expose_additions(graph: fx.Graph, rewritten: fx.GraphModule, additions: list[tuple[bool, bool]]) -> None:
+def _expose_additions(graph: fx.Graph, rewritten: fx.GraphModule, additions: list[Operands]) -> None:
     nodes = [node for node in graph.nodes if _is_addition(node)]
     if len(nodes) != len(additions):  # it also adds numbers, say sizes: which is which cannot be told
         return
     residual = [(node, operands) for node, operands in zip(nodes, additions) if any(operands)]
     for (node, operands), child in zip(residual, _free_names(rewritten, "add")):
-        rewritten.add_submodule(child, QuantizedAdd(*(PendingOperand() if needed else None for needed in operands)))
+        pending = (kind and PendingOperand(clips=kind == "clipped") for kind in operands)
+        rewritten.add_submodule(child, QuantizedAdd(*pending))
         _call_instead(graph, node, child)
 
 

@@ -61,7 +61,10 @@ def test_whole_residual_networks_are_the_same(engine, bits):
 @pytest.mark.parametrize("network", ["resnet", "mobilenet"])
 @pytest.mark.parametrize("bits", [8, 3])
 def test_openvino_computes_its_own_variant_as_simulated(network, bits):
-    """Convolution, activation, addition and one rounding in one kernel; other engines run the file too."""
+    """Convolution, activation, addition and one rounding in one kernel.
+
+    Other engines run the file too, and round where OpenVINO does not.
+    """
     folded, path = tiny.exported(network, bits, "cwac", "openvino")
     images = tiny.images(8, seed=1)
     with torch.no_grad():
@@ -69,7 +72,8 @@ def test_openvino_computes_its_own_variant_as_simulated(network, bits):
     records = record_modules(folded, images[:4])
     for engine in NAMES:
         found = qwt2.load_engine(path, engine)(images.numpy())
-        assert np.median(np.abs(found - expected).max(1)) < 1e-4 * np.abs(expected).max()
+        error = np.median(np.abs(found - expected).max(1)) / np.abs(expected).max()
+        assert error < (1e-4 if engine == "openvino" else 0.02 if bits == 8 else 0.2)
         assert max(m.steps for m in engine_mismatch(load_onnx(path), engine, records).values()) <= 1 + 1e-3
 
 

@@ -11,6 +11,7 @@ from tiny_models import BUILDERS, PTQ, batches, images
 
 import qwt2
 from qwt2.errors import Qwt2Error
+from qwt2.export import rewrite_onnx
 from qwt2.onnx_passes import quantize_before_pooling
 from qwt2.onnx_projections import split_projections
 from qwt2.torch_graph import TorchGraph
@@ -24,7 +25,7 @@ def exported(request, tmp_path_factory):
     qwt2.compensate(qmodel, batches(), "cwac")
     folded = qwt2.fold(qmodel)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwt2.export.rewrite_for_engines", lambda model: None)
+        patch.setattr("qwt2.export.rewrite_for_engines", lambda *arguments: None)
         plain = onnx.load(qwt2.export_onnx(folded, folder / "plain.onnx", images(1)))
     return name, plain, onnx.load(qwt2.export_onnx(folded, folder / "rewritten.onnx", images(1)))
 
@@ -160,3 +161,22 @@ def test_numbers_that_do_not_fit_the_rewritten_graph_are_refused():
     tensor.CopyFrom(numpy_helper.from_array(np.float32(0.05), "s1"))
     with pytest.raises(Qwt2Error, match="quantizers behind .* differ"):
         quantize_before_pooling(model)
+
+
+def test_what_is_not_rounded_is_quantized_where_one_quantizer_reads_the_sum_and_else_clipped(tmp_path):
+    qmodel = qwt2.quantize(BUILDERS["resnet"](), batches(), "percentile", variant="openvino")
+    folded, additions = qwt2.fold(qmodel), qmodel.quantization.additions
+    path = qwt2.export_onnx(folded, tmp_path / "model.onnx", images(1))
+    made_by = {
+        name: {node.op_type for node in onnx.load(path).graph.node if f"{name}.a.low" in node.input or f"{name}.a.scale" in node.input}
+        for name in additions
+    }  # fmt: skip
+    assert made_by.pop(additions[-1]) == {"Clip"}  # a pooling reads this sum
+    assert made_by and all(kinds == {"QuantizeLinear", "DequantizeLinear"} for kinds in made_by.values())
+    stored = {tensor.name for tensor in onnx.load(path).graph.initializer}
+    assert stored == {name for node in onnx.load(path).graph.node for name in node.input if name in stored}
+
+    assert rewrite_onnx(path, folded, tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+    folded.get_submodule("layer2.0.conv1").input.scale *= 2  # reads the first sum, as an addition does
+    with pytest.raises(Qwt2Error, match=f"quantizers behind {additions[0]}.a differ"):
+        rewrite_onnx(path, folded, tmp_path / "other.onnx")

@@ -264,16 +264,33 @@ def test_what_is_added_to_a_convolution_is_quantized_and_the_convolution_not_twi
         assert torch.allclose(outputs(qmodel, images(4)), expected, atol=2e-5)
 
 
-def test_openvino_rounds_what_is_added_but_not_the_convolution_in_whose_kernel_it_is():
+def test_openvino_rounds_what_is_added_and_clips_the_convolution_in_whose_kernel_it_is():
     model = randomize(ResNet(BasicBlock, layers=(2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5))
     qmodel = qwt2.quantize(model, images(8).split(4), "percentile", variant="openvino")
     info = qmodel.quantization
     assert all(qmodel.get_submodule(name).output_quantizer is None for name in info.layers)
     assert info.additions == ["layer1.0.add1", "layer1.1.add1", "layer2.0.add1", "layer3.0.add1", "layer4.0.add1"]
-    operands = {name: set(qmodel.get_submodule(name).quantizers()) for name in info.additions}
-    # y += shortcut(x): the shortcut's convolution runs last, where there is one; else the block's last convolution.
-    assert operands.pop("layer1.1.add1") == {"b_quantizer"}
-    assert all(quantized == {"a_quantizer"} for quantized in operands.values())
+    for name in info.additions:  # y += shortcut(x), and y is a convolution's output
+        addition = qmodel.get_submodule(name)
+        assert not addition.a_quantizer.rounds and addition.b_quantizer.rounds
+    x = torch.linspace(-100, 100, 999)
+    low, high = addition.a_quantizer(x).aminmax()
+    step = addition.a_quantizer.scale
+    assert torch.equal(addition.a_quantizer(x), x.clamp(low, high)) and torch.isclose(high - low, 255 * step)
+
+
+def test_of_two_convolutions_openvino_adds_in_the_kernel_of_the_first_operand():
+    class Swapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 30)
+
+        def forward(self, x):
+            a = self.a(x)
+            return self.c(torch.relu(self.b(x) + a)).flatten(1)
+
+    qmodel = qwt2.quantize(randomize(Swapped()), images(8).split(4), "percentile", variant="openvino")
+    assert not qmodel.add1.a_quantizer.rounds and qmodel.add1.b_quantizer.rounds
 
 
 def test_published_variants_leave_additions_alone():

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
+from qwt2.onnx_file import VARIANT_KEY
 from qwt2.onnx_graph import OnnxGraph
 from qwt2.operations import Operation
 
@@ -48,15 +49,17 @@ def quantize_added_twice(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose additions read the quantized outputs of convolutions through a second, equal quantizer.
 
     Where OpenVINO (2026.4) computes a convolution, the quantizer behind it and an addition in one kernel, it leaves out
-    the quantizer's rounding. A repeated one changes no value, and the rounding is kept. An addition in the kernel of a
-    convolution whose output is not quantized (variant="openvino") needs none.
+    the quantizer's rounding. A repeated one changes no value, and the rounding is kept. Models of variant="openvino" are
+    meant to run without it.
     """
+    if any(entry.key == VARIANT_KEY and entry.value == "openvino" for entry in model.metadata_props):
+        return model
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     graph = _Convolutions(changed)
     nodes = []
     for node in graph.nodes:
-        if node.op_type == "Add" and not any(graph.is_convolution(name) for name in node.input):
+        if node.op_type == "Add":
             for position, name in enumerate(node.input):
                 if graph.is_quantized_convolution(name):
                     parameters = graph.made[name].input[1:]

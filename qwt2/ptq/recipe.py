@@ -28,8 +28,10 @@ class Recipe:
         output_bits: bits of the output of convolutions that something else than a quantized layer
             reads; engines with integer-only convolution kernels need it. ``None`` leaves it float.
         addition_bits: bits of the operands of residual additions to a convolution's output, which engines then compute
-            in the convolution's kernel. An output that is quantized already is not quantized again; where outputs stay
-            float, so does that of the convolution that runs last, in whose kernel the addition is. ``None`` leaves all float.
+            in the convolution's kernel. An output that is quantized already is not quantized again. Where outputs
+            stay float, the first operand that is one is clipped to the range of its quantizer and not rounded: OpenVINO
+            adds in that convolution's kernel, which it does only behind a quantizer, and leaves out the rounding.
+            ``None`` leaves all float.
     """
 
     observer: str
