@@ -59,6 +59,36 @@ def test_only_multipath_networks_run_their_prefix(name):
     assert [units[i] for i in sorted(stream.needs_prefix)] == expected
 
 
+class SharedNeck(nn.Module):
+    """A neck that several heads read, one of which overwrites what it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 8, 8)
+        self.neck = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+        self.heads = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, images):
+        x = self.neck(self.stem(images))
+        first, second = self.heads[0](x.add_(1)), self.heads[1](x.mul_(2))
+        return first + second + self.heads[2](x)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@torch.no_grad()
+def test_outputs_of_sections_are_kept_for_all_who_read_them(on_disk, tmp_path):
+    model, batches = tiny.randomize(SharedNeck()), tiny.batches(8)
+    qmodel = qwt2.quantize(model, [tiny.images()], "minmax", qwt2.Precision(4, 4), blocks=[], sections=["neck"])
+    stream = UnitStream(qmodel, batches, False, str(tmp_path) if on_disk else None)
+    for unit in stream.units:
+        expected, _ = record(qmodel, unit, batches)
+        for index in range(len(batches)):
+            [found], [wanted] = flat(*stream.inputs[index]), flat(*expected[index])
+            assert torch.equal(found, wanted), unit
+        stream.advance()
+    assert not stream.needs_prefix and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet", "pyramid"])
 @torch.no_grad()
 def test_inputs_of_layers_inside_a_unit(name):

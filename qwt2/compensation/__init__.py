@@ -92,8 +92,8 @@ def compensate(
     """Compensate a quantized model's error, in place.
 
     Blocks are processed in execution order. What is kept per calibration image is the input of the
-    current block alone, in memory or on disk, once for the quantized network and once more where
-    the target is the full-precision network's own activation.
+    current block and the outputs of sections, in memory or on disk, once for the quantized network and
+    once more where the target is the full-precision network's own activation.
 
     Args:
         qmodel: a model from :func:`qwt2.quantize`.

@@ -4,9 +4,10 @@ A unit is a block, or a layer outside all blocks. After unit k has run, the inpu
 found by running the model with unit k replaced by its stored outputs, every earlier unit replaced
 by NaN, and a stop at unit k + 1: this runs only the cheap code between the two, whatever it is. If
 NaN shows up in the captured inputs, an earlier unit's output is used beyond its successor (feature
-pyramids, dense connections); the prefix is then run in full, once per batch. So it is throughout
-where a layer runs several times in one pass, as one stored output cannot stand for all of them,
-unless all its runs are inside one section, which is a unit then.
+pyramids, dense connections); the prefix is then run in full, once per batch. Outputs of sections are
+kept to the end and need no such run: every head of a detector reads its neck. The prefix is run
+throughout where a layer runs several times in one pass, as one stored output cannot stand for all of
+them, unless all its runs are inside one section, which is a unit then.
 """
 
 from __future__ import annotations
@@ -76,16 +77,19 @@ class UnitStream:
         offload_dir: folder for the stored inputs, or ``None``.
 
     Attributes:
+        kept: section -> what it returned on every batch.
         repeated: layers outside sections that run several times in one pass.
     """
 
     def __init__(self, model: nn.Module, batches: list[Inputs], reference: bool, offload_dir: str | None):
         self.model, self.batches, self.reference = model, batches, reference
-        self.units = quantization_info(model).units
+        info, prefix = quantization_info(model), "reference" if reference else "quantized"
+        self.units = info.units
         self.position = 0
-        self.inputs = ActivationStore(offload_dir, "reference" if reference else "quantized")
+        self.inputs = ActivationStore(offload_dir, prefix)
+        self.kept = {name: ActivationStore(offload_dir, f"{prefix}-{name}") for name in info.sections}
         self.output_shapes: dict[tuple[str, int], Any] = {}
-        self.repeated = repeated_outside_sections(quantization_info(model))
+        self.repeated = repeated_outside_sections(info)
         self.needs_prefix: set[int] = set(range(len(self.units))) if self.repeated else set()
         for index in range(len(batches)):
             self.inputs[index] = self._run_to(index, 0, {})
@@ -147,16 +151,19 @@ class UnitStream:
             if not _is_finite(output):
                 raise Qwt2Error(f"{self.units[self.position]} gives NaN or infinity on the calibration images")
             self.output_shapes[self.units[self.position], index] = tree_map(_shape_of, output)
+            if self.units[self.position] in self.kept:
+                self.kept[self.units[self.position]][index] = _cloned(output)  # who reads it may overwrite it
             if self.position + 1 < len(self.units):
                 self.inputs[index] = self._next_inputs(index, output)
         self.position += 1
         if self.position == len(self.units):
-            self.inputs.clear()
+            for store in (self.inputs, *self.kept.values()):
+                store.clear()
 
     def _next_inputs(self, index: int, output: Any) -> Any:
         target = self.position + 1
         if target not in self.needs_prefix:
-            stubs = {name: self._poison(name, index) for name in self.units[: self.position]}
+            stubs = {name: self._earlier(name, index) for name in self.units[: self.position]}
             stubs[self.units[self.position]] = lambda *args, **kwargs: output
             captured = self._run_to(index, target, stubs)
             if not _has_nan(captured):
@@ -164,7 +171,10 @@ class UnitStream:
             self.needs_prefix.add(target)
         return self._run_to(index, target, {})
 
-    def _poison(self, name: str, index: int) -> Callable:
+    def _earlier(self, name: str, index: int) -> Callable:
+        """What stands for a unit before the current one: its output if that is kept, else NaN."""
+        if name in self.kept:
+            return lambda *args, **kwargs: self.kept[name][index]
         shape = self.output_shapes[name, index]
         return lambda *args, **kwargs: tree_map(_poisoned, shape)
 

@@ -28,7 +28,8 @@ Run = Callable[[np.ndarray], Any]
 
 
 class Part(nn.Module):
-    """One part of a network, its modules named as in the network.
+    """One part of a network, its modules named as in the network. A head is held without the rest of the network, which
+    would take seconds to export along with it.
 
     Args:
         network: the whole.
@@ -37,8 +38,12 @@ class Part(nn.Module):
 
     def __init__(self, network: Detector, name: str):
         super().__init__()
-        self.detector, self.name = network.detector, name
-        self.dense_head = network.dense_head
+        self.name, self.heads = name, part_names(network)[1:]
+        if name == DENSE:
+            self.detector, self.dense_head = network.detector, network.dense_head
+        else:
+            *parents, child = name.split(".")
+            _containers(self, parents).add_module(child, network.get_submodule(name))
         self.quantization = getattr(network, "quantization", None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -51,10 +56,17 @@ class Part(nn.Module):
 
     def holds(self, module: str) -> bool:
         """Whether a module of the network is run by this part."""
-        heads = {**box_heads(self.detector), **mask_heads(self.detector)}
         if self.name == DENSE:
-            return not any(module.startswith(head + ".") for head in heads)
+            return not any(module.startswith(head + ".") for head in self.heads)
         return module.startswith(self.name + ".")
+
+
+def _containers(root: nn.Module, names: list[str]) -> nn.Module:
+    """The innermost of new empty modules, each the child of the one before it."""
+    for name in names:
+        root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    return root
 
 
 def part_names(network: Detector) -> list[str]:
