@@ -104,6 +104,28 @@ def test_inputs_of_layers_inside_a_unit(name):
         stream.advance()
 
 
+@pytest.mark.parametrize("offloads", [False, True])
+@pytest.mark.parametrize("name", ["vit", "resnet", "pyramid"])
+@torch.no_grad()
+def test_outputs_of_layers_and_what_the_unit_then_returns_without_another_run(name, offloads, tmp_path):
+    qmodel, batches = quantized(name), tiny.batches(8)
+    reference = full_precision_copy(qmodel)
+    stream = UnitStream(qmodel, batches, True, str(tmp_path) if offloads else None)
+    for unit in stream.units:
+        layers = [n for n in qmodel.quantization.layers if n == unit or n.startswith(unit + ".")]
+        for index in range(len(batches)):
+            for chosen, to_end in ((layers[:1], False), (layers[-1:], False), (layers, True)):
+                captured = stream.layer_outputs(index, chosen, to_end)
+                for layer in chosen:
+                    _, outputs = record(reference, layer, batches)
+                    assert len(captured[layer]) == 1
+                    torch.testing.assert_close(captured[layer][0], outputs[index])  # files hold no strides
+        stream.run = None  # cannot be called
+        stream.advance()
+        del stream.run
+    assert not list(tmp_path.iterdir())
+
+
 class Overwriting(nn.Module):
     """A block that adds to its own input in place, as some residual blocks do."""
 

@@ -82,7 +82,7 @@ class CWAC:
             else:
                 groups = [[unit]] if unit in info.blocks else []
             for group in groups:
-                new = self._fit_group(qmodel, group, quantized, reference)
+                new = self._fit_group(qmodel, group, quantized, reference, is_last=group is groups[-1])
                 fits += new
                 if self.order == "sequential":
                     for fit in new:
@@ -96,31 +96,35 @@ class CWAC:
         return [fit.report() for fit in fits]
 
     def _fit_group(
-        self, qmodel: nn.Module, names: list[str], quantized: UnitStream, reference: UnitStream | None
+        self, qmodel: nn.Module, names: list[str], quantized: UnitStream, reference: UnitStream | None, is_last: bool
     ) -> list["_Fit"]:
+        """Fit these modules together; of the last ones in a unit, the reference's outputs are then known."""
         fits = {name: _Fit(name, self) for name in names}
         for index in range(len(quantized.batches)):
             held_out = self.gate != "none" and _is_held_out(index, len(quantized.batches), self.holdout)
             outputs = self._block_outputs if self.granularity == "block" else self._layer_outputs
-            for name, y_q, y_f, axis in outputs(qmodel, names, index, quantized, reference):
+            for name, y_q, y_f, axis in outputs(qmodel, names, index, quantized, reference, is_last):
                 fits[name].update(y_q, y_f, axis, held_out)
         for fit in fits.values():
             fit.solve()
         return list(fits.values())
 
-    def _layer_outputs(self, qmodel, names, index, quantized, reference) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+    def _layer_outputs(self, qmodel, names, index, quantized, reference, is_last) -> Iterator[tuple[str, Tensor, Tensor, int]]:
         """(layer, quantized output, target, channel axis), once for each run of each layer."""
         inputs = quantized.layer_inputs(index, names)
-        targets = inputs if reference is None else reference.layer_inputs(index, names)
-        for name in names:
-            layer: QuantizedLayer = qmodel.get_submodule(name)
-            for x, target in zip(inputs[name], targets[name], strict=True):
-                yield name, layer.uncompensated(x), layer.full_precision(target), layer.channel_axis
+        layers: dict[str, QuantizedLayer] = {name: qmodel.get_submodule(name) for name in names}
+        if reference is None:
+            targets = {name: map(layers[name].full_precision, inputs[name]) for name in names}
+        else:
+            targets = reference.layer_outputs(index, names, to_end=is_last)
+        for name, layer in layers.items():
+            for x, y_f in zip(inputs[name], targets[name], strict=True):
+                yield name, layer.uncompensated(x), y_f, layer.channel_axis
 
-    def _block_outputs(self, qmodel, names, index, quantized, reference) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+    def _block_outputs(self, qmodel, names, index, quantized, reference, is_last) -> Iterator[tuple[str, Tensor, Tensor, int]]:
         y_q = quantized.run(index)
         if reference is not None:
-            y_f = reference.run(index)
+            y_f = reference.run(index, keep=is_last)
         else:
             with full_precision(qmodel):
                 y_f = quantized.run(index)

@@ -96,7 +96,7 @@ class QwT:
                 with full_precision(qmodel):
                     y_f = quantized.run(index)
             else:
-                y_f = reference.run(index)
+                y_f = reference.run(index, keep=True)
             if error is None:
                 error = _ImageError(x, y_q, self) if is_image else _TokenError()
                 if not error.fits(x, y_q):

@@ -54,8 +54,18 @@ class ActivationStore:
         if self.directory is None:
             return _cloned(self.trees[index])
         leaves, spec = self.trees[index]
-        tensors = load_file(self._path(index))
-        return tree_unflatten([tensors.get(str(i), leaf) for i, leaf in enumerate(leaves)], spec)
+        # Copied: a file's tensors are not aligned as fresh memory is, on which the last bits of sums depend.
+        tensors = {name: tensor.clone() for name, tensor in load_file(self._path(index)).items()}
+        return tree_unflatten([tensors[str(i)] if str(i) in tensors else leaf for i, leaf in enumerate(leaves)], spec)
+
+    def pop(self, index: int) -> Any:
+        """What is stored for a batch, and no longer is."""
+        if self.directory is None:
+            return self.trees.pop(index)
+        tree = self[index]
+        self._path(index).unlink()
+        del self.trees[index]
+        return tree
 
     def clear(self) -> None:
         if self.directory is not None:
@@ -86,7 +96,7 @@ class UnitStream:
         info, prefix = quantization_info(model), "reference" if reference else "quantized"
         self.units = info.units
         self.position = 0
-        self.inputs = ActivationStore(offload_dir, prefix)
+        self.inputs, self.outputs = ActivationStore(offload_dir, prefix), ActivationStore(offload_dir, f"{prefix}-outputs")
         self.kept = {name: ActivationStore(offload_dir, f"{prefix}-{name}") for name in info.sections}
         self.output_shapes: dict[tuple[str, int], Any] = {}
         self.repeated = repeated_outside_sections(info)
@@ -103,40 +113,64 @@ class UnitStream:
     def unit(self) -> nn.Module:
         return self.model.get_submodule(self.units[self.position])
 
-    def run(self, index: int) -> Any:
-        """The current unit's output for one batch: a tensor, or a tree of them."""
+    def run(self, index: int, keep: bool = False) -> Any:
+        """The current unit's output for one batch: a tensor, or a tree of them.
+
+        Args:
+            keep: for :meth:`advance`, which then need not run the unit again.
+        """
         args, kwargs = self.inputs[index]
         with self.mode():
-            return self.unit(*args, **kwargs)
+            output = self.unit(*args, **kwargs)
+        if keep:
+            self.outputs[index] = output
+        return output
 
     def layer_inputs(self, index: int, names: list[str]) -> dict[str, list[Tensor]]:
         """Inputs of layers inside the current unit for one batch, one for each run; runs no further than it must."""
+        return self._captured(index, names, outputs=False, to_end=False)
+
+    def layer_outputs(self, index: int, names: list[str], to_end: bool) -> dict[str, list[Tensor]]:
+        """Their outputs, likewise.
+
+        Args:
+            to_end: run the unit to its end and keep what it returns for :meth:`advance`.
+        """
+        return self._captured(index, names, outputs=True, to_end=to_end)
+
+    def _captured(self, index: int, names: list[str], outputs: bool, to_end: bool) -> dict[str, list[Tensor]]:
         captured: dict[str, list[Tensor]] = {name: [] for name in names}
         elsewhere = not self.repeated.isdisjoint(names)
-        last = None if elsewhere or names[-1] in quantization_info(self.model).repeated else names[-1]
+        runs_on = elsewhere or to_end or names[-1] in quantization_info(self.model).repeated
+        last = None if runs_on else names[-1]
         with ExitStack() as stack:
             stack.enter_context(self.mode())
             for name in names:
-                stack.enter_context(self._capturing(name, captured[name], stop=name == last))
+                stack.enter_context(self._capturing(name, captured[name], outputs, stop=name == last))
             try:
                 if elsewhere:
                     call(self.model, self.batches[index])
                 else:
-                    args, kwargs = self.inputs[index]
-                    self.unit(*args, **kwargs)
+                    self.run(index, keep=to_end)
             except Stop:
                 pass
         return captured
 
-    def _capturing(self, name: str, captured: list[Tensor], stop: bool):
+    def _capturing(self, name: str, captured: list[Tensor], outputs: bool, stop: bool):
         module = self.model.get_submodule(name)
         own = module.forward
 
         def forward(x: Tensor) -> Tensor:
-            captured.append(x.clone())  # later in-place operations must not reach it
+            if not outputs:
+                captured.append(x.clone())  # later in-place operations must not reach it
+                if stop:
+                    raise Stop
+                return own(x)
+            y = own(x)
+            captured.append(y.clone())
             if stop:
                 raise Stop
-            return own(x)
+            return y
 
         return replaced_forward(module, forward)
 
@@ -144,10 +178,13 @@ class UnitStream:
         """Move on to the next unit, with the outputs of the current one on every batch.
 
         Args:
-            output_of: gives them by the batch's number; the unit is run where there is no cheaper way.
+            output_of: gives them by the batch's number; else the unit is run where its output was not kept.
         """
         for index in range(len(self.batches)):
-            output = (output_of or self.run)(index)
+            if output_of is not None:
+                output = output_of(index)
+            else:
+                output = self.outputs.pop(index) if index in self.outputs.trees else self.run(index)
             if not _is_finite(output):
                 raise Qwt2Error(f"{self.units[self.position]} gives NaN or infinity on the calibration images")
             self.output_shapes[self.units[self.position], index] = tree_map(_shape_of, output)
