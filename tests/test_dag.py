@@ -30,13 +30,19 @@ for stage, modules in json.load(sys.stdin).items():
 """
 
 
+@pytest.fixture(scope="module")
+def code(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("code")
+    for package in ("pipeline", "qwt2"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
 @pytest.fixture
-def sources(tmp_path, monkeypatch) -> Path:
-    """A copy of the code, whose hashes are taken."""
-    for folder in ("pipeline", "qwt2"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(imports, "ROOT", tmp_path)
-    return tmp_path
+def sources(code, monkeypatch) -> Path:
+    """A copy of the code, whose hashes are taken; a test leaves it as it was."""
+    monkeypatch.setattr(imports, "ROOT", code)
+    return code
 
 
 def hashes() -> dict[str, str]:
@@ -94,7 +100,7 @@ def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
         ("qwt2/training.py", RUN - {"data"} | {"trial"}),
         ("qwt2/data/digits.py", RUN | {"trial"}),
         ("qwt2/ptq/repq.py", RUN - {"data", "baseline"} | {"trial"}),
-        ("qwt2/engines/openvino.py", {"fold", "evaluate", "trial"}),
+        ("qwt2/engines/ov.py", {"fold", "evaluate", "trial"}),
         ("qwt2/compensation/cwac.py", {"compensate", "trial"}),
         ("qwt2/results.py", {"compensate", "evaluate", "report", "trial"}),
         ("qwt2/report/page.css", {"report"}),
@@ -106,19 +112,20 @@ def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
     ],
 )
 def test_a_change_of_code_changes_the_hashes_of_the_stages_that_run_it(file, stages, sources):
-    before = hashes()
-    with (sources / file).open("ab") as stream:
-        stream.write(b"\r\n")
+    before, content = hashes(), (sources / file).read_bytes()
+    (sources / file).write_bytes(content + b"\r\n")
     after = hashes()
+    (sources / file).write_bytes(content)
     assert {stage for stage in before if before[stage] != after[stage]} == stages
+    assert hashes() == before
 
 
 def test_a_new_method_is_a_change_of_code(sources):
-    before = hashes()
-    (sources / "qwt2/compensation/another.py").write_text("from qwt2.latency import measure\n")
-    after = hashes()
+    before, file = hashes(), sources / "qwt2/compensation/another.py"
+    file.write_text("from qwt2.latency import measure\n")
+    after, listed = hashes(), yaml.safe_load(resolve.code()[resolve.config_path("sources")])
+    file.unlink()
     assert {stage for stage in before if before[stage] != after[stage]} == {"compensate", "trial"}
-    listed = yaml.safe_load(resolve.code()[resolve.config_path("sources")])
     assert listed["qwt2/latency.py"]["stages"] == ["compensate", "evaluate", "trial"]
 
 
