@@ -32,7 +32,7 @@ def sources(stages: Iterable[str]) -> dict[str, str]:
 
 
 def closure(paths: Iterable[Path]) -> set[Path]:
-    """These files and all that they import, directly or not, and what lies in the packages that is no Python."""
+    """These files and all that they import, directly or not, and what else than Python lies in those packages."""
     seen: set[Path] = set()
     waiting = [*paths]
     while waiting:
@@ -50,8 +50,9 @@ def _needed(path: Path) -> set[Path]:
     names = _imports(path)
     found = {file for name in names for file in _files(name)}
     if path.name == "__init__.py":
-        beside = [file for file in path.parent.glob("[!.]*") if file.is_file()]
-        found.update(file for file in beside if file.suffix != ".py" or "qwt2.registry.Registry" in names)  # a registry takes all
+        beside = {file for file in path.parent.glob("[!.]*") if file.is_file()}
+        takes_all = "qwt2.registry.Registry" in names  # a registry imports what lies beside it
+        found |= {file for file in beside if takes_all or file.suffix != ".py"}
     return found
 
 
