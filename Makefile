@@ -38,7 +38,7 @@ publish: $(STAMP)
 
 # DVC's experiments by what differs between them; without the hashes of code, and without what the grid's stages read.
 experiments: $(STAMP)
-	dvc exp show --only-changed --drop '^(conf|out|pipeline|qwt2)(/|$$)|^(grid|models|compensations)\b|^compensation\.(cwac|qwt)\.' $(ARGS)
+	dvc exp show --only-changed --drop '^(conf|out|pipeline|qwt2)(/|$$)|^(code|grid|models|compensations)\b|^compensation\.(cwac|qwt)\.' $(ARGS)
 
 # Re-hash all that is stored; ARGS=--repair deletes what is damaged.
 verify: $(STAMP)

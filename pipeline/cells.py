@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pipeline import dvcfiles
+from pipeline import dvcfiles, imports
 from pipeline.logs import LOG, log_to
 from pipeline.resolve import checked, select
 from pipeline.stage import OUT, Cell, config_path, declared, locked, set_threads, task_of
@@ -62,7 +62,7 @@ def cell_folder(cfg: dict[str, Any]) -> Path:
 def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
     """Take a cell through the chain, unless it is finished; its record, as stored in ``cell.json``.
 
-    A cell counts as finished while neither the code that its stages depend on nor its baseline has changed. The
+    A cell counts as finished while neither the code that its stages run nor its baseline has changed. The
     record of one that fails has status "failed" and an `error` of one sentence; the traceback is in ``log.txt``.
     """
     set_threads(cfg["threads"])
@@ -70,7 +70,7 @@ def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
     with locked(LOCKS / folder.name):
         data, baseline = data_folder(cfg), baseline_folder(cfg)
         weights = hashlib.sha256((baseline / "model.safetensors").read_bytes()).hexdigest()
-        made_from = {"code": dvcfiles.source_digest(("data", "baseline", *CHAIN)), "baseline": weights}
+        made_from = {"code": imports.fingerprint(("data", "baseline", *CHAIN)), "baseline": weights}
         record = read_record(folder)
         if record and _is_finished(record, made_from, keep_models):
             return record | {"status": "skipped"}
@@ -194,7 +194,7 @@ def _is_whole(stage: str, out: str) -> bool:
 
 def _shared(stage: str, cfg: dict[str, Any], cell: Cell) -> Path:
     config = select(cfg, stage)
-    folder = SHARED / f"{stage}-{_digest(config, dvcfiles.source_digest([stage]))}"
+    folder = SHARED / f"{stage}-{_digest(config, imports.fingerprint([stage]))}"
     with locked(LOCKS / folder.name):
         if not (folder / OUTPUTS).is_file():
             shutil.rmtree(folder, ignore_errors=True)

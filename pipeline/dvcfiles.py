@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,6 @@ def _locked_stages(path: Path) -> dict[str, Any]:
     if not complete:
         raise Qwt2Error(f"{path} is damaged; `make verify` says what to do")
     return recorded
-
-
-def source_digest(names: Iterable[str]) -> str:
-    """Of the code that these stages of dvc.yaml depend on."""
-    declared = stages()
-    sources = {dep for name in names for dep in declared[name]["deps"] if not dep.startswith("out/")}
-    files = {path for source in sources for path in ([Path(source)] if Path(source).is_file() else Path(source).rglob("*.py"))}
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def md5(path: Path) -> str | None:

@@ -1,7 +1,8 @@
 """Stage `resolve`: compose the Hydra configuration of every grid cell into one small file per stage and cell.
 
 DVC watches those files. Each holds only the keys that its stage reads, so that a change re-runs the stages
-that read it and no others.
+that read it and no others. For code, code.yaml does the same: one hash a stage, of the source files that it runs
+(`pipeline.imports`); sources.yaml lists those files, each with its hash and the stages that run it.
 """
 
 import re
@@ -14,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline import imports
 from pipeline.schema import check
 from pipeline.stage import RESOLVED, config_path, task_of
 from qwt2.engines import ENGINES
@@ -42,6 +44,8 @@ KEYS = {
     ),
     "report": ("grid", "datasets", "models", "evaluate"),
 }
+# Stages by whose code DVC decides, and the modules that they run: `trial` runs others by their names.
+CODE = {stage: (stage,) for stage in KEYS} | {"trial": ("trial", *(stage for stage in KEYS if stage != "report"))}
 
 
 def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
@@ -71,6 +75,17 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
         models = [model for model in grid["model"] if shared["models"][model]["task"] == task]
         files[config_path("report", task)] = select(shared | {"grid": grid | {"model": models}}, "report")
     return files
+
+
+def code() -> dict[Path, str]:
+    """Hashes of the code of every stage, and the files that they are made of: path -> YAML text."""
+    files: dict[str, dict[str, Any]] = {}
+    for stage, modules in CODE.items():
+        for name, digest in imports.sources(modules).items():
+            files.setdefault(name, {"sha256": digest, "stages": []})["stages"].append(stage)
+    hashes = {stage: imports.fingerprint(modules) for stage, modules in CODE.items()}
+    texts = {"code": yaml.safe_dump({"code": hashes}), "sources": yaml.safe_dump(files, default_flow_style=None)}
+    return {config_path(name): text for name, text in texts.items()}
 
 
 def read_grid() -> dict[str, list[str]]:
@@ -157,7 +172,7 @@ def main(arguments: list[str]) -> None:
     if arguments:
         print(*(f"evaluate@{cell}" for cell in cells_of(arguments[0])))
         return
-    files = resolve()
+    files = resolve() | code()
     for path in set(RESOLVED.glob("*.yaml")) - set(files):
         path.unlink()
     for path, text in files.items():

@@ -1,16 +1,30 @@
 """The whole chain at a tiny size, through `dvc repro` in a temporary clone."""
 
 import hashlib
+import json
 import sys
+from importlib.util import source_from_cache
 from pathlib import Path
 
 import pytest
 
 from benchmarks import tiny_chain
 from benchmarks.tiny_chain import edit, run
+from pipeline import imports, resolve
 from qwt2.results import read_rows
 
 MODELS = ("vit_micro", "resnet_micro")
+# Python imports it first: it notes every file that the process, or a fork of it, opens.
+TRACER = """
+import os, sys
+file = os.open(os.environ["OPENED"], os.O_WRONLY | os.O_APPEND)
+
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        os.write(file, os.path.abspath(arguments[0]).encode() + b"\\n")
+
+sys.addaudithook(note)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +60,42 @@ def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
     assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve", "report"}
     assert {row.model for row in read_rows(clone / "results/summary.csv")} == {"vit_micro"}
 
+    # So does code: a stage whose hash of code it leaves alone does not run.
+    with (clone / "qwt2/report/page.css").open("a") as file:
+        file.write("/* nothing new */\n")
+    assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve", "report"}
+    with (clone / "qwt2/folding.py").open("a") as file:
+        file.write("# nothing new\n")
+    assert stages_run(run(clone, "dvc", "repro", "compensate@vit_micro-w3a3").stdout) == {"resolve"}
+    assert json.loads(run(clone, "dvc", "status", "--json").stdout) == {
+        stage: [{"changed deps": {"out/resolved/code.yaml": {f"code.{stage.partition('@')[0]}": "modified"}}}]
+        for stage in ("fold@vit_micro-w3a3", "trial")
+    }
+
     # A stage in a process of its own writes the same results as one that started warm.
     for stage in ("ptq", "compensate", "fold"):
         folder = clone / "out" / stage / "vit_micro-w3a3"
         warm = hashes(folder)
-        run(clone, sys.executable, "-m", f"pipeline.{stage}", "vit_micro-w3a3")
+        check_sources(clone, stage, "vit_micro-w3a3")
         assert warm == hashes(folder) and warm
+    for stage, cell in (("data", ""), ("baseline", "vit_micro"), ("evaluate", "vit_micro-w3a3"), ("report", "")):
+        check_sources(clone, stage, cell)
+
+
+def check_sources(clone: Path, stage: str, cell: str) -> None:
+    """Run a stage, and see that the hash of its code covers every file of the project that it opens."""
+    tracer, opened = clone / "tracer", clone / "tracer/opened"
+    tracer.mkdir(exist_ok=True)
+    (tracer / "sitecustomize.py").write_text(TRACER)
+    opened.write_text("")
+    environment = tiny_chain.environment(clone)
+    environment |= {"PYTHONPATH": f"{tracer}:{clone}", "OPENED": str(opened)}
+    run(clone, sys.executable, "-m", f"pipeline.{stage}", *[cell] * bool(cell), env=environment)
+    found = {Path(source_from_cache(name) if name.endswith(".pyc") else name) for name in opened.read_text().splitlines()}
+    files = {path.relative_to(clone).as_posix() for path in found if path.is_relative_to(clone)}
+    code = {name for name in files if name.startswith(("pipeline/", "qwt2/"))}
+    assert f"pipeline/{stage}.py" in code
+    assert code <= {*imports.sources(resolve.CODE[stage]), *imports.WIRING}
 
 
 def check_summary(clone: Path) -> None:

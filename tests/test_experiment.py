@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from pipeline import cells, dvcfiles, experiment, stage, sweeps
+from pipeline import cells, dvcfiles, experiment, imports, stage, sweeps
 from pipeline.resolve import resolve
 from qwt2.errors import Qwt2Error
 from qwt2.io import atomic_path
@@ -186,17 +186,17 @@ def check_figures(clone: Path, row: dict[str, str]) -> None:
 
 
 def test_a_change_of_code_or_baseline_makes_a_cell_anew(clone, monkeypatch):
-    monkeypatch.chdir(clone)
-    record = {"status": "finished", "made_from": {"code": dvcfiles.source_digest(cells.CHAIN)}, "models_kept": False}
-    assert cells._is_finished(record, {"code": dvcfiles.source_digest(cells.CHAIN)}, keep_models=False)
+    monkeypatch.setattr(imports, "ROOT", clone)
+    record = {"status": "finished", "made_from": {"code": imports.fingerprint(cells.CHAIN)}, "models_kept": False}
+    assert cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
     assert not cells._is_finished(record, record["made_from"], keep_models=True)
     assert not cells._is_finished(record | {"status": "failed"}, record["made_from"], keep_models=False)
     source = clone / "qwt2/folding.py"
     before = source.read_text()
     source.write_text(before + "# another word\n")
-    assert not cells._is_finished(record, {"code": dvcfiles.source_digest(cells.CHAIN)}, keep_models=False)
+    assert not cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
     source.write_text(before)
-    assert cells._is_finished(record, {"code": dvcfiles.source_digest(cells.CHAIN)}, keep_models=False)
+    assert cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
 
 
 def test_what_dvc_built_is_reused(tmp_path, monkeypatch):
