@@ -28,12 +28,14 @@ class Evaluation(ABC):
         TASK: its name in the results.
         DELTAS: metric of accuracy -> metric of the engine's difference to the simulation in it.
         TIMED: the file whose latency is measured, as in `Cell.onnx`.
+        INSTANCES: how many seeds' files of it take turns; `None`, all.
         parts: the files of an exported model.
     """
 
     TASK: str
     DELTAS: dict[str, str]
     TIMED = ""
+    INSTANCES: int | None = None
     parts = [""]
 
     def __init__(self, cfg, cell: Cell):
@@ -145,7 +147,8 @@ class Evaluation(ABC):
         """Latency of every exported method, interleaved in one run."""
         settings = self.cfg["evaluate"]["latency"]
         images = self.latency_input(settings["batch_size"])
-        files = {method: [self.cell.onnx(method, seed, self.TIMED) for seed in self.seeds] for method in self.exported}
+        seeds = self.seeds[: self.INSTANCES]
+        files = {method: [self.cell.onnx(method, seed, self.TIMED) for seed in seeds] for method in self.exported}
         calls = {
             method: [partial(load_engine(path, engine, settings["threads"]), images) for path in paths]
             for method, paths in files.items()
