@@ -77,13 +77,13 @@ class Comparison:
 
     def make_files(self) -> None:
         """A file for each engine and variant, and what each took to make."""
+        export_onnx(self.model, self.path("onnxruntime", "fp32"), self.test[:1])
         for engine in VARIANTS:
             self.make_own_files(engine)
         self.measured("onnxruntime", "quantize_static", self.quantize_static)
         self.measured("openvino", "nncf", self.nncf)
 
     def make_own_files(self, engine: str) -> None:
-        export_onnx(self.model, self.path(engine, "fp32"), self.test[:1])
         batches, how = list(self.calibration.split(16)), (self.method, Precision(8, 8), VARIANTS[engine])
         ptq = self.measured(engine, "ptq", lambda: quantize(self.model, batches, *how))
         qmodels = {"ptq": ptq}
@@ -98,6 +98,8 @@ class Comparison:
         export_onnx(unfolded(ptq, qmodels["cwac"]), self.path(engine, "cwac_unfolded"), self.test[:1])
 
     def path(self, engine: str, variant: str) -> Path:
+        if variant == "fp32":
+            return self.folder / "fp32.onnx"  # every engine's
         return self.folder / f"{engine}-{variant}.{'xml' if variant == 'nncf' else 'onnx'}"
 
     def measured(self, engine: str, variant: str, work: Callable):
