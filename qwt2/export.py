@@ -87,7 +87,8 @@ def export_onnx(
     _strip(model)
     _strip_later_attributes(model)
     _use_first_names(model, folded)
-    rewrite_for_engines(model, _clipped(folded))
+    # TensorRT looks for a dequantizer right behind a quantizer.
+    rewrite_for_engines(model, _clipped(folded), rolls_codes=profile != "tensorrt")
     _stamp(model, folded)
     if profile == "tensorrt":
         _fit_tensorrt(model)

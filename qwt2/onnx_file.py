@@ -207,6 +207,7 @@ class _Modules(OnnxGraph):
         for operand, role in enumerate(roles):
             quantizer = self._quantizer(f"{module}.{role}")
             aliases[quantizer[0].input[0]] = f"{module}.{role}"
+            aliases[quantizer[-1].input[0]] = quantizer[-2].output[0]  # codes may be rolled between the two
             nodes += quantizer
             # A reshape or transpose may lie between; the recorded inputs are as the module saw them.
             aliases |= {operation.input[operand]: quantizer[-1].output[0] for operation in operations}

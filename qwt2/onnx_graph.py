@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx
 
@@ -16,6 +16,7 @@ class OnnxGraph:
         made: tensor -> the node that makes it.
         readers: tensor -> the nodes that read it, one entry for each operand; empty for what nothing reads.
         constants: tensor -> what is stored of it: initializers and the tensors of Constant nodes.
+        shapes: tensor -> its sizes, as far as the model tells them; 0 where one depends on the number of images.
         outputs: the graph's outputs.
     """
 
@@ -32,14 +33,26 @@ class OnnxGraph:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = node.attribute[0].t
         self.outputs = {value.name for value in model.graph.output}
+        self.shapes = {
+            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.value_info
+        }
 
     def only_reader(self, tensor: str) -> onnx.NodeProto | None:
         """The node that reads a tensor, if no other does and the tensor is no output."""
         readers = self.readers[tensor]
         return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
 
-    def replace_nodes(self, nodes: Sequence[onnx.NodeProto]) -> None:
-        """Give the model's graph these nodes, its own among them, in this order."""
+    def replace_nodes(self, nodes: Sequence[onnx.NodeProto], forget: Collection[str] = ()) -> None:
+        """Give the model's graph these nodes, its own among them, in this order, and drop what it stores for others.
+
+        Args:
+            forget: tensors whose shape or type is another now.
+        """
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del self._graph.node[:]
+        used = {name for node in copies for name in (*node.input, *node.output)} | self.outputs
+        stored = [tensor for tensor in self._graph.initializer if tensor.name in used]
+        known = [value for value in self._graph.value_info if value.name in used - set(forget)]
+        del self._graph.node[:], self._graph.initializer[:], self._graph.value_info[:]
         self._graph.node.extend(copies)
+        self._graph.initializer.extend(stored)
+        self._graph.value_info.extend(known)

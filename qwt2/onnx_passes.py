@@ -15,6 +15,7 @@ from qwt2.errors import Qwt2Error
 from qwt2.onnx_file import POOLED
 from qwt2.onnx_graph import OnnxGraph
 from qwt2.onnx_projections import split_projections
+from qwt2.onnx_windows import repeat_masks, roll_codes
 
 _ACTIVATIONS = ("Gelu", "Relu", "HardSwish", "Sigmoid", "Tanh")
 _SCALINGS = ("Mul",)
@@ -23,17 +24,22 @@ _QUANTIZERS = ("Clip", "QuantizeLinear", "DequantizeLinear")
 _FUSED = ("Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")
 
 
-def rewrite_for_engines(model: onnx.ModelProto, clipped: Collection[str] = ()) -> None:
+def rewrite_for_engines(model: onnx.ModelProto, clipped: Collection[str] = (), rolls_codes: bool = True) -> None:
     """Apply every pass of this module, in place.
 
     Args:
         clipped: names of the quantizers that do not round.
+        rolls_codes: whether something may lie between a quantizer and its dequantizer.
     """
     drop_identities(model)
     split_projections(model)
     move_below(model, _transposes_of_last_axis(model), _QUANTIZERS)
     move_below(model, _transposes_behind_layers(model), (*_SCALINGS, *_QUANTIZERS))
     move_below(model, _reshapes_behind_layers(model), (*_ACTIVATIONS, *_SCALINGS, *_QUANTIZERS))
+    repeat_masks(model)
+    if rolls_codes:
+        roll_codes(model)
+    merge_reshapes(model)
     quantize_before_pooling(model)
     fuse_additions(model, clipped)
 
@@ -56,6 +62,26 @@ def _is_identity(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> b
     if node.op_type == "Pad":
         return node.input[1] in stored and not numpy_helper.to_array(stored[node.input[1]]).any()
     return node.op_type == "Identity"
+
+
+def merge_reshapes(model: onnx.ModelProto) -> None:
+    """Let a Reshape read what the Reshape before it reads, where nothing else reads what lies between."""
+    graph = OnnxGraph(model)
+    gone: set[int] = set()
+    for node in graph.nodes:
+        before = graph.made.get(node.input[0]) if node.op_type == "Reshape" else None
+        if before is not None and before.op_type == "Reshape" and graph.only_reader(before.output[0]) and _is_absolute(node, graph):
+            node.input[0] = before.input[0]
+            gone.add(id(before))
+    graph.replace_nodes([node for node in graph.nodes if id(node) not in gone])
+
+
+def _is_absolute(reshape: onnx.NodeProto, graph: OnnxGraph) -> bool:
+    """Whether no size of a Reshape's shape is 0, which says "as it was" of what the Reshape reads."""
+    shape = graph.made.get(reshape.input[1])
+    sizes = [reshape.input[1]] if shape is None or shape.op_type != "Concat" else shape.input
+    stored = [numpy_helper.to_array(graph.constants[name]) for name in sizes if name in graph.constants]
+    return all(values.all() for values in stored)
 
 
 def move_below(model: onnx.ModelProto, names: set[str], kinds: tuple[str, ...]) -> None:
@@ -87,10 +113,7 @@ def move_below(model: onnx.ModelProto, names: set[str], kinds: tuple[str, ...]) 
         node.output[0] = end
         nodes.remove(node)
         nodes.insert(nodes.index(chain[-1]) + 1, node)
-    shapes = [value for value in model.graph.value_info if value.name not in stale]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(shapes)
-    graph.replace_nodes(nodes)
+    graph.replace_nodes(nodes, forget=stale)
 
 
 def _reshapes_behind_layers(model: onnx.ModelProto) -> set[str]:
@@ -179,7 +202,6 @@ def fuse_additions(model: onnx.ModelProto, clipped: Collection[str]) -> None:
     for node in graph.nodes:
         node.input[:] = [source.get(tensor, tensor) for tensor in node.input]
     graph.replace_nodes([node for node in graph.nodes if id(node) not in gone])
-    _drop_unread(model)
 
 
 def _is_rounded_once(operand: str, graph: OnnxGraph) -> bool:
@@ -193,14 +215,6 @@ def _is_rounded_once(operand: str, graph: OnnxGraph) -> bool:
     quantizers = [_quantizer(reader, graph) for reader in graph.readers[tensor]]
     grids = {_grid(quantizer, graph) for quantizer in quantizers}
     return all(quantizers) and len(grids) == 1 and tensor not in graph.outputs
-
-
-def _drop_unread(model: onnx.ModelProto) -> None:
-    """Drop what is stored and no node reads."""
-    read = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
 
 
 def _quantizer(node: onnx.NodeProto, graph: OnnxGraph) -> list[onnx.NodeProto]:

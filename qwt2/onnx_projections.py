@@ -40,11 +40,7 @@ def split_projections(model: onnx.ModelProto) -> None:
             whole = {name: numpy_helper.to_array(stored[name])}
             graph.initializer.remove(stored[name])
             graph.initializer.extend(numpy_helper.from_array(stored_values(part, whole), part) for part in parts)
-    known = {name for node in nodes for name in node.output} | {tensor.name for tensor in graph.initializer}
-    shapes = [value for value in graph.value_info if value.name in known]
     finder.replace_nodes(nodes)
-    del graph.value_info[:]
-    graph.value_info.extend(shapes)
 
 
 @dataclass
@@ -114,9 +110,6 @@ class _Finder(OnnxGraph):
     def __init__(self, model: onnx.ModelProto):
         super().__init__(model)
         self.stored = {tensor.name for tensor in model.graph.initializer}
-        self.shapes = {
-            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.value_info
-        }
 
     def projection(self, gemm: onnx.NodeProto) -> _Projection | None:
         """What is behind a layer, if it can be split."""

@@ -415,13 +415,17 @@ def _elementwise(name: str, function: Callable[..., Tensor]) -> None:
     OPS[name] = lambda attributes, *inputs: function(*map(_value, inputs))
 
 
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    return torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc")
+
+
 def _all(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda *inputs: functools.reduce(function, inputs)
 
 
 for _name, _function in {
     "Max": _all(torch.maximum), "Min": _all(torch.minimum),
-    "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": torch.div, "Pow": torch.pow,
+    "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": _divide, "Pow": torch.pow,
     "Mod": torch.remainder, "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh,
     "Erf": torch.erf, "Sqrt": torch.sqrt, "HardSwish": F.hardswish, "HardSigmoid": F.hardsigmoid, "Not": torch.logical_not,
     "Where": torch.where, "Equal": torch.eq,

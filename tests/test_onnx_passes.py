@@ -10,10 +10,14 @@ from onnx.reference import ReferenceEvaluator
 from tiny_models import BUILDERS, PTQ, batches, images
 
 import qwt2
+from qwt2.engines.ov import OpenVinoSession
 from qwt2.errors import Qwt2Error
 from qwt2.export import rewrite_onnx
+from qwt2.onnx_file import with_batch_size
+from qwt2.onnx_graph import OnnxGraph
 from qwt2.onnx_passes import quantize_before_pooling
 from qwt2.onnx_projections import split_projections
+from qwt2.onnx_windows import repeat_masks, roll_codes
 from qwt2.torch_graph import TorchGraph
 
 
@@ -25,7 +29,7 @@ def exported(request, tmp_path_factory):
     qwt2.compensate(qmodel, batches(), "cwac")
     folded = qwt2.fold(qmodel)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwt2.export.rewrite_for_engines", lambda *arguments: None)
+        patch.setattr("qwt2.export.rewrite_for_engines", lambda *arguments, **options: None)
         plain = onnx.load(qwt2.export_onnx(folded, folder / "plain.onnx", images(1)))
     return name, plain, onnx.load(qwt2.export_onnx(folded, folder / "rewritten.onnx", images(1)))
 
@@ -64,6 +68,125 @@ def test_query_key_and_value_are_quantized_right_behind_layers_of_their_own(expo
     assert behind["Gemm"] == 3 * behind["Softmax"] and set(behind) <= {"Gemm", "Softmax"}
     assert (behind["Gemm"] > 0) == (name in ("vit", "swin"))
     assert "Pad" not in {node.op_type for node in rewritten.graph.node}
+
+
+def test_reshapes_do_not_follow_each_other(exported):
+    name, plain, rewritten = exported
+
+    def pairs(model):
+        graph = OnnxGraph(model)
+        sources = [graph.made.get(node.input[0]) for node in graph.nodes if node.op_type == "Reshape"]
+        alone = [node for node in sources if node is not None and node.op_type == "Reshape" and graph.only_reader(node.output[0])]
+        return len(alone)
+
+    assert pairs(rewritten) == 0
+    assert (pairs(plain) > 0) == (name in ("vit", "swin"))
+
+
+def test_shifted_windows_are_rolled_as_codes_and_masked_in_four_dimensions(exported):
+    name, plain, rewritten = exported
+
+    def windows(model):
+        """Additions of masks, and rolls of floats and of codes."""
+        known = onnx.shape_inference.infer_shapes(model).graph.value_info
+        kinds = {value.name: value.type.tensor_type for value in known}
+        masked = [n for n in model.graph.node if n.op_type == "Add" and len(kinds[n.output[0]].shape.dim) == 5]
+        rolls = [kinds[n.output[0]].elem_type for n in model.graph.node if n.op_type == "Concat" and len(kinds[n.output[0]].shape.dim) == 4]
+        return len(masked), rolls.count(TensorProto.FLOAT), rolls.count(TensorProto.UINT8)
+
+    shifted = 1 if name == "swin" else 0  # blocks; each rolls along two axes, there and back
+    assert windows(plain) == (shifted, 4 * shifted, 0)
+    assert windows(rewritten) == (0, 2 * shifted, 2 * shifted)
+
+
+def test_openvino_computes_attention_in_shifted_windows_in_one_kernel(exported):
+    name, plain, rewritten = exported
+
+    def products(model):
+        operations = OpenVinoSession(with_batch_size(model, 2), threads=1).operations()
+        return sum(operation.kind in ("MatMul", "Softmax", "SoftMax") for operation in operations)
+
+    assert products(rewritten) == 0
+    assert (products(plain) > 0) == (name == "swin")
+
+
+def masked(windows: int, mask: list[int], joined: list[int]) -> onnx.ModelProto:
+    """Scores (4, 3, 5, 5) of two images of two windows, viewed with an axis of windows, plus a mask, and viewed back."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "split": np.array([-1, windows, 3, 5, 5]), "mask": rng.normal(size=mask).astype(np.float32), "joined": np.array(joined)
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Relu", ["x"], ["scores"]),
+        helper.make_node("Reshape", ["scores", "split"], ["apart"]),
+        helper.make_node("Unsqueeze", ["mask", "axis"], ["window_mask"]),
+        helper.make_node("Add", ["apart", "window_mask"], ["sum"], "add"),
+        helper.make_node("Reshape", ["sum", "joined"], ["together"]),
+        helper.make_node("Softmax", ["together"], ["y"]),
+    ]
+    constants["axis"] = np.array([0])
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in (("x", ["images", 3, 5, 5]), ("y", None))]
+    graph = helper.make_graph(nodes, "masked", ends[:1], ends[1:], [numpy_helper.from_array(a, n) for n, a in constants.items()])
+    return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), data_prop=True)
+
+
+@pytest.mark.parametrize(
+    "windows, mask, joined, rewritten",
+    [
+        (2, [2, 1, 5, 5], [-1, 3, 5, 5], True),
+        (2, [2, 3, 5, 5], [-1, 3, 5, 5], False),  # a mask of its own for each head
+        (2, [1, 1, 5, 5], [-1, 3, 5, 5], False),  # the same for all windows
+        (2, [2, 1, 5, 5], [-1, 15, 5, 1], False),  # not viewed back
+    ],
+)
+def test_masks_are_repeated_where_nothing_but_a_view_lies_around_the_addition(windows, mask, joined, rewritten):
+    model, x = masked(windows, mask, joined), np.random.default_rng(1).normal(size=(4, 3, 5, 5)).astype(np.float32)
+    [expected] = ReferenceEvaluator(model).run(None, {"x": x})
+    repeat_masks(model)
+    onnx.checker.check_model(model, full_check=True)
+    before_softmax = OnnxGraph(model).made["together"].op_type
+    assert (before_softmax == "Add") == rewritten
+    [actual] = ReferenceEvaluator(model).run(None, {"x": x})
+    assert np.array_equal(actual, expected)
+
+
+def rolled(low_bits: bool, other: str) -> onnx.ModelProto:
+    """A tensor (2, 6, 4) rolled by two along its second axis and quantized, perhaps clipped before."""
+    constants = {"i0": [0], "i2": [2], "i9": [9], "axis": [1]}
+    arrays = {name: np.array(values) for name, values in constants.items()}
+    arrays |= {"s": np.float32(0.03), "z": np.uint8(100), "low": np.float32(-1), "high": np.float32(1)}
+    nodes = [
+        helper.make_node("Tanh", ["x"], ["root"]),
+        helper.make_node("Slice", ["root", "i0", "i2", "axis"], ["front"]),
+        helper.make_node("Slice", ["root" if other != "two tensors" else "x", "i2", "i9", "axis"], ["back"]),
+        helper.make_node("Concat", ["back", "front"], ["roll"], axis=1),
+        helper.make_node("Transpose", ["roll"], ["cut"], perm=[0, 2, 1]),
+        helper.make_node("Clip", ["cut", "low", "high"], ["clipped"]),
+        helper.make_node("QuantizeLinear", ["clipped" if low_bits else "cut", "s", "z"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["y"]),
+    ]
+    if not low_bits:
+        del nodes[5]
+    outputs = ["y", *(["roll"] if other == "an output" else [])]
+    if other == "read":
+        nodes.append(helper.make_node("Relu", ["back"], ["read"]))
+        outputs.append("read")
+    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 6, 4]), *(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs)]
+    graph = helper.make_graph(nodes, "rolled", ends[:1], ends[1:], [numpy_helper.from_array(a, n) for n, a in arrays.items()])
+    return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
+
+
+@pytest.mark.parametrize("low_bits", [False, True])
+@pytest.mark.parametrize("other", ["", "two tensors", "an output", "read"])
+def test_what_is_rolled_is_quantized_before_if_nothing_else_reads_it(low_bits, other):
+    model, x = rolled(low_bits, other), np.random.default_rng(1).normal(size=(2, 6, 4)).astype(np.float32)
+    expected = ReferenceEvaluator(model).run(None, {"x": x})
+    roll_codes(model)
+    onnx.checker.check_model(model, full_check=True)
+    graph = OnnxGraph(model)
+    assert (graph.made[graph.made["y"].input[0]].op_type == "Transpose") == (other == "")
+    for y, wanted in zip(ReferenceEvaluator(model).run(None, {"x": x}), expected):
+        assert np.array_equal(y, wanted)
 
 
 def projected(shape: list[int], order: list[int], pieces: int, select: str, extra: str = "") -> onnx.ModelProto:

@@ -1,0 +1,121 @@
+"""Attention in windows (Swin): exported graphs that engines take as they take attention without windows.
+
+Shifted windows add a mask for each window, for which networks view the images' axis and the windows' as two; and they roll
+and cut images into windows, in float32, before anything quantizes them. Here the mask is repeated for every image, and
+codes are rolled and cut, of a quarter of the bytes. Every value stays what it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from qwt2.onnx_graph import OnnxGraph
+
+_MOVES = ("Concat", "Reshape", "Slice", "Transpose")
+
+
+def repeat_masks(model: onnx.ModelProto) -> None:
+    """Add masks of windows without a reshape in front and behind, in place.
+
+    (B W, h, N, N) -> (B, W, h, N, N) + (1, W, 1, N, N) -> (B W, h, N, N) becomes (B W, h, N, N) + (B W, 1, N, N), which OpenVINO
+    computes in one kernel with the products of the attention.
+    """
+    graph = OnnxGraph(model)
+    nodes, gone = [], set()
+    for node in graph.nodes:
+        around = _reshapes_around_mask(node, graph)
+        if around is not None:
+            apart, together = around
+            repeated = _repeated(node, apart.input[0], graph.shapes[node.input[1]])
+            nodes += repeated
+            node.input[:] = [apart.input[0], repeated[-1].output[0]]
+            node.output[0] = together.output[0]
+            gone |= {id(apart), id(together)}
+        nodes.append(node)
+    graph.replace_nodes([node for node in nodes if id(node) not in gone])
+
+
+def _reshapes_around_mask(add: onnx.NodeProto, graph: OnnxGraph) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+    """The reshapes in front of an addition and behind it, if it adds a mask to each window."""
+    if add.op_type != "Add":
+        return None
+    apart, together = graph.made.get(add.input[0]), graph.only_reader(add.output[0])
+    if not all(node is not None and node.op_type == "Reshape" for node in (apart, together)):
+        return None
+    names = (apart.input[0], *add.input, together.output[0])
+    scores, split, mask, joined = (graph.shapes.get(name, []) for name in names)
+    if [len(shape) for shape in (scores, split, mask, joined)] != [4, 5, 5, 4] or 0 in [*scores[1:], split[1]]:
+        return None
+    same = scores[1:] == split[2:] == joined[1:] and mask == [1, split[1], 1, *scores[2:]]
+    return (apart, together) if same and graph.only_reader(apart.output[0]) is not None else None
+
+
+def _repeated(add: onnx.NodeProto, scores: str, mask: list[int]) -> list[onnx.NodeProto]:
+    """What makes (B W, 1, N, N), for scores (B W, h, N, N), of the mask (1, W, 1, N, N) that an addition reads."""
+
+    def node(kind: str, inputs: list[str], name: str, **attributes) -> onnx.NodeProto:
+        return helper.make_node(kind, inputs, [f"{add.name}/{name}"], f"{add.name}/{name}", **attributes)
+
+    def constant(name: str, values: list[int]) -> onnx.NodeProto:
+        return node("Constant", [], name, value=numpy_helper.from_array(np.array(values, np.int64)))
+
+    windows, once, shape = constant("windows", mask[1:2]), constant("once", [1] * 4), constant("shape", [-1, *mask[2:]])
+    count = node("Shape", [scores], "count", start=0, end=1)
+    images = node("Div", [count.output[0], windows.output[0]], "images")
+    repeats = node("Concat", [images.output[0], once.output[0]], "repeats", axis=0)
+    expanded = node("Expand", [add.input[1], repeats.output[0]], "expanded")
+    repeated = node("Reshape", [expanded.output[0], shape.output[0]], "repeated")
+    return [windows, once, shape, count, images, repeats, expanded, repeated]
+
+
+def roll_codes(model: onnx.ModelProto) -> None:
+    """Quantize what is rolled, and perhaps cut into windows, before that, in place; dequantizers stay where they are."""
+    graph = OnnxGraph(model)
+    before, gone, moved = {}, set(), set()
+    for dequantize in [node for node in graph.nodes if node.op_type == "DequantizeLinear"]:
+        chain = _quantizer(dequantize, graph)
+        moves, root = _moves(chain[0].input[0], graph) if chain else ([], "")
+        if not any(node.op_type == "Concat" for node in moves):
+            continue
+        codes = f"{chain[-1].output[0]}/unmoved"
+        for node in moves:
+            node.input[:] = [codes if name == root else name for name in node.input]
+        chain[-1].output[0], dequantize.input[0], chain[0].input[0] = codes, chain[0].input[0], root
+        before[id(moves[0])] = chain
+        gone |= set(map(id, chain))
+        moved |= {node.output[0] for node in (*moves, *chain)}
+    nodes = [other for node in graph.nodes for other in (*before.get(id(node), ()), node) if other is not node or id(node) not in gone]
+    graph.replace_nodes(nodes, forget=moved)
+
+
+def _quantizer(dequantize: onnx.NodeProto, graph: OnnxGraph) -> list[onnx.NodeProto]:
+    """The Clip (if any) and the QuantizeLinear that make what one dequantizer alone reads, or nothing."""
+    chain = [graph.made.get(dequantize.input[0])]
+    if chain[0] is None or graph.only_reader(dequantize.input[0]) is None:
+        return []
+    clip = graph.made.get(chain[0].input[0])
+    is_own = clip is not None and clip.op_type == "Clip" and graph.only_reader(clip.output[0]) is not None
+    return [clip, *chain] if is_own else chain
+
+
+def _moves(tensor: str, graph: OnnxGraph) -> tuple[list[onnx.NodeProto], str]:
+    """The nodes, in order, that make a tensor of another one by moving its values, and that other; none if anything else reads theirs."""
+    found: dict[str, onnx.NodeProto] = {}
+    roots, names = set(), [tensor]
+    while names:
+        name = names.pop()
+        node = graph.made.get(name)
+        if node is None or node.op_type not in _MOVES:
+            roots.add(name)
+        elif name not in found:
+            found[name] = node
+            names += node.input if node.op_type == "Concat" else node.input[:1]
+    moves = [node for node in graph.nodes if node.output[0] in found]
+    inside = set(map(id, moves))
+    readers = [reader for name in found for reader in graph.readers[name] if reader.op_type != "Shape"]
+    outside = [reader for reader in readers if id(reader) not in inside]
+    if len(roots) > 1 or len(outside) > 1 or graph.outputs & found.keys():
+        return [], tensor
+    return moves, roots.pop()
