@@ -80,10 +80,19 @@ class QuantizedLayer(QuantizedModule):
 
     def uncompensated(self, x: Tensor) -> Tensor:
         """The quantized layer's output before compensation: what a compensation is fitted on."""
-        return self._affine(x, None, None)
+        return self.with_bias(self.products(x))
 
-    def _affine(self, x: Tensor, alpha: Tensor | None, beta: Tensor | None) -> Tensor:
-        y = self.op(self.input_quantizer(x), self.weight_quantizer(self.weight), None)
+    def products(self, x: Tensor) -> Tensor:
+        """op(Q(x), Q(weight)), which no compensation changes."""
+        return self.op(self.input_quantizer(x), self.weight_quantizer(self.weight), None)
+
+    def finished(self, products: Tensor) -> Tensor:
+        """The layer's output from its :meth:`products`, which are overwritten."""
+        y = self.with_bias(products, self.alpha, self.beta)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def with_bias(self, y: Tensor, alpha: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
+        """alpha * (products + bias) + beta, in place of the products ``y``."""
         bias = self.bias
         if alpha is not None:
             y = y.mul_(self._per_channel(alpha, y))
@@ -116,8 +125,7 @@ class QuantizedLayer(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         if not self.quantized:
             return self.full_precision(x)
-        y = self._affine(x, self.alpha, self.beta)
-        return y if self.output_quantizer is None else self.output_quantizer(y)
+        return self.finished(self.products(x))
 
 
 class QuantizedLinear(QuantizedLayer):

@@ -10,8 +10,8 @@ from torch import Tensor
 # Below this fraction of the mean square a channel's variance is rounding, not signal.
 CONSTANT_CHANNEL = 1e-10
 
-# Values that are widened to float64 at a time on the CPU: what a cache holds, and no thread has to wait for another.
-PART = 2**15
+# Values that are widened to float64 at a time on the CPU: what a cache holds.
+PART = 2**17
 
 
 class ChannelMoments:
@@ -30,16 +30,22 @@ class ChannelMoments:
     def update(self, y_q: Tensor, y_f: Tensor, channel_axis: int) -> None:
         """Add paired outputs of equal shape; statistics run over every axis but ``channel_axis``."""
         q, f = (y.movedim(channel_axis, -1).reshape(-1, y.shape[channel_axis]) for y in (y_q, y_f))
-        batch = ChannelMoments()
-        batch.count = q.shape[0]
-        batch.mean_q, batch.mean_f = q.mean(0, dtype=torch.float64), f.mean(0, dtype=torch.float64)
-        batch.var_q, batch.var_f, batch.cov = torch.zeros(3, q.shape[1], dtype=torch.float64, device=q.device)
-        rows = max(1, PART // q.shape[1]) if q.device.type == "cpu" else batch.count
+        # Sums about any value near the mean lose nothing; this one takes no pass in float64.
+        near_q, near_f = q.mean(0).double(), f.mean(0).double()
+        sums = torch.zeros(5, q.shape[1], dtype=torch.float64, device=q.device)
+        rows = max(1, PART // q.shape[1]) if q.device.type == "cpu" else len(q)
         for part_q, part_f in zip(q.split(rows), f.split(rows)):
-            part_q, part_f = part_q - batch.mean_q, part_f - batch.mean_f  # the means' float64 is the result's
-            batch.cov += (part_q * part_f).sum(0) / batch.count
-            batch.var_q += part_q.square_().sum(0) / batch.count
-            batch.var_f += part_f.square_().sum(0) / batch.count
+            part_q, part_f = part_q - near_q, part_f - near_f
+            sums[0] += part_q.sum(0)
+            sums[1] += part_f.sum(0)
+            sums[2] += (part_q * part_f).sum(0)
+            sums[3] += part_q.square_().sum(0)
+            sums[4] += part_f.square_().sum(0)
+        gap_q, gap_f, product, square_q, square_f = sums / len(q)
+        batch = ChannelMoments()
+        batch.count, batch.mean_q, batch.mean_f = len(q), near_q + gap_q, near_f + gap_f
+        batch.cov = product - gap_q * gap_f
+        batch.var_q, batch.var_f = (square_q - gap_q.square()).clamp(min=0), (square_f - gap_f.square()).clamp(min=0)
         self.merge(batch)
 
     def merge(self, other: "ChannelMoments") -> None:

@@ -9,6 +9,7 @@ import tiny_models as tiny
 from oracles import full_precision_copy, record
 from qwt2.compensation.streams import ActivationStore, UnitStream, calibration_batches
 from qwt2.hooks import replaced_forward
+from qwt2.modules import QuantizedMatmul
 from qwt2.quantization import quantization_info
 
 CHAINS = ["vit", "swin", "resnet", "mobilenet"]
@@ -57,6 +58,63 @@ def test_only_multipath_networks_run_their_prefix(name):
     }.get(name, [])
     # up.0 reads down.2 and lateral.0; lateral.0 runs between them.
     assert [units[i] for i in sorted(stream.needs_prefix)] == expected
+
+
+class Wired(nn.Module):
+    """Three layers: a wide one, a narrow one, and one that reads the wide one's output again, or not."""
+
+    def __init__(self, again: bool):
+        super().__init__()
+        self.wide, self.narrow, self.last = nn.Linear(12, 30), nn.Linear(30, 12), nn.Linear(12, 12)
+        self.again = again
+
+    def forward(self, x):
+        y = torch.relu(self.wide(x))
+        return x + self.last(self.narrow(y) + (y[..., :12] if self.again else 0))
+
+
+def layer_runs(qmodel: nn.Module, batches) -> dict[str, int]:
+    """How often CWAC multiplies with each layer's weight, both networks together, a batch."""
+    counts = dict.fromkeys(qmodel.quantization.layers, 0)
+
+    def counted(name, op):
+        def run(*operands):
+            counts[name] += 1
+            return op(*operands)
+
+        return run
+
+    for name in counts:
+        layer = qmodel.get_submodule(name)
+        layer.op = counted(name, layer.op)
+    qwt2.compensate(qmodel, batches, "cwac")
+    return {name: count / len(batches) for name, count in counts.items()}
+
+
+@pytest.mark.parametrize(
+    "again, expected",
+    [
+        (False, {"wide": 4, "narrow": 2, "last": 2}),  # the wide result is too large to keep, and computed for the narrow layer again
+        # In both networks the last layer finds NaN in its place; the full-precision one runs on to the end of the first batch.
+        (True, {"wide": 6, "narrow": 4, "last": 2.25}),
+    ],
+)
+def test_layers_that_are_done_are_not_run_again_where_nothing_but_a_kept_result_is_read(again, expected):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(Wired(again), Wired(again)), nn.Linear(12, 3))
+    images = torch.randn(32, 12)
+    qmodel = qwt2.quantize(model, [images], "minmax", qwt2.Precision(4, 4))
+    assert qmodel.quantization.blocks == ["0.0", "0.1"]
+    runs = layer_runs(qmodel, list(images.split(8)))
+    assert {name: runs[f"0.1.{name}"] for name in expected} == expected
+
+
+def test_products_of_attention_are_not_computed_again_once_the_projection_behind_them_is_done(monkeypatch):
+    qmodel, batches, seen = tiny.quantized("vit"), tiny.batches(8), []
+    own = QuantizedMatmul.forward
+    monkeypatch.setattr(QuantizedMatmul, "forward", lambda self, a, b: seen.append(self) or own(self, a, b))
+    qwt2.compensate(qmodel, batches, "cwac")
+    assert len(seen) == 2 * len(batches) * len(qmodel.quantization.matmuls)  # once in each network
 
 
 class SharedNeck(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qwt2.compensation import COMPENSATIONS, ModuleReport
 from qwt2.compensation.streams import UnitStream, calibration_batches
 from qwt2.errors import Qwt2Error
+from qwt2.memory import give_free_memory_back
 from qwt2.modules import AffineBlock, QuantizedLayer, full_precision
 from qwt2.quantization import block_channel_axis, quantization_info, quantized_layers, wrap_block
 from qwt2.statistics import ChannelMoments
@@ -28,6 +29,9 @@ CHOICES = {
     "estimator": ("least_squares", "bias_only", "moment"),
     "gate": ("none", "module", "channel"),
 }
+
+# Giving memory back costs as much as a fifth of a batch's time, and keeping it as much as a batch takes.
+TRIM_BATCHES = 4
 
 
 @COMPENSATIONS.register("cwac")
@@ -105,6 +109,8 @@ class CWAC:
             outputs = self._block_outputs if self.granularity == "block" else self._layer_outputs
             for name, y_q, y_f, axis in outputs(qmodel, names, index, quantized, reference, is_last):
                 fits[name].update(y_q, y_f, axis, held_out)
+            if (index + 1) % TRIM_BATCHES == 0:
+                give_free_memory_back()
         for fit in fits.values():
             fit.solve()
         return list(fits.values())
@@ -118,8 +124,10 @@ class CWAC:
         else:
             targets = reference.layer_outputs(index, names, to_end=is_last)
         for name, layer in layers.items():
-            for x, y_f in zip(inputs[name], targets[name], strict=True):
-                yield name, layer.uncompensated(x), y_f, layer.channel_axis
+            products = [layer.products(x) for x in inputs.pop(name)]
+            quantized.keep(index, name, products)
+            for y, y_f in zip(products, targets[name], strict=True):
+                yield name, layer.with_bias(y), y_f, layer.channel_axis
 
     def _block_outputs(self, qmodel, names, index, quantized, reference, is_last) -> Iterator[tuple[str, Tensor, Tensor, int]]:
         y_q = quantized.run(index)

@@ -8,6 +8,9 @@ pyramids, dense connections); the prefix is then run in full, once per batch. Ou
 kept to the end and need no such run: every head of a detector reads its neck. The prefix is run
 throughout where a layer runs several times in one pass, as one stored output cannot stand for all of
 them, unless all its runs are inside one section, which is a unit then.
+
+Inside a unit it is likewise: the results of layers that are done stand for them, where they are no larger than
+what the unit reads (the others are computed again), and NaN for the layers and products before the last of those.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from qwt2.quantization import QuantizationInfo, check_images, quantization_info
 class ActivationStore:
     """One tree of tensors per batch, in memory or as one safetensors file a batch.
 
-    What is read is the reader's own: blocks may overwrite their inputs.
+    What is stored is a copy, and what is read is the reader's own: blocks may overwrite their inputs.
     """
 
     def __init__(self, directory: str | None, prefix: str):
@@ -43,7 +46,7 @@ class ActivationStore:
 
     def __setitem__(self, index: int, tree: Any) -> None:
         if self.directory is None:
-            self.trees[index] = tree
+            self.trees[index] = _cloned(tree)
             return
         leaves, spec = tree_flatten(tree)
         tensors = {str(i): leaf.contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
@@ -89,6 +92,7 @@ class UnitStream:
     Attributes:
         kept: section -> what it returned on every batch.
         repeated: layers outside sections that run several times in one pass.
+        results: layer of the current unit -> what it gave on every batch, a list of its runs.
     """
 
     def __init__(self, model: nn.Module, batches: list[Inputs], reference: bool, offload_dir: str | None):
@@ -99,10 +103,19 @@ class UnitStream:
         self.inputs, self.outputs = ActivationStore(offload_dir, prefix), ActivationStore(offload_dir, f"{prefix}-outputs")
         self.kept = {name: ActivationStore(offload_dir, f"{prefix}-{name}") for name in info.sections}
         self.output_shapes: dict[tuple[str, int], Any] = {}
+        self.results: dict[str, ActivationStore] = {}
+        self.sizes: dict[int, int] = {}  # numbers that the current unit reads, of every batch
+        self.whole: set[tuple[int, str]] = set()  # (unit, layer) that needs results which are not there any more
+        self.offload_dir, self.prefix = offload_dir, prefix
+        self.products = set(info.matmuls)
         self.repeated = repeated_outside_sections(info)
         self.needs_prefix: set[int] = set(range(len(self.units))) if self.repeated else set()
         for index in range(len(batches)):
-            self.inputs[index] = self._run_to(index, 0, {})
+            self._set_inputs(index, self._run_to(index, 0, {}))
+
+    def _set_inputs(self, index: int, inputs: Any) -> None:
+        self.inputs[index] = inputs
+        self.sizes[index] = _size(inputs)
 
     @contextmanager
     def mode(self) -> Iterator[None]:
@@ -113,22 +126,25 @@ class UnitStream:
     def unit(self) -> nn.Module:
         return self.model.get_submodule(self.units[self.position])
 
+    @property
+    def modules(self) -> list[str]:
+        """The quantized modules of the current unit, in execution order."""
+        return [name for name in quantization_info(self.model).modules if is_inside(name, self.units[self.position])]
+
     def run(self, index: int, keep: bool = False) -> Any:
         """The current unit's output for one batch: a tensor, or a tree of them.
 
         Args:
             keep: for :meth:`advance`, which then need not run the unit again.
         """
-        args, kwargs = self.inputs[index]
-        with self.mode():
-            output = self.unit(*args, **kwargs)
+        _, output = self._captured(index, [], outputs=True, to_end=True)
         if keep:
             self.outputs[index] = output
         return output
 
     def layer_inputs(self, index: int, names: list[str]) -> dict[str, list[Tensor]]:
         """Inputs of layers inside the current unit for one batch, one for each run; runs no further than it must."""
-        return self._captured(index, names, outputs=False, to_end=False)
+        return self._captured(index, names, outputs=False, to_end=False)[0]
 
     def layer_outputs(self, index: int, names: list[str], to_end: bool) -> dict[str, list[Tensor]]:
         """Their outputs, likewise.
@@ -136,25 +152,91 @@ class UnitStream:
         Args:
             to_end: run the unit to its end and keep what it returns for :meth:`advance`.
         """
-        return self._captured(index, names, outputs=True, to_end=to_end)
+        captured, output = self._captured(index, names, outputs=True, to_end=to_end)
+        if to_end and self.repeated.isdisjoint(names):
+            self.outputs[index] = output
+        for name in names if not to_end else ():
+            self.keep(index, name, captured[name])
+        return captured
 
-    def _captured(self, index: int, names: list[str], outputs: bool, to_end: bool) -> dict[str, list[Tensor]]:
+    def keep(self, index: int, name: str, results: list[Tensor]) -> None:
+        """Let what a layer of the current unit gave on a batch stand for it from now on, if there is room for it.
+
+        Args:
+            results: one for each run; outputs, or in the quantized network products (:meth:`QuantizedLayer.products`).
+        """
+        if self.repeated:
+            return
+        store = self.results.setdefault(name, ActivationStore(self.offload_dir, f"{self.prefix}-{name}"))
+        if sum(result.numel() for result in results) <= self.sizes[index]:
+            store[index] = results
+        self.output_shapes[name, index] = [_shape_of(result) for result in results]
+
+    def _captured(self, index: int, names: list[str], outputs: bool, to_end: bool) -> tuple[dict[str, list[Tensor]], Any]:
+        """What goes into layers or comes out of them, and, where it gets there, what the unit returns."""
+        key = (self.position, names[0] if names else "")
+        stand_ins, is_sound = self._stand_ins(index, names)
+        if stand_ins and key not in self.whole:
+            found = self._captured_with(stand_ins, index, names, outputs, to_end)
+            if is_sound or not _has_nan(found):
+                return found
+            self.whole.add(key)
+        return self._captured_with({}, index, names, outputs, to_end)
+
+    def _stand_ins(self, index: int, names: list[str]) -> tuple[dict[str, Callable], bool]:
+        """Module of the current unit -> what runs for it, and whether none of these gives NaN."""
+        done = [name for name in self.modules if name not in names and (name, index) in self.output_shapes]
+        stored = [name in self.results and index in self.results[name].trees for name in done]
+        until = max((number + 1 for number, is_stored in enumerate(stored) if is_stored), default=0)
+        return {name: self._stand_in(index, name) for name in done[:until]}, all(stored[:until])
+
+    def _stand_in(self, index: int, name: str) -> Callable:
+        layer = self.model.get_submodule(name)
+        if name in self.results and index in self.results[name].trees:
+            results = iter(self.results[name][index])
+            return lambda x: next(results) if self.reference else layer.finished(next(results))
+        shapes = iter(self.output_shapes[name, index])
+        return lambda *operands: _poisoned(next(shapes))
+
+    def _captured_with(
+        self, stand_ins: dict[str, Callable], index: int, names: list[str], outputs: bool, to_end: bool
+    ) -> tuple[dict[str, list[Tensor]], Any]:
         captured: dict[str, list[Tensor]] = {name: [] for name in names}
         elsewhere = not self.repeated.isdisjoint(names)
         runs_on = elsewhere or to_end or names[-1] in quantization_info(self.model).repeated
         last = None if runs_on else names[-1]
+        products = {} if self.repeated else {name: [] for name in self.modules if name in self.products - stand_ins.keys()}
+        output = None
         with ExitStack() as stack:
             stack.enter_context(self.mode())
+            for name, stand_in in stand_ins.items():
+                stack.enter_context(replaced_forward(self.model.get_submodule(name), stand_in))
+            for name, shapes in products.items():
+                stack.enter_context(self._measuring(name, shapes))
             for name in names:
                 stack.enter_context(self._capturing(name, captured[name], outputs, stop=name == last))
             try:
                 if elsewhere:
                     call(self.model, self.batches[index])
                 else:
-                    self.run(index, keep=to_end)
+                    args, kwargs = self.inputs[index]
+                    output = self.unit(*args, **kwargs)
             except Stop:
                 pass
-        return captured
+        self.output_shapes |= {(name, index): shapes for name, shapes in products.items() if shapes}
+        return captured, output
+
+    def _measuring(self, name: str, shapes: list["_Shape"]):
+        """Note what a product gives."""
+        product = self.model.get_submodule(name)
+        own = product.forward
+
+        def forward(a: Tensor, b: Tensor) -> Tensor:
+            y = own(a, b)
+            shapes.append(_shape_of(y))
+            return y
+
+        return replaced_forward(product, forward)
 
     def _capturing(self, name: str, captured: list[Tensor], outputs: bool, stop: bool):
         module = self.model.get_submodule(name)
@@ -189,9 +271,12 @@ class UnitStream:
                 raise Qwt2Error(f"{self.units[self.position]} gives NaN or infinity on the calibration images")
             self.output_shapes[self.units[self.position], index] = tree_map(_shape_of, output)
             if self.units[self.position] in self.kept:
-                self.kept[self.units[self.position]][index] = _cloned(output)  # who reads it may overwrite it
+                self.kept[self.units[self.position]][index] = output
             if self.position + 1 < len(self.units):
-                self.inputs[index] = self._next_inputs(index, output)
+                self._set_inputs(index, self._next_inputs(index, output))
+        for store in self.results.values():
+            store.clear()
+        self.results.clear()
         self.position += 1
         if self.position == len(self.units):
             for store in (self.inputs, *self.kept.values()):
@@ -220,7 +305,7 @@ class UnitStream:
         captured = []
 
         def stop(*args, **kwargs):
-            captured.append(_cloned((args, kwargs)))
+            captured.append((args, kwargs))
             raise Stop
 
         with ExitStack() as stack:
@@ -272,6 +357,10 @@ def _shape_of(leaf: Any) -> Any:
     return _Shape(leaf.shape, leaf.new_empty(())) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
+def _size(tree: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
+
+
 def _poisoned(leaf: Any) -> Any:
     return leaf.like.new_full(leaf.size, float("nan")) if isinstance(leaf, _Shape) else leaf
 
@@ -290,5 +379,5 @@ def _cloned(tree: Any) -> Any:
 
 
 def _has_nan(tree: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(torch.isnan(leaf).any())
-               for leaf in tree_flatten(tree)[0])  # fmt: skip
+    leaves = [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
+    return any(bool(torch.isnan(leaf.amax())) for leaf in leaves)
