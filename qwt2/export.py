@@ -18,7 +18,9 @@ from qwt2.errors import Qwt2Error
 from qwt2.integer import IntegerLayer, QuantizeDequantize, dequantize, quantize_dequantize
 from qwt2.int4 import pack_int4
 from qwt2.io import quiet
-from qwt2.onnx_file import PRODUCER_KEY, VARIANT_KEY, load_onnx, save_onnx, stored_values
+from qwt2.onnx_file import (
+    PRODUCER_KEY, VARIANT_KEY, load_onnx, save_onnx, set_shared_quantizers, shared_quantizers, stored_values,
+)  # fmt: skip
 from qwt2.onnx_passes import fuse_additions, quantize_before_pooling, rewrite_for_engines
 from qwt2.tensorrt import check as check_tensorrt
 from qwt2.tracing import evaluation_mode
@@ -151,10 +153,19 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
         values = stored_values(tensor.name, state)
         if values is not None:
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    _check_shared(model, state)
     quantize_before_pooling(model)
     fuse_additions(model, _clipped(folded))
     _stamp(model, folded)
     return save_onnx(model, path)
+
+
+def _check_shared(model: onnx.ModelProto, state: dict[str, np.ndarray]) -> None:
+    """Refuse numbers with which quantizers that share one in the file would differ."""
+    for name, other in shared_quantizers(model).items():
+        for key in [key for key in state if key.rpartition(".")[0] == name]:
+            if not np.array_equal(state[key], state[f"{other}.{key.rpartition('.')[2]}"]):
+                raise Qwt2Error(f"{name} and {other} differ, which share a quantizer in the file; export the model with qwt2.export_onnx again")
 
 
 def _translations() -> dict:
@@ -238,11 +249,12 @@ def _clipped(folded: nn.Module) -> list[str]:
 
 
 def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:
-    del model.metadata_props[:]
+    shared = shared_quantizers(model)
     info = getattr(folded, "quantization", None)
     label = "float" if info is None else f"{info.method} W{info.precision.weight_bits}A{info.precision.activation_bits}"
     variant = {} if info is None else {VARIANT_KEY: info.variant}
     onnx.helper.set_model_props(model, {PRODUCER_KEY: label, STRUCTURE_KEY: structure(folded)} | variant)
+    set_shared_quantizers(model, shared)
 
 
 def structure(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -19,6 +20,7 @@ from qwt2.onnx_graph import OnnxGraph
 
 PRODUCER_KEY = "qwt2"
 VARIANT_KEY = "qwt2_variant"  # how the model was quantized
+SHARED_KEY = "qwt2_shared"  # quantizers that are not in the file -> equal ones that do their work
 # Names of nodes that qwt2.onnx_passes adds in front of a pooling.
 POOLED = "pooled/"
 _PART = re.compile(r"(.+)/(\d+)of(\d+)")
@@ -158,6 +160,21 @@ def stored_values(name: str, state: Mapping[str, np.ndarray]) -> np.ndarray | No
     return np.ascontiguousarray(np.split(state[match[1]], int(match[3]), axis=-1)[int(match[2])])
 
 
+def shared_quantizers(model: onnx.ModelProto) -> dict[str, str]:
+    """Quantizers that are not in a file -> the equal ones that do their work; see :func:`qwt2.onnx_passes.share_quantizers`."""
+    [found] = [entry.value for entry in model.metadata_props if entry.key == SHARED_KEY] or ["{}"]
+    return json.loads(found)
+
+
+def set_shared_quantizers(model: onnx.ModelProto, shared: dict[str, str]) -> None:
+    """Note them in a file."""
+    kept = [entry for entry in model.metadata_props if entry.key != SHARED_KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    if shared:
+        model.metadata_props.add(key=SHARED_KEY, value=json.dumps(shared, sort_keys=True))
+
+
 class Slice:
     """Where a module's slice ends, and what follows the module inside the slice.
 
@@ -195,6 +212,10 @@ class Slice:
 
 class _Modules(OnnxGraph):
     """The integer modules of a graph."""
+
+    def __init__(self, model: onnx.ModelProto):
+        super().__init__(model)
+        self.shared = shared_quantizers(model)
 
     def piece(self, module: str) -> tuple[list[onnx.NodeProto], str, list[onnx.NodeProto]]:
         """Nodes of one module's slice, its output tensor, and the part after the module itself.
@@ -245,7 +266,8 @@ class _Modules(OnnxGraph):
         return None if tensor is None else float(numpy_helper.to_array(tensor))
 
     def _quantizer(self, prefix: str) -> list[onnx.NodeProto]:
-        """The Clip (if any), QuantizeLinear and DequantizeLinear with these scales."""
+        """The Clip (if any), QuantizeLinear and DequantizeLinear with these scales, or equal ones."""
+        prefix = self.shared.get(prefix, prefix)
         users = self.readers[f"{prefix}.scale"]
         users = [node for node in users if not node.name.startswith(POOLED)]
         quantize = next(n for n in users if n.op_type == "QuantizeLinear")
@@ -257,9 +279,9 @@ class _Modules(OnnxGraph):
     def _epilogue(self, tensor: str) -> list[onnx.NodeProto]:
         """What lies between a tensor and the end of the next quantizer, if only mergeable nodes do."""
         nodes: list[onnx.NodeProto] = []
-        while len(self.readers[tensor]) == 1 and self.readers[tensor][0].op_type in _MERGED:
-            nodes.append(self.readers[tensor][0])
-            tensor = nodes[-1].output[0]
+        while (reader := self.only_reader(tensor)) is not None and reader.op_type in _MERGED:
+            nodes.append(reader)
+            tensor = reader.output[0]
             if nodes[-1].op_type == "DequantizeLinear":
                 return nodes
         return []

@@ -11,8 +11,7 @@ from collections.abc import Collection
 import onnx
 from onnx import helper, numpy_helper
 
-from qwt2.errors import Qwt2Error
-from qwt2.onnx_file import POOLED
+from qwt2.onnx_file import POOLED, set_shared_quantizers, shared_quantizers
 from qwt2.onnx_graph import OnnxGraph
 from qwt2.onnx_projections import split_projections
 from qwt2.onnx_windows import repeat_masks, roll_codes
@@ -42,6 +41,7 @@ def rewrite_for_engines(model: onnx.ModelProto, clipped: Collection[str] = (), r
     merge_reshapes(model)
     quantize_before_pooling(model)
     fuse_additions(model, clipped)
+    share_quantizers(model)
 
 
 def drop_identities(model: onnx.ModelProto) -> None:
@@ -148,9 +148,6 @@ def quantize_before_pooling(model: onnx.ModelProto) -> None:
 
     The largest value's code is the largest code, so the quantizers behind it find everything on their grid; the pooling
     and the layer in front then work on codes.
-
-    Raises:
-        Qwt2Error: the scales differed once the graph was made; it is of another model then.
     """
     graph = OnnxGraph(model)
     nodes = []
@@ -159,10 +156,8 @@ def quantize_before_pooling(model: onnx.ModelProto) -> None:
         if node.op_type == "MaxPool" and node.output[0] not in graph.outputs and quantizers and all(quantizers):
             grids = {_grid(quantizer, graph) for quantizer in quantizers}
             behind = graph.made.get(node.input[0])
-            if behind is not None and behind.output[0].startswith(POOLED):  # made by this pass before
-                if len(grids) > 1:
-                    raise Qwt2Error(f"quantizers behind {node.name} differ; export the model with qwt2.export_onnx again")
-            elif len(grids) == 1:
+            is_done = behind is not None and behind.output[0].startswith(POOLED)
+            if len(grids) == 1 and not is_done:
                 before = _copies(quantizers[0], node.input[0], f"{POOLED}{node.output[0]}")
                 node.input[0] = before[-1].output[0]
                 nodes += before
@@ -178,9 +173,6 @@ def fuse_additions(model: onnx.ModelProto, clipped: Collection[str]) -> None:
 
     Args:
         clipped: names of quantizers that do not round; their scales and ends are stored under these names.
-
-    Raises:
-        Qwt2Error: quantizers behind a sum differ, in a file in which they did not; it is of another model then.
     """
     graph = OnnxGraph(model)
     gone: set[int] = set()
@@ -191,8 +183,6 @@ def fuse_additions(model: onnx.ModelProto, clipped: Collection[str]) -> None:
         for quantize in quantizers:
             [dequantize] = graph.readers[quantize.output[0]]
             fuses = _is_rounded_once(dequantize.output[0], graph)
-            if not clips and not fuses:
-                raise Qwt2Error(f"quantizers behind {name} differ; export the model with qwt2.export_onnx again")
             if fuses:
                 source |= {clip.output[0]: clip.input[0] for clip in clips}
                 gone |= set(map(id, clips))
@@ -202,6 +192,31 @@ def fuse_additions(model: onnx.ModelProto, clipped: Collection[str]) -> None:
     for node in graph.nodes:
         node.input[:] = [source.get(tensor, tensor) for tensor in node.input]
     graph.replace_nodes([node for node in graph.nodes if id(node) not in gone])
+
+
+def share_quantizers(model: onnx.ModelProto) -> None:
+    """Let one of several equal quantizers of a tensor do the work of all, in place.
+
+    Engines take a layer and the one quantizer behind it for an integer kernel, and leave it in float where there are more.
+    The file tells which quantizers are not in it (:func:`qwt2.onnx_file.shared_quantizers`).
+    """
+    graph = OnnxGraph(model)
+    first: dict[tuple, list[onnx.NodeProto]] = {}
+    shared, source, gone = shared_quantizers(model), {}, set()
+    for node in graph.nodes:
+        quantizer = _quantizer(node, graph)
+        if not quantizer or quantizer[-1].output[0] in graph.outputs:
+            continue
+        kept = first.setdefault((node.input[0], _grid(quantizer, graph)), quantizer)
+        if kept is not quantizer:
+            name, other = (nodes[-1].input[1].removesuffix(".scale") for nodes in (quantizer, kept))
+            shared[name] = other
+            source[quantizer[-1].output[0]] = kept[-1].output[0]
+            gone |= set(map(id, quantizer))
+    for node in graph.nodes:
+        node.input[:] = [source.get(tensor, tensor) for tensor in node.input]
+    graph.replace_nodes([node for node in graph.nodes if id(node) not in gone])
+    set_shared_quantizers(model, shared)
 
 
 def _is_rounded_once(operand: str, graph: OnnxGraph) -> bool:

@@ -86,7 +86,11 @@ def roll_codes(model: onnx.ModelProto) -> None:
         before[id(moves[0])] = chain
         gone |= set(map(id, chain))
         moved |= {node.output[0] for node in (*moves, *chain)}
-    nodes = [other for node in graph.nodes for other in (*before.get(id(node), ()), node) if other is not node or id(node) not in gone]
+    nodes = []
+    for node in graph.nodes:
+        nodes += before.get(id(node), [])
+        if id(node) not in gone:
+            nodes.append(node)
     graph.replace_nodes(nodes, forget=moved)
 
 
@@ -101,7 +105,7 @@ def _quantizer(dequantize: onnx.NodeProto, graph: OnnxGraph) -> list[onnx.NodePr
 
 
 def _moves(tensor: str, graph: OnnxGraph) -> tuple[list[onnx.NodeProto], str]:
-    """The nodes, in order, that make a tensor of another one by moving its values, and that other; none if anything else reads theirs."""
+    """The nodes, in order, that make a tensor of one other by moving its values, and that other; none if they are read elsewhere."""
     found: dict[str, onnx.NodeProto] = {}
     roots, names = set(), [tensor]
     while names:

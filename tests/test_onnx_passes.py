@@ -1,5 +1,6 @@
 """Rewritten graphs compute what the exporter's own graphs compute, bit for bit, and lie as engines fuse them."""
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -10,12 +11,13 @@ from onnx.reference import ReferenceEvaluator
 from tiny_models import BUILDERS, PTQ, batches, images
 
 import qwt2
+from qwt2.engines.ort import OnnxRuntimeSession
 from qwt2.engines.ov import OpenVinoSession
 from qwt2.errors import Qwt2Error
 from qwt2.export import rewrite_onnx
-from qwt2.onnx_file import with_batch_size
+from qwt2.onnx_file import shared_quantizers, with_batch_size
 from qwt2.onnx_graph import OnnxGraph
-from qwt2.onnx_passes import quantize_before_pooling
+from qwt2.onnx_passes import quantize_before_pooling, share_quantizers
 from qwt2.onnx_projections import split_projections
 from qwt2.onnx_windows import repeat_masks, roll_codes
 from qwt2.torch_graph import TorchGraph
@@ -277,15 +279,6 @@ def test_pooling_that_the_model_returns_stays_in_float():
     assert np.array_equal(expected, x.reshape(2, 3, 4, 2, 4, 2).max((3, 5)))
 
 
-def test_numbers_that_do_not_fit_the_rewritten_graph_are_refused():
-    model = pooled([0.03, 0.03])
-    quantize_before_pooling(model)
-    tensor = next(t for t in model.graph.initializer if t.name == "s1")
-    tensor.CopyFrom(numpy_helper.from_array(np.float32(0.05), "s1"))
-    with pytest.raises(Qwt2Error, match="quantizers behind .* differ"):
-        quantize_before_pooling(model)
-
-
 def test_what_is_not_rounded_is_quantized_where_one_quantizer_reads_the_sum_and_else_clipped(tmp_path):
     qmodel = qwt2.quantize(BUILDERS["resnet"](), batches(), "percentile", variant="openvino")
     folded, additions = qwt2.fold(qmodel), qmodel.quantization.additions
@@ -301,5 +294,68 @@ def test_what_is_not_rounded_is_quantized_where_one_quantizer_reads_the_sum_and_
 
     assert rewrite_onnx(path, folded, tmp_path / "again.onnx").read_bytes() == path.read_bytes()
     folded.get_submodule("layer2.0.conv1").input.scale *= 2  # reads the first sum, as an addition does
-    with pytest.raises(Qwt2Error, match=f"quantizers behind {additions[0]}.a differ"):
+    with pytest.raises(Qwt2Error, match="layer2.0.conv1.input differ"):
         rewrite_onnx(path, folded, tmp_path / "other.onnx")
+
+
+def test_of_equal_quantizers_of_a_tensor_one_is_in_the_file(exported, tmp_path):
+    name, _, rewritten = exported
+    graph = OnnxGraph(rewritten)
+    constants = {key: numpy_helper.to_array(tensor).tobytes() for key, tensor in graph.constants.items()}
+    quantizers = [(n.input[0], *map(constants.get, n.input[1:])) for n in graph.nodes if n.op_type == "QuantizeLinear"]
+    assert len(quantizers) == len(set(quantizers))
+    shared = shared_quantizers(rewritten)
+    # What a residual block reads, its first convolution and its shortcut, is quantized alike; in a transformer one layer reads it.
+    assert (len(shared) > 0) == (name in ("resnet", "mobilenet"))
+    assert not {f"{gone}.scale" for gone in shared} & constants.keys()
+
+
+def test_sums_behind_shared_quantizers_are_added_in_integers():
+    model, x = summed([0.03, 0.03]), np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    expected = ReferenceEvaluator(model).run(None, {"x": x})
+    before = OnnxRuntimeSession(model, threads=1).operations()
+    share_quantizers(model)
+    assert all(np.array_equal(y, wanted) for y, wanted in zip(ReferenceEvaluator(model).run(None, {"x": x}), expected))
+    after = OnnxRuntimeSession(model, threads=1).operations()
+    assert ["QLinearAdd" in {operation.kind for operation in operations} for operations in (before, after)] == [False, True]
+
+
+def test_quantizers_that_differ_stay():
+    model = summed([0.03, 0.04])
+    before = model.SerializeToString(deterministic=True)
+    share_quantizers(model)
+    assert model.SerializeToString(deterministic=True) == before and not shared_quantizers(model)
+
+
+def summed(scales: list[float]) -> onnx.ModelProto:
+    """x + x, both quantized, read by a quantizer for each of the scales."""
+    constants = {"s": np.float32(0.02), "z": np.uint8(7)} | {f"m{i}.scale": np.float32(scale) for i, scale in enumerate(scales)}
+    constants |= {f"m{i}.zero_point": np.uint8(9) for i in range(len(scales))}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["value"]),
+        helper.make_node("Add", ["value", "value"], ["sum"]),
+    ]
+    for i in range(len(scales)):
+        nodes.append(helper.make_node("QuantizeLinear", ["sum", f"m{i}.scale", f"m{i}.zero_point"], [f"c{i}"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"c{i}", f"m{i}.scale", f"m{i}.zero_point"], [f"v{i}"]))
+        nodes.append(helper.make_node("Softmax" if i else "Relu", [f"v{i}"], [f"y{i}"]))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in ("x", *(f"y{i}" for i in range(len(scales))))]
+    graph = helper.make_graph(nodes, "summed", ends[:1], ends[1:], [numpy_helper.from_array(a, n) for n, a in constants.items()])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_numbers_with_which_shared_quantizers_would_differ_are_refused(tmp_path):
+    qmodel = qwt2.quantize(BUILDERS["resnet"](), batches(), "percentile")
+    folded = qwt2.fold(qmodel)
+    path = qwt2.export_onnx(folded, tmp_path / "model.onnx", images(1))
+    assert rewrite_onnx(path, folded, tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+    shared = shared_quantizers(onnx.load(path))
+    made = OnnxGraph(onnx.load(path)).made
+    sources = [made[n.input[0]].op_type for n in onnx.load(path).graph.node if n.input[1:2] and n.input[1][:-6] in shared.values() and n.op_type == "QuantizeLinear"]
+    assert {"MaxPool", "Relu"} <= set(sources)  # behind the pooling in front of the blocks, and behind sums
+    for gone, kept in shared.items():
+        other = copy.deepcopy(folded)
+        other.get_submodule(gone).scale *= 2
+        with pytest.raises(Qwt2Error, match=f"{gone} and {kept} differ"):
+            rewrite_onnx(path, other, tmp_path / "other.onnx")

@@ -7,7 +7,8 @@ from torch import nn
 import qwt2
 import tiny_models as tiny
 from oracles import full_precision_copy, record
-from qwt2.compensation.streams import ActivationStore, UnitStream, calibration_batches
+from qwt2.compensation.activations import ActivationStore
+from qwt2.compensation.streams import UnitStream, calibration_batches
 from qwt2.hooks import replaced_forward
 from qwt2.modules import QuantizedMatmul
 from qwt2.quantization import quantization_info

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qwt2.compensation import COMPENSATIONS, ModuleReport
 from qwt2.compensation.streams import UnitStream, calibration_batches
 from qwt2.errors import Qwt2Error
-from qwt2.memory import give_free_memory_back
+from qwt2.memory import give_back_after
 from qwt2.modules import AffineBlock, QuantizedLayer, full_precision
 from qwt2.quantization import block_channel_axis, quantization_info, quantized_layers, wrap_block
 from qwt2.statistics import ChannelMoments
@@ -29,10 +29,6 @@ CHOICES = {
     "estimator": ("least_squares", "bias_only", "moment"),
     "gate": ("none", "module", "channel"),
 }
-
-# Giving memory back costs as much as a fifth of a batch's time, and keeping it as much as a batch takes.
-TRIM_BATCHES = 4
-
 
 @COMPENSATIONS.register("cwac")
 @dataclass
@@ -109,8 +105,7 @@ class CWAC:
             outputs = self._block_outputs if self.granularity == "block" else self._layer_outputs
             for name, y_q, y_f, axis in outputs(qmodel, names, index, quantized, reference, is_last):
                 fits[name].update(y_q, y_f, axis, held_out)
-            if (index + 1) % TRIM_BATCHES == 0:
-                give_free_memory_back()
+            give_back_after(index)
         for fit in fits.values():
             fit.solve()
         return list(fits.values())

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwt2.compensation import COMPENSATIONS, ModuleReport
-from qwt2.compensation.streams import ActivationStore, UnitStream, calibration_batches
+from qwt2.compensation.activations import ActivationStore
+from qwt2.compensation.streams import UnitStream, calibration_batches
 from qwt2.errors import Qwt2Error
+from qwt2.memory import give_back_after
 from qwt2.modules import CompensatedBlock, full_precision
 from qwt2.quantization import block_channel_axis, quantization_info, wrap_block
 from qwt2.statistics import GroupedRegression, decibel
@@ -106,6 +108,7 @@ class QwT:
             if not math.isfinite(error.power):
                 raise Qwt2Error(f"{name} gives NaN or infinity on the calibration images; check its weights")
             outputs[index] = y_q
+            give_back_after(index)
         weight = error.regression.solve(self.damping)
         r2 = error.positional_r2(weight[0]) if is_image and self.r2 == "positional" else error.regression.r2(weight[0])
         return self._apply(qmodel, name, error, weight, r2, signal)
