@@ -19,6 +19,8 @@ DETECTION_BEGIN = "<!-- detection:begin (written by `make readme`) -->"
 DETECTION_END = "<!-- detection:end -->"
 PEERS_BEGIN = "<!-- peers:begin (written by `make readme`) -->"
 PEERS_END = "<!-- peers:end -->"
+COSTS_BEGIN = "<!-- costs:begin (written by `make readme`) -->"
+COSTS_END = "<!-- costs:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
@@ -38,6 +40,26 @@ def update_peers(readme: Path, benchmarks: Path) -> None:
     files = sorted(benchmarks.glob("peers-*.csv"))
     if files:
         replace_between(readme, PEERS_BEGIN, PEERS_END, "\n\n".join(peers_table(read_dicts(file)) for file in files))
+
+
+def update_costs(readme: Path, benchmarks: Path) -> None:
+    """The same for what calibrating takes."""
+    files = sorted(benchmarks.glob("calibration-cost-*.csv"))
+    if files:
+        replace_between(readme, COSTS_BEGIN, COSTS_END, "\n\n".join(costs_table(read_dicts(file)) for file in files))
+
+
+def costs_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: a row per step, with the multiples that the implementation which stores everything takes."""
+    stored = {row["method"]: row for row in rows if row["implementation"] == "stored"}
+    lines = [["Step", "Seconds", "CPU seconds", "MB added", "stored ÷ this, CPU seconds", "stored ÷ this, MB"], ["---", *["---:"] * 5]]
+    for row in (row for row in rows if row["implementation"] == "qwt2"):
+        other = stored.get(row["method"])
+        times = [_MISSING if other is None else f"{float(other[key]) / float(row[key]):.1f}" for key in ("cpu_seconds", "added_mb")]
+        lines.append([row["method"], row["seconds"], row["cpu_seconds"], row["added_mb"], *times])
+    first = rows[0]
+    facts = f"{first['model']}, {first['precision']}, {first['images']} images; {first['cpu']}, {first['threads']} threads"
+    return f"{facts}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def replace_between(readme: Path, begin: str, end: str, content: str) -> None:
@@ -140,6 +162,7 @@ def main() -> None:
     update(readme, RESULTS / "summary.csv")
     update_detection(readme, RESULTS / "summary.csv")
     update_peers(readme, RESULTS / "benchmarks")
+    update_costs(readme, RESULTS / "benchmarks")
 
 
 if __name__ == "__main__":

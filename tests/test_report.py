@@ -428,6 +428,27 @@ def test_peers_table_by_hand():
     assert line == "| OpenVINO | vit | 8 | 20.0 | 2.40 | – | 0.80 | – | – | – | 1.20 | 30.0 | 31.1 | – | 29.0 |"
 
 
+def test_costs_go_between_their_own_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"a\n{readme.COSTS_BEGIN}\n{readme.COSTS_END}\nb\n")
+    readme.update_costs(path, tmp_path)
+    assert path.read_text() == f"a\n{readme.COSTS_BEGIN}\n{readme.COSTS_END}\nb\n"  # nothing measured, nothing written
+    facts = "deit,W4A4,512,2,CPU"
+    (tmp_path / "calibration-cost-x.csv").write_text(
+        "method,implementation,seconds,cpu_seconds,added_mb,model,precision,images,threads,cpu\n"
+        f"quantize,qwt2,1.5,3.0,200,{facts}\ncwac,qwt2,10.0,20.0,400,{facts}\ncwac,stored,70.0,90.0,1200,{facts}\n"
+    )
+    readme.update_costs(path, tmp_path)
+    assert path.read_text().splitlines()[2:8] == [
+        "deit, W4A4, 512 images; CPU, 2 threads",
+        "",
+        "| Step | Seconds | CPU seconds | MB added | stored ÷ this, CPU seconds | stored ÷ this, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| quantize | 1.5 | 3.0 | 200 | – | – |",
+        "| cwac | 10.0 | 20.0 | 400 | 4.5 | 3.0 |",
+    ]
+
+
 def test_peers_go_between_their_own_markers(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"a\n{readme.PEERS_BEGIN}\n{readme.PEERS_END}\nb\n")
