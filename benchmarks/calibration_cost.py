@@ -24,7 +24,7 @@ from pipeline.resources import PeakMemory
 from qwt2 import Precision, compensate, load_quantized, machine, quantize, save_quantized
 from qwt2.io import write_csv
 
-MODEL, PRECISION, THREADS, BATCH = "deit_small_patch16_224", Precision(weight_bits=4, activation_bits=4), 2, 32
+MODEL, PRECISION, BATCH = "deit_small_patch16_224", Precision(weight_bits=4, activation_bits=4), 32
 # (method, implementation); what the oracle has no equal of is switched off: the gate, half precision, damping.
 OPTIONS = {"cwac": {"gate": "none"}, "qwt": {"dtype": "float32", "damping": 0.0}}
 RUNS = [("quantize", "qwt2"), *((method, name) for method in OPTIONS for name in ("qwt2", "stored"))]
@@ -33,23 +33,24 @@ RUNS = [("quantize", "qwt2"), *((method, name) for method in OPTIONS for name in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", nargs=3, metavar=("METHOD", "IMPLEMENTATION", "FILE"), help="measure one, here")
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(*arguments.child, arguments.images)))
+        print(json.dumps(measure(*arguments.child, arguments.images, arguments.threads)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for method, implementation in tqdm(RUNS, desc="calibration cost"):
-            command = [sys.executable, "-m", "benchmarks.calibration_cost", "--images", str(arguments.images)]
+            command = [sys.executable, "-m", "benchmarks.calibration_cost", "--images", str(arguments.images), "--threads", str(arguments.threads)]
             command += ["--child", method, implementation, str(Path(folder) / "ptq.safetensors")]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append({"method": method, "implementation": implementation, **json.loads(done.stdout.splitlines()[-1])})
-            write(rows, arguments.images)
+            write(rows, arguments.images, arguments.threads)
 
 
-def measure(method: str, implementation: str, file: str, images: int) -> dict:
-    torch.set_num_threads(THREADS)
+def measure(method: str, implementation: str, file: str, images: int, threads: int) -> dict:
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = timm.create_model(MODEL, pretrained=False).eval()
     batches = list(photo_crops(model, images).split(BATCH))
@@ -74,12 +75,12 @@ def compensation(method: str, implementation: str, qmodel: torch.nn.Module, batc
     return getattr(Stored(qmodel, batches), method)
 
 
-def write(rows: list[dict], images: int) -> None:
+def write(rows: list[dict], images: int, threads: int) -> None:
     """One file a machine, as the comparison with other tools has."""
     described = machine.describe()
     facts = {
         "model": MODEL, "precision": f"W{PRECISION.weight_bits}A{PRECISION.activation_bits}", "images": images, "batch": BATCH,
-        "threads": THREADS, "cpu": described["cpu"], "torch": described["versions"]["torch"],
+        "threads": threads, "cpu": described["cpu"], "torch": described["versions"]["torch"],
     }  # fmt: skip
     write_csv(machine_file("calibration-cost", torch="torch"), [row | facts for row in rows])
 
