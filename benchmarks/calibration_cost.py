@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.peers import photo_crops
 from benchmarks.table import machine_file
+from pipeline.readme import read_dicts
 from pipeline.resources import PeakMemory
 from qwt2 import Precision, compensate, load_quantized, machine, quantize, save_quantized
 from qwt2.io import write_csv
@@ -34,19 +35,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--own", action="store_true", help="measure this library alone, and keep the file's rows of the other")
     parser.add_argument("--child", nargs=3, metavar=("METHOD", "IMPLEMENTATION", "FILE"), help="measure one, here")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(*arguments.child, arguments.images, arguments.threads)))
         return
-    rows = []
+    path = machine_file("calibration-cost", torch="torch")
+    rows = [row for row in read_dicts(path) if row["implementation"] != "qwt2"] if arguments.own else []
+    runs = [run for run in RUNS if run[1] == "qwt2" or not arguments.own]
     with tempfile.TemporaryDirectory() as folder:
-        for method, implementation in tqdm(RUNS, desc="calibration cost"):
-            command = [sys.executable, "-m", "benchmarks.calibration_cost", "--images", str(arguments.images), "--threads", str(arguments.threads)]
-            command += ["--child", method, implementation, str(Path(folder) / "ptq.safetensors")]
+        for method, implementation in tqdm(runs, desc="calibration cost"):
+            command = [sys.executable, "-m", "benchmarks.calibration_cost", "--images", str(arguments.images)]
+            command += ["--threads", str(arguments.threads), "--child", method, implementation, str(Path(folder) / "ptq.safetensors")]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append({"method": method, "implementation": implementation, **json.loads(done.stdout.splitlines()[-1])})
-            write(rows, arguments.images, arguments.threads)
+            found = json.loads(done.stdout.splitlines()[-1])
+            rows.append({"method": method, "implementation": implementation, **found, **facts(arguments.images, arguments.threads)})
+            write_csv(path, sorted(rows, key=lambda row: RUNS.index((row["method"], row["implementation"]))))
 
 
 def measure(method: str, implementation: str, file: str, images: int, threads: int) -> dict:
@@ -75,14 +80,13 @@ def compensation(method: str, implementation: str, qmodel: torch.nn.Module, batc
     return getattr(Stored(qmodel, batches), method)
 
 
-def write(rows: list[dict], images: int, threads: int) -> None:
-    """One file a machine, as the comparison with other tools has."""
+def facts(images: int, threads: int) -> dict:
+    """What every row tells of its measurement."""
     described = machine.describe()
-    facts = {
+    return {
         "model": MODEL, "precision": f"W{PRECISION.weight_bits}A{PRECISION.activation_bits}", "images": images, "batch": BATCH,
         "threads": threads, "cpu": described["cpu"], "torch": described["versions"]["torch"],
     }  # fmt: skip
-    write_csv(machine_file("calibration-cost", torch="torch"), [row | facts for row in rows])
 
 
 if __name__ == "__main__":
