@@ -72,6 +72,9 @@ def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str
     if what == "dvc":
         process.kill()  # with DVC goes the process that started it warm, as when a machine is switched off
     process.wait()
+    # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice, seconds
+    # on a busy machine, and DVC takes the lock of a process that is still listed for held.
+    psutil.wait_procs([victim], timeout=60)
     return f"{name} killed after {after:.1f} s"
 
 
