@@ -42,7 +42,7 @@ def main() -> None:
         print(json.dumps(measure(*arguments.child, arguments.images, arguments.threads)))
         return
     path = machine_file("calibration-cost", torch="torch")
-    rows = [row for row in read_dicts(path) if row["implementation"] != "qwt2"] if arguments.own else []
+    rows = [row for row in read_dicts(path) if row["implementation"] != "qwt2"] if arguments.own and path.is_file() else []
     runs = [run for run in RUNS if run[1] == "qwt2" or not arguments.own]
     with tempfile.TemporaryDirectory() as folder:
         for method, implementation in tqdm(runs, desc="calibration cost"):
