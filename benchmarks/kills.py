@@ -1,7 +1,8 @@
 """Command: kill the chain at random points and run it again (`make kills`); the results must be those of a quiet run.
 
 Each round starts the tiny chain from nothing, sends SIGKILL to DVC or to the stage that runs, at a random moment, and then
-only repeats `dvc repro`: no other step. Half the rounds start stages warm (`pipeline.warm`).
+only repeats the command: no other step. That is `dvc repro` in half the rounds, and in the others what `make repro` runs,
+which starts stages warm (`pipeline.warm`).
 """
 
 import argparse
@@ -49,8 +50,9 @@ def rounds(parent: Path, kills: int, rng: random.Random) -> list[str]:
     outcomes = []
     for number in tqdm(range(kills), "kills", unit="kill", disable=None):
         folder = tiny_chain.make(parent / f"kill{number}")
-        victim = kill(folder, WARM if number % 2 else COLD, rng.choice(["dvc", "stage"]), rng.uniform(0.5, 0.95 * length))
-        outcomes.append(recover(folder, quiet))
+        command = WARM if number % 2 else COLD
+        victim = kill(folder, command, rng.choice(["dvc", "stage"]), rng.uniform(0.5, 0.95 * length))
+        outcomes.append(recover(folder, command, quiet))
         print(f"{number + 1}: {victim}: {outcomes[-1] or 'recovered'}", flush=True)
     return outcomes
 
@@ -73,7 +75,7 @@ def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str
         process.kill()  # with DVC goes the process that started it warm, as when a machine is switched off
     process.wait()
     # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice, seconds
-    # on a busy machine, and DVC takes the lock of a process that is still listed for held.
+    # on a busy machine, and DVC alone, without `pipeline.warm`, takes the lock of a process that is still listed for held.
     psutil.wait_procs([victim], timeout=60)
     return f"{name} killed after {after:.1f} s"
 
@@ -94,11 +96,11 @@ def _is_stage(process: psutil.Process) -> bool:
     return any(word.startswith("pipeline.") and word != "pipeline.warm" for word in process.cmdline())
 
 
-def recover(folder: Path, quiet: Path) -> str:
+def recover(folder: Path, command: tuple[str, ...], quiet: Path) -> str:
     """Run the chain again; what is wrong with its end, or ""."""
-    again = tiny_chain.run(folder, *COLD, check=False)
+    again = tiny_chain.run(folder, *command, check=False)
     if again.returncode:
-        return f"dvc repro ended with {again.returncode}: {(again.stdout + again.stderr)[-1500:]}"
+        return f"the chain ended with {again.returncode}: {(again.stdout + again.stderr)[-1500:]}"
     if found := differences(folder / SUMMARY, quiet / SUMMARY):
         return f"{len(found)} figures differ, first: {found[0]}"
     sound = tiny_chain.run(folder, sys.executable, "-m", "pipeline.verify", check=False)

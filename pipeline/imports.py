@@ -15,7 +15,7 @@ from qwt2 import _LAZY
 ROOT = Path(__file__).resolve().parents[1]
 # Wiring that cannot change a result: error texts, file formats, start-up, logs.
 WIRING = {"qwt2/__init__.py", "qwt2/errors.py", "qwt2/io.py", "qwt2/registry.py", "pipeline/stage.py", "pipeline/warm.py",
-          "pipeline/logs.py", "pipeline/__init__.py"}  # fmt: skip
+          "pipeline/locks.py", "pipeline/logs.py", "pipeline/__init__.py"}  # fmt: skip
 
 
 def fingerprint(stages: Iterable[str]) -> str:

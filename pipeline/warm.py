@@ -57,6 +57,9 @@ def delegate(detects: bool = False) -> int | None:
 
 def main(command: list[str]) -> int:
     """Run `command` and serve the stages it starts; returns its exit code."""
+    from pipeline.locks import release_abandoned  # here, as every stage imports this module
+
+    release_abandoned()
     workers: set[int] = set()
     with tempfile.TemporaryDirectory(prefix="qwt2-") as folder, socket.socket(socket.AF_UNIX) as listener:
         address = str(Path(folder) / "warm")

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from limits import in_namespace, unprivileged
@@ -134,6 +135,27 @@ def test_killed_and_run_again_gives_the_same(what, built, sources):
     tiny_chain.run(sources, *REPRO)
     assert contents(sources / "out/data") == contents(built / "out/data")
     tiny_chain.run(sources, *VERIFY)
+
+
+def test_locks_of_ended_processes_are_no_obstacle(project):
+    """A zombie, which `dvc repro` alone takes for the holder, and a lock file cut short."""
+    warm = (sys.executable, "-m", "pipeline.warm", "dvc", "repro", "--force", "data")
+    zombie = subprocess.Popen(["true"])  # never waited for
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    lock = project / ".dvc/tmp/rwlock"
+    path = str(project / "out/data")
+    holders = {"write": {path: {"pid": zombie.pid, "cmd": "dvc repro"}}, "read": {path: [{"pid": zombie.pid, "cmd": "dvc"}]}}
+    lock.write_text(json.dumps(holders))
+    assert "is busy" in tiny_chain.run(project, "dvc", "repro", "--force", "data", check=False).stderr
+    tiny_chain.run(project, *warm)
+    lock.write_text('{"write": {"')
+    tiny_chain.run(project, *warm)
+    running = {path: {"pid": os.getpid(), "cmd": "dvc repro"}}
+    lock.write_text(json.dumps({"write": running}))
+    assert "is busy" in tiny_chain.run(project, *warm, check=False).stderr
+    assert json.loads(lock.read_text())["write"] == running
+    zombie.wait()
 
 
 def test_two_at_once_build_once_or_one_says_why_not(built, sources):
