@@ -1,6 +1,9 @@
 """Figures of one cell of the grid: what every task measures, and classification."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -19,6 +22,21 @@ from qwt2.operations import count_operations
 from qwt2.results import UNITS, Row
 
 Figures = dict[str, list[float]]  # metric -> values, one a calibration seed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one method gives on one engine.
+
+    Attributes:
+        figures: its accuracy.
+        mismatches: module -> how far it is from the simulation.
+        operations: what runs in integers and in float; of plain PTQ alone.
+    """
+
+    figures: Figures
+    mismatches: dict[str, Mismatch]
+    operations: dict
 
 
 class Evaluation(ABC):
@@ -113,27 +131,28 @@ class Evaluation(ABC):
         """Accuracy of the exported methods on an integer engine, its distance from the simulation, and file sizes."""
         rows = []
         for method in self.exported:
-            engine_figures, mismatches = self.measured[method, engine]
-            figures, simulated = dict(engine_figures), self.simulated_figures(method, "default")
+            measured = self.measured[method, engine]
+            figures, simulated = dict(measured.figures), self.simulated_figures(method, "default")
             for metric, delta in self.DELTAS.items():
                 if metric in figures:
                     figures[delta] = [y - x for y, x in zip(figures[metric], simulated[metric])]
             files = [[self.cell.onnx(method, seed, part) for part in self.parts] for seed in self.seeds]
             figures["file_bytes"] = [sum(path.stat().st_size for path in paths) for paths in files]
             rows += self.rows_of(method, engine, figures)
-            rows += self.mismatch_rows(method, engine, Mismatch.worst(list(mismatches.values())))
+            rows += self.mismatch_rows(method, engine, Mismatch.worst(list(measured.mismatches.values())))
         return rows
 
     @cached_property
-    def measured(self) -> dict[tuple[str, str], tuple[Figures, dict[str, Mismatch]]]:
-        """Figures of every exported method on every engine, and how far its modules are from the simulation there."""
+    def measured(self) -> dict[tuple[str, str], Measured]:
+        """Every exported method on every engine."""
         runs = [(method, engine) for engine in self.cfg["evaluate"]["engines"] for method in self.exported]
         return dict(zip(runs, each("evaluate on engines", self.measure, runs, self.cfg["workers"])))
 
-    def measure(self, run: tuple[str, str]) -> tuple[Figures, dict[str, Mismatch]]:
+    def measure(self, run: tuple[str, str]) -> Measured:
         method, engine = run
         files = [self.cell.onnx(method, self.seeds[0], part) for part in self.parts]
-        return self.engine_figures(method, engine), self.measure_mismatches(files, engine)
+        operations = self.count_operations(files, engine) if method == "ptq" else {}
+        return Measured(self.engine_figures(method, engine), self.measure_mismatches(files, engine), operations)
 
     def measure_mismatches(self, files: list[Path], engine: str) -> dict[str, Mismatch]:
         """Of every module of every file."""
@@ -143,16 +162,26 @@ class Evaluation(ABC):
             found |= engine_mismatch(load_onnx(path), engine, records, self.cfg["threads"])
         return found
 
+    def count_operations(self, files: list[Path], engine: str) -> dict:
+        sessions = [load_engine(path, engine, self.cfg["threads"]).session(1) for path in files]
+        return count_operations([operation for session in sessions for operation in session.operations()])
+
     def latency(self, engine: str) -> list[Row]:
         """Latency of every exported method, interleaved in one run."""
         settings = self.cfg["evaluate"]["latency"]
         images = self.latency_input(settings["batch_size"])
-        seeds = self.seeds[: self.INSTANCES]
-        files = {method: [self.cell.onnx(method, seed, self.TIMED) for seed in seeds] for method in self.exported}
-        calls = {
-            method: [partial(load_engine(path, engine, settings["threads"]), images) for path in paths]
-            for method, paths in files.items()
-        }
+
+        def compiled(path: Path) -> Callable:
+            model = load_engine(path, engine, settings["threads"])
+            model.session(len(images))
+            return partial(model, images)
+
+        with ThreadPoolExecutor(self.cfg["workers"]) as pool:
+            calls = {
+                method: pool.map(compiled, [self.cell.onnx(method, seed, self.TIMED) for seed in self.seeds[: self.INSTANCES]])
+                for method in self.exported
+            }
+            calls = {method: list(functions) for method, functions in calls.items()}
         measured = measure_latency(calls, base="ptq", repeats=settings["repeats"])
         return [
             self.row(method, engine, metric, value)
@@ -174,12 +203,12 @@ class Evaluation(ABC):
             label = self.label(fit["compensation"], fit["variant"])
             for module in fit["modules"]:
                 records[label, fit["seed"], module["module"]] = module | {"kind": kinds.get(module["module"], "block")}
-        for (method, engine), (_, mismatches) in self.measured.items():
+        for (method, engine), measured in self.measured.items():
             for module, kind in self.facts(method)["modules"].items():
                 record = records.setdefault((self.label(method), self.seeds[0], module), {"kind": kind})
-                if module in mismatches:
-                    record[f"{engine}_steps"] = mismatches[module].steps
-                    record[f"{engine}_fraction"] = mismatches[module].fraction
+                if module in measured.mismatches:
+                    record[f"{engine}_steps"] = measured.mismatches[module].steps
+                    record[f"{engine}_fraction"] = measured.mismatches[module].fraction
         model, precision = self.cfg["model"]["name"], self.cfg["precision"]["name"]
         return [
             record | {"model": model, "precision": precision, "method": method, "seed": seed, "module": module}
@@ -188,11 +217,7 @@ class Evaluation(ABC):
 
     def operations(self) -> dict:
         """What plain PTQ's files run in integers and in float on each engine, and the modules left in float."""
-        counts = {}
-        for engine in self.cfg["evaluate"]["engines"]:
-            files = [self.cell.onnx("ptq", self.seeds[0], part) for part in self.parts]
-            sessions = [load_engine(path, engine, self.cfg["threads"]).session(1) for path in files]
-            counts[engine] = count_operations([operation for session in sessions for operation in session.operations()])
+        counts = {engine: self.measured["ptq", engine].operations for engine in self.cfg["evaluate"]["engines"]}
         return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
 
     def facts(self, method: str) -> dict:

@@ -2,7 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from typing import Any
 
 from tqdm import tqdm
@@ -10,8 +10,13 @@ from tqdm import tqdm
 from pipeline.logs import LOG
 
 
-def each(label: str, work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> list[Any]:
+def each(
+    label: str, work: Callable[[Any], Any], items: Iterable[Any], workers: int, then: Callable[[Any], Any] | None = None
+) -> list[Any]:
     """`[work(item) for item in items]`, in forked processes if `workers` is above 1.
+
+    If given, `then(item)` follows `work(item)` as a piece of its own, perhaps in another process, and gives the result:
+    few items in two pieces each keep the workers busy for longer.
 
     Forking shares what the stage has imported and loaded, which would take a new process seconds. It needs
     single-threaded numeric libraries (`threads: 1`); results do not depend on the number of workers. What is done is
@@ -19,12 +24,26 @@ def each(label: str, work: Callable[[Any], Any], items: Iterable[Any], workers: 
     """
     items = list(items)
     if workers == 1 or len(items) == 1:
-        return list(watched(label, map(work, items), items))
-    global _work
-    _work = work  # inherited by the forked processes: closures cannot be sent to them
+        return list(watched(label, (_in_turn(work, then, item) for item in items), items))
+    global _work, _then
+    _work, _then = work, then  # inherited by the forked processes: closures cannot be sent to them
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
-        return list(watched(label, pool.map(_call, items), items))
+        return list(watched(label, pool.map(_call, items) if then is None else _in_two_pieces(pool, items), items))
+
+
+def _in_turn(work: Callable[[Any], Any], then: Callable[[Any], Any] | None, item: Any) -> Any:
+    result = work(item)
+    return result if then is None else then(item)
+
+
+def _in_two_pieces(pool: Executor, items: Sequence[Any]) -> Iterator[Any]:
+    first = {pool.submit(_call, item): number for number, item in enumerate(items)}
+    second = {}
+    for done in as_completed(first):
+        done.result()  # raises what went wrong
+        second[first[done]] = pool.submit(_call_then, items[first[done]])
+    return (second[number].result() for number in range(len(items)))
 
 
 def watched(label: str, results: Iterable[Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -36,7 +55,12 @@ def watched(label: str, results: Iterable[Any], items: Sequence[Any]) -> Iterato
 
 
 _work: Callable[[Any], Any]
+_then: Callable[[Any], Any] | None
 
 
 def _call(item: Any) -> Any:
     return _work(item)
+
+
+def _call_then(item: Any) -> Any:
+    return _then(item)

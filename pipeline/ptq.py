@@ -6,7 +6,7 @@ from pipeline.stage import Cell, run_stage
 
 def main(cfg, cell: Cell) -> None:
     from pipeline.tasks import open_task
-    from qwt2 import Precision, quantize, save_quantized
+    from qwt2 import Precision, load_quantized, quantize, save_quantized
 
     task = open_task(cfg, cell)
     network = task.baseline(cell)
@@ -23,12 +23,15 @@ def main(cfg, cell: Cell) -> None:
             observer_images=cfg["calibration"]["observer_images"],
             **task.structure(network),
         )
+        save_quantized(qmodel, cell.quantized(variant, "ptq", seed))
+
+    def predict_one(run: tuple[str, int]) -> None:
+        variant, seed = run
         path = cell.quantized(variant, "ptq", seed)
-        save_quantized(qmodel, path)
-        task.predict(qmodel, path)
+        task.predict(load_quantized(network, path), path)
 
     runs = [(variant, seed) for variant in cfg["ptq"]["variants"] for seed in cfg["seeds"]]
-    each("quantize", quantize_one, runs, cfg["workers"])
+    each("quantize", quantize_one, runs, cfg["workers"], then=predict_one)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def _check_cell(path: Path, found: tuple[str, ...], expected: tuple[str, ...]) -
 
 
 def _conditions(config: Mapping[str, Any], out: Path, cells: Iterable[tuple[str, str]]) -> Conditions:
-    used = dict.fromkeys(config["models"][model]["dataset"] for model in config["grid"]["model"])
+    models = [config["models"][model] for model in config["grid"]["model"]]
+    used = dict.fromkeys(model["dataset"] for model in models)
     machines = []
     for cell in cells:
         machine = read_json(_cell_folder(out, *cell) / "machine.json")
@@ -125,8 +126,9 @@ def _conditions(config: Mapping[str, Any], out: Path, cells: Iterable[tuple[str,
             machines.append(machine)
     return Conditions(
         datasets={name: config["datasets"][name]["val_images"] for name in used},
-        calibration_images=sorted({config["models"][model]["calibration_images"] for model in config["grid"]["model"]}),
+        calibration_images=sorted({model["calibration_images"] for model in models}),
         latency=config["evaluate"]["latency"],
+        latency_repeats=sorted({model["latency_repeats"] for model in models}),
         machines=machines,
     )
 

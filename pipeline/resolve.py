@@ -63,7 +63,8 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
             cfg = compose_cell([f"model={model}", f"precision={precision}", *overrides])
             shared["datasets"] |= cfg["datasets"]
             shared["models"][model] = {
-                "task": cfg["task"], "dataset": cfg["data"]["name"], "calibration_images": cfg["calibration"]["images"]
+                "task": cfg["task"], "dataset": cfg["data"]["name"], "calibration_images": cfg["calibration"]["images"],
+                "latency_repeats": cfg["evaluate"]["latency"]["repeats"],
             }  # fmt: skip
             shared["evaluate"] = cfg["evaluate"]
             files[config_path("baseline", model)] = select(cfg, "baseline")

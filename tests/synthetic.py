@@ -65,8 +65,8 @@ MODEL_REPORT = {
 CONFIG = {
     "grid": {"model": list(MODELS), "precision": list(PRECISIONS)},
     "datasets": {"digits": {"name": "digits", "val_images": 2000}},
-    "models": {model: {"task": "classification", "dataset": "digits", "calibration_images": 256} for model in MODELS},
-    "evaluate": {"latency": {"batch_size": 1, "repeats": 200, "threads": 1}},
+    "models": {model: {"task": "classification", "dataset": "digits", "calibration_images": 256, "latency_repeats": 200} for model in MODELS},
+    "evaluate": {"latency": {"batch_size": 1, "threads": 1}},
 }
 
 

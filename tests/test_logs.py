@@ -4,12 +4,14 @@ import io
 import logging
 import os
 import sys
+import time
 import warnings
 
 import pytest
 
 from pipeline import parallel
 from pipeline.logs import LOG, VERBOSE, log_to
+from qwt2.errors import Qwt2Error
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +27,29 @@ def test_each_piece_of_work_is_logged_and_results_keep_their_order(workers, tmp_
     lines = (tmp_path / "stage.log").read_text().splitlines()
     assert [line.split(" INFO ")[1] for line in lines] == ["square: a 2", "square: b 3"]
     assert capsys.readouterr() == ("", "")  # not a terminal: no bar
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_follows_a_piece_comes_after_it_and_gives_the_result(workers, tmp_path):
+    def begin(run: tuple[int]) -> None:
+        time.sleep(0.2 / (1 + run[0]))  # the first ends last
+        (tmp_path / str(run[0])).write_text("begun")
+
+    def finish(run: tuple[int]) -> str:
+        return f"{run[0]} {(tmp_path / str(run[0])).read_text()}"
+
+    assert parallel.each("two", begin, [(0,), (1,), (2,)], workers, then=finish) == ["0 begun", "1 begun", "2 begun"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_piece_that_fails_is_not_followed(workers, tmp_path):
+    def fail(run: tuple[int]) -> None:
+        if run[0] == 1:
+            raise Qwt2Error("no")
+
+    with pytest.raises(Qwt2Error, match="no"):
+        parallel.each("two", fail, [(0,), (1,), (2,)], workers, then=lambda run: (tmp_path / str(run[0])).write_text(""))
+    assert not (tmp_path / "1").exists()
 
 
 def test_a_terminal_gets_a_bar_with_an_estimate(monkeypatch):

@@ -22,7 +22,7 @@ from qwt2.report import Conditions, findings, render, render_model
 from qwt2.results import COLUMNS, Results, read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
-CONDITIONS = Conditions({"digits": None}, [256], {"batch_size": 1, "repeats": 9, "threads": 2}, [synthetic.MACHINE])
+CONDITIONS = Conditions({"digits": None}, [256], {"batch_size": 1, "threads": 2}, [9], [synthetic.MACHINE])
 
 
 @pytest.fixture(scope="module")

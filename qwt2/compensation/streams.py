@@ -70,8 +70,9 @@ class UnitStream:
         self.sizes[index] = _size(inputs)
 
     @contextmanager
-    def mode(self) -> Iterator[None]:
-        with full_precision(self.model) if self.reference else ExitStack():
+    def mode(self, module: nn.Module) -> Iterator[None]:
+        """Let ``module`` compute as this stream's network does."""
+        with full_precision(module) if self.reference else ExitStack():
             yield
 
     @property
@@ -160,7 +161,7 @@ class UnitStream:
         products = {} if self.repeated else {name: [] for name in self.modules if name in self.products - stand_ins.keys()}
         output = None
         with ExitStack() as stack:
-            stack.enter_context(self.mode())
+            stack.enter_context(self.mode(self.model if elsewhere else self.unit))
             for name, stand_in in stand_ins.items():
                 stack.enter_context(replaced_forward(self.model.get_submodule(name), stand_in))
             for name, shapes in products.items():
@@ -261,7 +262,7 @@ class UnitStream:
             raise Stop
 
         with ExitStack() as stack:
-            stack.enter_context(self.mode())
+            stack.enter_context(self.mode(self.model))
             for name, stub in stubs.items():
                 stack.enter_context(replaced_forward(self.model.get_submodule(name), stub))
             stack.enter_context(replaced_forward(self.model.get_submodule(self.units[position]), stop))

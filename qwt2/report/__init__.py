@@ -24,13 +24,15 @@ class Conditions:
     Args:
         datasets: name of each dataset -> number of validation images, None for all there are.
         calibration_images: numbers of images of one calibration seed, over the models.
-        latency: settings of the timing: ``batch_size``, ``repeats``, ``threads``.
+        latency: settings of the timing: ``batch_size``, ``threads``.
+        latency_repeats: numbers of timed runs, over the models.
         machines: the different `qwt2.machine.describe` records of the evaluated cells.
     """
 
     datasets: Mapping[str, int | None]
     calibration_images: Sequence[int]
     latency: Mapping[str, int]
+    latency_repeats: Sequence[int]
     machines: Sequence[Mapping[str, Any]]
 
 
