@@ -7,6 +7,7 @@ which starts stages warm (`pipeline.warm`).
 
 import argparse
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,16 +50,21 @@ def rounds(parent: Path, kills: int, rng: random.Random) -> list[str]:
     print(f"undisturbed: {length:.1f} s")
     outcomes = []
     for number in tqdm(range(kills), "kills", unit="kill", disable=None):
-        folder = tiny_chain.make(parent / f"kill{number}")
-        command = WARM if number % 2 else COLD
-        victim = kill(folder, command, rng.choice(["dvc", "stage"]), rng.uniform(0.5, 0.95 * length))
+        folder, command, victim = parent / f"kill{number}", WARM if number % 2 else COLD, None
+        while victim is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            tiny_chain.make(folder)
+            victim = kill(folder, command, rng.choice(["dvc", "stage"]), rng.uniform(0.5, 0.95 * length))
         outcomes.append(recover(folder, command, quiet))
         print(f"{number + 1}: {victim}: {outcomes[-1] or 'recovered'}", flush=True)
     return outcomes
 
 
-def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str:
-    """Start the chain and kill DVC or the stage that runs after so many seconds; what was killed and when."""
+def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str | None:
+    """Start the chain and kill DVC or the stage that runs after so many seconds; what was killed and when.
+
+    `None` if the chain had ended before.
+    """
     process = subprocess.Popen(
         command, cwd=folder, env=tiny_chain.environment(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -68,7 +74,7 @@ def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str
         victim = _victim(psutil.Process(process.pid), what)
         time.sleep(0.01)
     if victim is None:
-        return f"nothing: it had ended before {after:.1f} s"
+        return None
     name = " ".join(victim.cmdline()[-3:])
     victim.send_signal(signal.SIGKILL)
     if what == "dvc":

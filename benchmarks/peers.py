@@ -234,15 +234,18 @@ def unfolded(ptq: nn.Module, compensated: nn.Module) -> nn.Module:
 
 
 def random_model(name: str) -> nn.Module:
-    """A timm model with random weights and, unlike timm's own initialization, random biases.
+    """A timm model with random weights and, unlike timm's own initialization, random biases and scales of the norms.
 
-    No trained model has zero biases, and zero ones mislead: NNCF's conversion drops additions of zero.
+    No trained model has zeros there, and they mislead: NNCF's conversion drops additions of zero, and resnet50's residual
+    branches would end in layers whose weights are all zero.
     """
     model = timm.create_model(name, pretrained=False).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
                 parameter.normal_(0, 0.1)
+            elif parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
     return model
 
 

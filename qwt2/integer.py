@@ -70,10 +70,13 @@ class QuantizeDequantize(nn.Module):
     def __init__(self, quantizer: UniformQuantizer):
         super().__init__()
         grid, self.rounds = quantizer.grid, quantizer.rounds
-        code_type = torch.int8 if grid.symmetric else torch.uint8
         scale, zero_point = quantizer.scale.clone(), quantizer.zero_point
         self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point.round().to(code_type))
+        if grid.symmetric or (grid.centred and int(zero_point) == grid.middle):
+            # The same values as with unsigned codes and a zero point, which integer kernels would have to correct for.
+            self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8))
+        else:
+            self.register_buffer("zero_point", zero_point.round().to(torch.uint8))
         clips = grid.bits < 8 or grid.narrow or not self.rounds
         self.register_buffer("low", (grid.qmin - zero_point) * scale if clips else None)
         self.register_buffer("high", (grid.qmax - zero_point) * scale if clips else None)

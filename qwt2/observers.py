@@ -32,12 +32,20 @@ class Grid:
             is one of the codes); the reference implementations do not do it.
         narrow: leave out the lowest signed code. 8-bit weights do, so that a negative channel can
             be flipped exactly and because TensorRT knows nothing else.
+        centred: for values of both signs the zero point is the middle code, so that they can be stored as signed codes
+            with zero point 0; values of one sign have all codes on their side, as without it.
     """
 
     bits: int
     symmetric: bool = False
     zero_in_range: bool = True
     narrow: bool = False
+    centred: bool = False
+
+    @property
+    def middle(self) -> int:
+        """The code of zero in a grid with as many codes below it as above, but for one."""
+        return 0 if self.symmetric else 2 ** (self.bits - 1)
 
     @property
     def qmin(self) -> int:
@@ -62,7 +70,13 @@ class Grid:
         if self.zero_in_range:
             low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / self.qmax
-        return [(scale, torch.round(-low / scale))]
+        zero_point = torch.round(-low / scale)
+        if self.centred:
+            both = (low < 0) & (high > 0)
+            bound = torch.maximum(low.abs(), high.abs())
+            scale = torch.where(both, bound / (self.qmax - self.middle), scale)
+            zero_point = torch.where(both, torch.full_like(zero_point, self.middle), zero_point)
+        return [(scale, zero_point)]
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Round ``x`` to the grid and back; shapes broadcast."""

@@ -312,7 +312,7 @@ def _insert_layers(
         if name in info.edges and info.precision.first_last_bits:
             weight_bits = input_bits = info.precision.first_last_bits
         axis = ptq.input_axis(name, wiring.norm_consumers)
-        input_quantizer = _activation_quantizer(recipe, input_bits, axis)
+        input_quantizer = _activation_quantizer(recipe, input_bits, axis, centred=recipe.centred and name == info.layers[0])
         weight_quantizer = UniformQuantizer(
             Grid(weight_bits, recipe.symmetric_weights, recipe.zero_in_range, narrow=weight_bits == 8),
             recipe.observer,
@@ -325,8 +325,10 @@ def _insert_layers(
         replace_module(qmodel, name, kind(layer, input_quantizer, weight_quantizer, output_quantizer, recipe.exportable))
 
 
-def _activation_quantizer(recipe: Recipe, bits: int, axis: int | None, rounds: bool = True) -> UniformQuantizer:
-    grid = Grid(bits, recipe.symmetric_activations, recipe.zero_in_range)
+def _activation_quantizer(
+    recipe: Recipe, bits: int, axis: int | None, rounds: bool = True, centred: bool = False
+) -> UniformQuantizer:
+    grid = Grid(bits, recipe.symmetric_activations, recipe.zero_in_range, centred=centred)
     return UniformQuantizer(grid, recipe.observer, axis, rounds)
 
 
@@ -367,7 +369,7 @@ def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantiz
         addition = qmodel.get_submodule(name)
         for role in addition.quantizers():
             rounds = not getattr(addition, role).clips
-            setattr(addition, role, _activation_quantizer(recipe, recipe.addition_bits, None, rounds))
+            setattr(addition, role, _activation_quantizer(recipe, recipe.addition_bits, None, rounds, recipe.centred))
 
 
 def first_and_last(qmodel: nn.Module, wiring: Trace, blocks: list[str], many_outputs: bool) -> set[str]:

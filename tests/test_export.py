@@ -16,7 +16,7 @@ from torch import nn
 import qwt2
 import tiny_models as tiny
 from qwt2.export import Exporter, export_onnx, rewrite_onnx
-from qwt2.integer import IntegerLayer
+from qwt2.integer import IntegerLayer, QuantizeDequantize
 from qwt2.onnx_file import load_onnx, with_batch_size
 
 MODELS = tiny.exported_models()
@@ -212,6 +212,21 @@ def test_every_opset_gives_the_same_outputs(name, tmp_path):
         outputs.append([qwt2.load_engine(path, engine)(images) for engine in ("onnxruntime", "openvino", "torch_int8")])
     for older, newer in zip(*outputs):
         np.testing.assert_allclose(older, newer, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_openvino_reads_with_both_signs_has_signed_codes(tmp_path):
+    """The image and the operands of additions, whose unsigned codes with a zero point are the same values."""
+    qmodel = tiny.quantized("resnet", 8, 8, "openvino")
+    first = qmodel.get_submodule(qmodel.quantization.layers[0]).input_quantizer
+    assert int(first.zero_point) == 128
+    path = export_onnx(qwt2.fold(qmodel), tmp_path / "signed.onnx", tiny.images(2))
+    graph = onnx.load(path).graph
+    [quantize] = [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images"]
+    zero_point = next(numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name == quantize.input[2])
+    assert zero_point.dtype == np.int8 and not zero_point.any()
+    images = 3 * tiny.images(3)  # some beyond the range
+    assert torch.equal(QuantizeDequantize(first)(images), first(images))
 
 
 @TINY

@@ -16,8 +16,9 @@ from qwt2.quantizers import LogSqrt2Quantizer, UniformQuantizer
 VALUES = st.floats(-1e3, 1e3, width=32).map(lambda v: 0.0 if abs(v) < 1e-3 else v)
 ROWS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24), elements=VALUES)
 GRIDS = st.builds(
-    Grid, bits=st.integers(2, 8), symmetric=st.booleans(), zero_in_range=st.booleans(), narrow=st.booleans()
-)
+    Grid, bits=st.integers(2, 8), symmetric=st.booleans(), zero_in_range=st.booleans(), narrow=st.booleans(),
+    centred=st.booleans(),
+)  # fmt: skip
 FAST = settings(max_examples=60, deadline=None)
 
 
@@ -42,6 +43,18 @@ def test_parameters_are_usable(rows, grid, observer):
     codes = y / scale + zero_point
     assert (codes >= grid.qmin - 1e-2).all() and (codes <= grid.qmax + 1e-2).all()
     assert torch.allclose(grid.fake_quantize(y, scale, zero_point), y, atol=float(scale.max()) * 1e-3)
+
+
+@FAST
+@given(ROWS, st.integers(2, 8))
+def test_a_centred_grid_is_symmetric_for_both_signs_and_the_plain_one_for_one(rows, bits):
+    x, centred = torch.from_numpy(rows), Grid(bits, centred=True)
+    scale, zero_point = observe("minmax", x, centred)
+    both = (x.amin(1) < 0) & (x.amax(1) > 0)
+    assert (zero_point[both] == 2 ** (bits - 1)).all()
+    torch.testing.assert_close(scale[both] * (2 ** (bits - 1) - 1), x.abs().amax(1)[both])
+    plain_scale, plain_zero_point = observe("minmax", x, Grid(bits))
+    assert torch.equal(scale[~both], plain_scale[~both]) and torch.equal(zero_point[~both], plain_zero_point[~both])
 
 
 @FAST

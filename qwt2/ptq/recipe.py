@@ -19,6 +19,8 @@ class Recipe:
         symmetric_activations: signed symmetric codes for every activation, zero point 0, as TensorRT wants them. What
             is never negative (after ReLU or softmax) then has half the codes.
         symmetric_matmuls: signed symmetric codes for q, k and v, likewise.
+        centred: symmetric codes for images and for the operands of residual additions, where they have both signs.
+            OpenVINO's kernels are faster without a zero point; elsewhere asymmetric ranges are worth more than the time.
         zero_in_range: zero is representable by every activation quantizer.
         integer_zero_points: what remains fractional after re-parameterisation is rounded.
         log_softmax: attention probabilities on the log-sqrt2 grid, else on a uniform one.
@@ -38,6 +40,7 @@ class Recipe:
     symmetric_weights: bool = True
     symmetric_activations: bool = False
     symmetric_matmuls: bool = True
+    centred: bool = False
     zero_in_range: bool = True
     integer_zero_points: bool = True
     log_softmax: bool = False
