@@ -178,10 +178,9 @@ class Evaluation(ABC):
 
         with ThreadPoolExecutor(self.cfg["workers"]) as pool:
             calls = {
-                method: pool.map(compiled, [self.cell.onnx(method, seed, self.TIMED) for seed in self.seeds[: self.INSTANCES]])
+                method: list(pool.map(compiled, [self.cell.onnx(method, s, self.TIMED) for s in self.seeds[: self.INSTANCES]]))
                 for method in self.exported
             }
-            calls = {method: list(functions) for method, functions in calls.items()}
         measured = measure_latency(calls, base="ptq", repeats=settings["repeats"])
         return [
             self.row(method, engine, metric, value)

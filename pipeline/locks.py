@@ -5,40 +5,40 @@ A killed process that nobody has waited for still exists (in a container whose f
 one killed while it wrote the file leaves half of it. Either way DVC would ask for the file to be removed by hand.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from qwt2.errors import Qwt2Error
+from qwt2.io import read_json, write_json
+
 FOLDER = Path(".dvc/tmp")
+PATH = FOLDER / "rwlock"
+NONE: dict[str, Any] = {"write": {}, "read": {}}
 
 
-def release_abandoned(folder: Path = FOLDER) -> None:
-    """Remove from DVC's lock file below `folder` the entries of processes that have ended, or all of it if it is damaged."""
-    path = folder / "rwlock"
-    if not path.is_file() or not _is_abandoned(path):
+def release_abandoned() -> None:
+    """Remove from DVC's lock file the entries of processes that have ended, or all entries if it is damaged."""
+    if not PATH.is_file() or _is_sound():
         return
     from dvc.lock import make_lock
 
-    with make_lock(str(folder / "rwlock.lock"), tmp_dir=str(folder)):  # what DVC holds while it writes the file
-        if (locks := _read(path)) is None:
-            path.unlink()
-        else:
-            path.write_text(json.dumps(_held(locks)))
+    with make_lock(str(FOLDER / "rwlock.lock"), tmp_dir=str(FOLDER)):  # what DVC holds while it writes the file
+        write_json(PATH, _held(_read() or NONE))
 
 
-def _is_abandoned(path: Path) -> bool:
-    locks = _read(path)
-    return locks is None or _held(locks) != locks
+def _is_sound() -> bool:
+    locks = _read()
+    return locks is not None and _held(locks) == locks
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """None for what is no lock file."""
+def _read() -> dict[str, Any] | None:
+    """What the file holds; None where it is damaged."""
     try:
-        locks = {"write": {}, "read": {}} | json.loads(path.read_text())
+        locks = NONE | read_json(PATH)
         _held(locks)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (Qwt2Error, KeyError, TypeError, AttributeError):
         return None
     return locks
 

@@ -128,7 +128,8 @@ def quantize(
         precision: bit widths.
         variant: "default" runs on integer engines; "openvino" leaves float what OpenVINO's convolution kernels
             activate, add and round at once (more accurate there, and mostly faster; slower on engines whose
-            convolutions give integers alone); "tensorrt" has the symmetric activations that TensorRT wants; "published" follows the
+            convolutions give integers alone), and centres the codes of images and of what is added on zero;
+            "tensorrt" has the symmetric activations that TensorRT wants; "published" follows the
             papers' code, where a method has that variant.
         observer_images: how many calibration images choose the ranges (32 in the papers).
         blocks: names of the blocks that compensation will work on; found by their names if not given.
