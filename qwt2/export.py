@@ -21,7 +21,7 @@ from qwt2.io import quiet
 from qwt2.onnx_file import (
     PRODUCER_KEY, VARIANT_KEY, load_onnx, save_onnx, set_shared_quantizers, shared_quantizers, stored_values,
 )  # fmt: skip
-from qwt2.onnx_passes import fuse_additions, quantize_before_pooling, rewrite_for_engines
+from qwt2.onnx_passes import clip_values, fuse_additions, quantize_before_pooling, rewrite_for_engines
 from qwt2.tensorrt import check as check_tensorrt
 from qwt2.tracing import evaluation_mode
 
@@ -47,7 +47,7 @@ def export_onnx(
 
     Weights are int8 and biases int32 in the file; activations pass through QuantizeLinear and
     DequantizeLinear pairs that engines turn into integer kernels. Codes of fewer than 8 bits are
-    8-bit codes after a Clip to the grid's range.
+    8-bit codes behind a Clip to those of the grid.
 
     Args:
         folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks).
@@ -171,9 +171,11 @@ def _check_shared(model: onnx.ModelProto, state: dict[str, np.ndarray]) -> None:
 def _translations() -> dict:
     from onnxscript import opset20 as op
 
-    def quantize_dequantize_onnx(x, scale, zero_point, low, high, rounds: bool):
-        clipped = x if low is None else op.Clip(x, low, high)
-        codes = op.QuantizeLinear(clipped, scale, zero_point)
+    def quantize_dequantize_onnx(x, scale, zero_point, lowest, highest, low, high):
+        values = x if low is None else op.Clip(x, low, high)
+        codes = op.QuantizeLinear(values, scale, zero_point)
+        if lowest is not None:
+            codes = op.Clip(codes, lowest, highest)
         return op.DequantizeLinear(codes, scale, zero_point)
 
     def dequantize_onnx(codes, scale, zero_point, axis: int):
@@ -186,7 +188,17 @@ def _translations() -> dict:
 
 
 def _fit_tensorrt(model: onnx.ModelProto) -> None:
-    """Turn int32 biases behind dequantizers into float constants of their names; refuse what else does not fit."""
+    """Float biases, and values clipped in place of codes; refuse what else does not fit."""
+    clip_values(model)
+    _float_biases(model)
+    [structure] = [entry for entry in model.metadata_props if entry.key == STRUCTURE_KEY]
+    structure.value = f"tensorrt {structure.value}"  # another file than the model's own names and types tell
+    if violations := check_tensorrt(model):
+        raise Qwt2Error(f"profile 'tensorrt': {violations[0]}; quantize the model with variant='tensorrt'")
+
+
+def _float_biases(model: onnx.ModelProto) -> None:
+    """Turn int32 biases behind dequantizers into float constants of their names."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     biases = {
         node.output[0]: node for node in model.graph.node
@@ -207,10 +219,6 @@ def _fit_tensorrt(model: onnx.ModelProto) -> None:
     del model.graph.initializer[:], model.graph.value_info[:]
     model.graph.initializer.extend(kept)
     model.graph.value_info.extend(shown)
-    [structure] = [entry for entry in model.metadata_props if entry.key == STRUCTURE_KEY]
-    structure.value = f"tensorrt {structure.value}"  # another file than the model's own names and types tell
-    if violations := check_tensorrt(model):
-        raise Qwt2Error(f"profile 'tensorrt': {violations[0]}; quantize the model with variant='tensorrt'")
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -18,33 +18,36 @@ from qwt2.quantizers import UniformQuantizer
 
 @torch.library.custom_op("qwt2::quantize_dequantize", mutates_args=())
 def quantize_dequantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor | None, high: Tensor | None, rounds: bool
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: Tensor | None,
+    highest: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
 ) -> Tensor:
     """Round ``x`` to 8-bit codes and back.
-
-    Codes of fewer bits are the 8-bit codes of ``x`` clipped to the range [low, high] of the grid.
 
     Args:
         x: float32, any shape.
         scale: float32, ().
         zero_point: uint8 or int8, (); its type is the type of the codes.
-        low, high: float32, (); ends of the grid. ``None``: all 256 codes are in use, and the
-            saturation of the code type is the clipping.
-        rounds: False gives what an engine gives that leaves out the rounding of this pair: ``x``, clipped. What the
-            exported file has in its place, :func:`qwt2.onnx_passes.fuse_additions` decides.
+        lowest, highest: as the zero point; codes of fewer bits are 8-bit codes that are clipped to these. ``None``: all
+            256 codes are in use, and the saturation of their type is the clipping.
+        low, high: float32, (). With these, it gives what an engine gives that leaves out the rounding of this pair: ``x``,
+            clipped. What the exported file has in its place, :func:`qwt2.onnx_passes.fuse_additions` decides.
     """
+    if low is not None:
+        return torch.clamp(x, low, high)
     info = torch.iinfo(zero_point.dtype)
     zero = zero_point.to(x.dtype)
-    if low is not None:
-        x = torch.clamp(x, low, high)
-    if not rounds:
-        return x.clone()  # an operator must not return its own input
-    codes = torch.clamp(torch.round(x / scale) + zero, info.min, info.max)
+    ends = (info.min, info.max) if lowest is None else (lowest.to(x.dtype), highest.to(x.dtype))
+    codes = torch.clamp(torch.round(x / scale) + zero, *ends)
     return (codes - zero) * scale
 
 
 @quantize_dequantize.register_fake
-def _(x, scale, zero_point, low, high, rounds):
+def _(x, scale, zero_point, lowest, highest, low, high):
     return torch.empty_like(x)
 
 
@@ -72,17 +75,21 @@ class QuantizeDequantize(nn.Module):
         grid, self.rounds = quantizer.grid, quantizer.rounds
         scale, zero_point = quantizer.scale.clone(), quantizer.zero_point
         self.register_buffer("scale", scale)
-        if grid.symmetric or (grid.centred and int(zero_point) == grid.middle):
+        if grid.bits == 8 and (grid.symmetric or (grid.centred and int(zero_point) == grid.middle)):
             # The same values as with unsigned codes and a zero point, which integer kernels would have to correct for.
             self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8))
         else:
-            self.register_buffer("zero_point", zero_point.round().to(torch.uint8))
-        clips = grid.bits < 8 or grid.narrow or not self.rounds
-        self.register_buffer("low", (grid.qmin - zero_point) * scale if clips else None)
-        self.register_buffer("high", (grid.qmax - zero_point) * scale if clips else None)
+            # ONNX Runtime runs a layer in integers whose output has codes of the type of its input's. Of pairs that clip
+            # nothing it changes the type itself, of others not, so all of these have one.
+            self.register_buffer("zero_point", (zero_point - grid.qmin).round().to(torch.uint8))
+        ends = (0, grid.qmax - grid.qmin) if grid.bits < 8 else (None, None)
+        for name, code in zip(("lowest", "highest"), ends):
+            self.register_buffer(name, None if code is None else torch.full_like(self.zero_point, code))
+        for name, code in (("low", grid.qmin), ("high", grid.qmax)):
+            self.register_buffer(name, None if self.rounds else (code - zero_point) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantize_dequantize(x, self.scale, self.zero_point, self.low, self.high, self.rounds)
+        return quantize_dequantize(x, self.scale, self.zero_point, self.lowest, self.highest, self.low, self.high)
 
 
 class IntegerLayer(nn.Module):

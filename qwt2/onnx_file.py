@@ -266,15 +266,16 @@ class _Modules(OnnxGraph):
         return None if tensor is None else float(numpy_helper.to_array(tensor))
 
     def _quantizer(self, prefix: str) -> list[onnx.NodeProto]:
-        """The Clip (if any), QuantizeLinear and DequantizeLinear with these scales, or equal ones."""
+        """The QuantizeLinear, Clip (if any) and DequantizeLinear with these scales, or equal ones, perhaps behind another Clip."""
         prefix = self.shared.get(prefix, prefix)
         users = self.readers[f"{prefix}.scale"]
         users = [node for node in users if not node.name.startswith(POOLED)]
         quantize = next(n for n in users if n.op_type == "QuantizeLinear")
         dequantize = next(n for n in users if n.op_type == "DequantizeLinear")
-        before = self.made.get(quantize.input[0])
-        clipped = before is not None and before.op_type == "Clip" and before.input[1] == f"{prefix}.low"
-        return [before, quantize, dequantize] if clipped else [quantize, dequantize]
+        values, codes = (
+            [node for node in self.readers[f"{prefix}.{end}"] if not node.name.startswith(POOLED)][:1] for end in ("low", "lowest")
+        )
+        return [*values, quantize, *codes, dequantize]
 
     def _epilogue(self, tensor: str) -> list[onnx.NodeProto]:
         """What lies between a tensor and the end of the next quantizer, if only mergeable nodes do."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
@@ -166,7 +167,7 @@ def quantize_before_pooling(model: onnx.ModelProto) -> None:
 
 
 def fuse_additions(model: onnx.ModelProto, clipped: Collection[str]) -> None:
-    """Make of each of these quantizers either its Clip alone, or its QuantizeLinear and DequantizeLinear alone.
+    """Make of each of these quantizers either the Clip of its values alone, or all but that.
 
     In front of an addition, OpenVINO (2026.4) leaves out the rounding of a convolution's quantizer where one quantizer
     reads the sum, and computes all in the convolution's kernel. Elsewhere it would round.
@@ -181,14 +182,14 @@ def fuse_additions(model: onnx.ModelProto, clipped: Collection[str]) -> None:
         clips = graph.readers[f"{name}.low"]
         quantizers = [node for node in graph.readers[f"{name}.scale"] if node.op_type == "QuantizeLinear"]
         for quantize in quantizers:
-            [dequantize] = graph.readers[quantize.output[0]]
+            dequantize = _quantizer(quantize, graph)[-1]
             fuses = _is_rounded_once(dequantize.output[0], graph)
             if fuses:
                 source |= {clip.output[0]: clip.input[0] for clip in clips}
                 gone |= set(map(id, clips))
             else:
                 source[dequantize.output[0]] = quantize.input[0]
-                gone |= {id(quantize), id(dequantize)}
+                gone |= set(map(id, _quantizer(quantize, graph)))
     for node in graph.nodes:
         node.input[:] = [source.get(tensor, tensor) for tensor in node.input]
     graph.replace_nodes([node for node in graph.nodes if id(node) not in gone])
@@ -219,6 +220,37 @@ def share_quantizers(model: onnx.ModelProto) -> None:
     set_shared_quantizers(model, shared)
 
 
+def clip_values(model: onnx.ModelProto) -> None:
+    """Clip what is quantized in place of its codes, in place, for engines that let nothing lie between the two nodes of a pair.
+
+    Codes around the middle of their range become signed ones with a zero point of 0.
+    """
+    graph = OnnxGraph(model)
+    stored = {name: numpy_helper.to_array(tensor) for name, tensor in graph.constants.items()}
+    nodes, retyped = [], set()
+    for node in graph.nodes:
+        quantize = graph.made.get(node.input[0]) if node.op_type == "Clip" else None
+        if quantize is None or quantize.op_type != "QuantizeLinear":
+            nodes.append(node)
+            continue
+        scale, zero_point, lowest, highest = (stored[name] for name in (*quantize.input[1:], *node.input[1:]))
+        zero = int(zero_point)
+        for position, (end, code) in enumerate((("low", lowest), ("high", highest)), 1):
+            name = f"{quantize.input[1].removesuffix('scale')}{end}"
+            if name not in stored:
+                stored[name] = np.float32((int(code) - zero) * scale)
+                model.graph.initializer.append(numpy_helper.from_array(stored[name], name))
+            node.input[position] = name
+        if 2 * zero == int(lowest) + int(highest) + 1:
+            graph.constants[quantize.input[2]].CopyFrom(numpy_helper.from_array(np.int8(0), quantize.input[2]))
+        codes = node.output[0]
+        node.input[0], node.output[0] = quantize.input[0], f"{codes}/values"
+        quantize.input[0], quantize.output[0] = node.output[0], codes
+        nodes.insert(nodes.index(quantize), node)
+        retyped |= {codes, quantize.input[2]}
+    graph.replace_nodes(nodes, forget=retyped)
+
+
 def _is_rounded_once(operand: str, graph: OnnxGraph) -> bool:
     """Whether all that reads the sum of which a tensor is an operand, activated or not, is one and the same quantizer."""
     addition = graph.only_reader(operand)
@@ -233,12 +265,12 @@ def _is_rounded_once(operand: str, graph: OnnxGraph) -> bool:
 
 
 def _quantizer(node: onnx.NodeProto, graph: OnnxGraph) -> list[onnx.NodeProto]:
-    """The Clip (if any), QuantizeLinear and DequantizeLinear that start with ``node``, or nothing."""
+    """The QuantizeLinear, Clip (if any) and DequantizeLinear, perhaps behind another Clip, that start with ``node``, or nothing."""
     chain = [node]
     while chain[-1].op_type in ("Clip", "QuantizeLinear") and len(graph.readers[chain[-1].output[0]]) == 1:
         chain += graph.readers[chain[-1].output[0]]
     kinds = [n.op_type for n in chain]
-    return chain if kinds[-2:] == ["QuantizeLinear", "DequantizeLinear"] else []
+    return chain if kinds[-1] == "DequantizeLinear" and "QuantizeLinear" in kinds else []
 
 
 def _copies(nodes: list[onnx.NodeProto], tensor: str, name: str) -> list[onnx.NodeProto]:

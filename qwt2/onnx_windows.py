@@ -95,13 +95,13 @@ def roll_codes(model: onnx.ModelProto) -> None:
 
 
 def _quantizer(dequantize: onnx.NodeProto, graph: OnnxGraph) -> list[onnx.NodeProto]:
-    """The Clip (if any) and the QuantizeLinear that make what one dequantizer alone reads, or nothing."""
-    chain = [graph.made.get(dequantize.input[0])]
-    if chain[0] is None or graph.only_reader(dequantize.input[0]) is None:
-        return []
-    clip = graph.made.get(chain[0].input[0])
-    is_own = clip is not None and clip.op_type == "Clip" and graph.only_reader(clip.output[0]) is not None
-    return [clip, *chain] if is_own else chain
+    """The QuantizeLinear and the Clips (if any) around it that make what one dequantizer alone reads, or nothing."""
+    chain: list[onnx.NodeProto] = []
+    tensor = dequantize.input[0]
+    while (node := graph.made.get(tensor)) is not None and node.op_type in ("Clip", "QuantizeLinear") and graph.only_reader(tensor):
+        chain.insert(0, node)
+        tensor = node.input[0]
+    return chain if any(node.op_type == "QuantizeLinear" for node in chain) else []
 
 
 def _moves(tensor: str, graph: OnnxGraph) -> tuple[list[onnx.NodeProto], str]:

@@ -1,6 +1,6 @@
 """An exported ONNX file as a PyTorch graph in the quantize and dequantize operators that PyTorch's compilers know.
 
-Weights are int8 constants behind a dequantize operator, activations pass through quantize and dequantize, and
+Between the two of a pair nothing lies, as those compilers expect: values are clipped, not codes. Weights are int8 constants behind a dequantize operator, activations pass through quantize and dequantize, and
 biases are float32 (those compilers want them so).
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qwt2.errors import Qwt2Error
+from qwt2.onnx_passes import clip_values
 from qwt2.torch_graph import OPS, Codes, TorchGraph
 
 OPERATORS = torch.ops.quantized_decomposed
@@ -31,6 +32,8 @@ class QuantizedGraph(TorchGraph):
     """
 
     def __init__(self, model: onnx.ModelProto):
+        model = onnx.ModelProto.FromString(model.SerializeToString())
+        clip_values(model)
         super().__init__(model)
         self.input_values = list(model.graph.input)
         self.inputs = [value.name for value in self.input_values]

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import qwt2
@@ -18,6 +19,8 @@ import tiny_models as tiny
 from qwt2.export import Exporter, export_onnx, rewrite_onnx
 from qwt2.integer import IntegerLayer, QuantizeDequantize
 from qwt2.onnx_file import load_onnx, with_batch_size
+from qwt2.onnx_passes import clip_values
+from qwt2.operations import count_operations
 
 MODELS = tiny.exported_models()
 ONE_OF_EACH_KIND = tiny.exported_models(["vit", "resnet"])  # an export takes seconds
@@ -47,11 +50,11 @@ def is_projection(layer: str) -> bool:
     return layer.endswith(".qkv")
 
 
-def small(bits: int = 8, seed: int = 0) -> nn.Module:
+def small(bits: int = 8, seed: int = 0, variant: str = "default") -> nn.Module:
     """A folded convolution and Linear, quick to export."""
     model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(64, tiny.CLASSES))
     precision = qwt2.Precision(bits, bits, first_last_bits=None)
-    return qwt2.fold(qwt2.quantize(tiny.randomize(model, seed), [tiny.images()], "minmax", precision))
+    return qwt2.fold(qwt2.quantize(tiny.randomize(model, seed), [tiny.images()], "minmax", precision, variant))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -157,17 +160,41 @@ def test_an_example_of_one_image_does_not_fix_the_batch(tmp_path):
 
 @TINY
 @pytest.mark.parametrize("bits", [8, 4])
-def test_codes_below_8_bits_are_8_bit_codes_of_clipped_values(bits, tmp_path):
+def test_codes_below_8_bits_are_clipped_8_bit_codes(bits, tmp_path):
     folded = small(bits)
     model = onnx.load(export_onnx(folded, tmp_path / "a.onnx", tiny.images(2)))
     clips = [node for node in model.graph.node if node.op_type == "Clip"]
     assert len(clips) == (0 if bits == 8 else 2)  # the inputs of both layers
     stored = constants(model)
     for node in clips:
-        low, high = (float(stored[name]) for name in node.input[1:])
-        scale = float(stored[node.input[1].replace(".low", ".scale")])
-        assert (high - low) / scale == pytest.approx(2**bits - 1, rel=1e-5)
-        assert low <= 0 <= high
+        lowest, highest = (stored[name] for name in node.input[1:])
+        zero_point = stored[node.input[1].replace(".lowest", ".zero_point")]
+        assert lowest.dtype == highest.dtype == zero_point.dtype == np.uint8
+        assert int(highest) - int(lowest) == 2**bits - 1 and lowest <= zero_point <= highest
+
+
+@TINY
+@pytest.mark.parametrize("variant, signed", [("default", False), ("tensorrt", True)])
+def test_clipping_values_in_place_of_codes_changes_no_output(variant, signed, tmp_path):
+    model = load_onnx(export_onnx(small(4, variant=variant), tmp_path / "a.onnx", tiny.images(2)))
+    x = {"images": 3 * tiny.images(4).numpy()}
+    expected = ReferenceEvaluator(model).run(None, x)
+    clip_values(model)
+    onnx.checker.check_model(model, full_check=True)
+    kinds = [node.op_type for node in model.graph.node]
+    behind_clips = [kinds[i + 1 : i + 3] for i, kind in enumerate(kinds) if kind == "Clip"]
+    assert behind_clips == [["QuantizeLinear", "DequantizeLinear"]] * 2
+    zero_points = [a for name, a in constants(model).items() if name.endswith("input.zero_point")]
+    assert [a.dtype == np.int8 and a == 0 for a in zero_points] == [signed] * 2
+    assert all(np.array_equal(y, wanted) for y, wanted in zip(ReferenceEvaluator(model).run(None, x), expected))
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_onnx_runtime_computes_every_layer_in_integers_at_every_precision(bits, name):
+    counted = count_operations(qwt2.load_engine(tiny.exported(name, bits)[1]).session(1).operations())
+    assert not [kind for kind in counted["float"] if any(product in kind for product in ("Clip", "Conv", "Gemm"))]
+    assert "MatMul" not in counted["float"]
 
 
 @TINY

@@ -11,7 +11,8 @@ import onnx
 from qwt2.engines import ENGINES
 from qwt2.operations import Operation
 
-_INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention")
+_INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention", "NhwcMaxPool")
+_CODES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 
 
 @ENGINES.register("onnxruntime")
@@ -32,11 +33,15 @@ class OnnxRuntimeSession:
         return dict(zip(self.outputs, self.session.run(None, feeds)))
 
     def operations(self) -> list[Operation]:
-        """See :meth:`qwt2.engines.Session.operations`; integer kernels have names of their own."""
+        """See :meth:`qwt2.engines.Session.operations`; integer kernels have names of their own, and a Clip of codes stored ends."""
         import onnxruntime
 
         with tempfile.TemporaryDirectory() as folder:
             self.options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
             onnxruntime.InferenceSession(self.model, self.options, providers=["CPUExecutionProvider"])
-            nodes = onnx.load(self.options.optimized_model_filepath).graph.node
-        return [Operation(node.op_type, node.op_type.startswith(_INTEGER_KERNELS)) for node in nodes]
+            graph = onnx.load(self.options.optimized_model_filepath).graph
+        codes = {tensor.name for tensor in graph.initializer if tensor.data_type in _CODES}
+        return [
+            Operation(node.op_type, node.op_type.startswith(_INTEGER_KERNELS) or not codes.isdisjoint(node.input))
+            for node in graph.node
+        ]
