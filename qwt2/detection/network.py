@@ -7,7 +7,7 @@ full-precision network chose (:func:`regions`).
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -108,10 +108,14 @@ def regions(detector: nn.Module, images: Tensor, samples: list[Any], count: int,
         return {"images": images}
     chosen: dict[str, list[Tensor]] = {"bbox": [], "mask": []}
     with ExitStack() as stack, torch.no_grad():
-        for kind, seen in chosen.items():
-            for extractor in stages(getattr(detector.roi_head, f"{kind}_roi_extractor", nn.ModuleList())):
-                stack.enter_context(replaced_forward(extractor, _watching(extractor.forward, seen)))
-        detector.predict(images, samples, rescale=False)
+        of_boxes = stages(detector.roi_head.bbox_roi_extractor)
+        for extractor in of_boxes:
+            stack.enter_context(replaced_forward(extractor, _watching(extractor.forward, chosen["bbox"])))
+        for extractor in stages(getattr(detector.roi_head, "mask_roi_extractor", nn.ModuleList())):
+            if extractor not in of_boxes:
+                stack.enter_context(replaced_forward(extractor, _stopping(chosen["mask"])))
+        with suppress(_AllChosen):  # masks themselves are not needed
+            detector.predict(images, samples, rescale=False)
     stage_boxes = [_by_image(rois, len(images), count) for rois in chosen["bbox"]]
     inputs = {"images": images, "boxes": torch.stack(stage_boxes, 1)}
     if mask_heads(detector):
@@ -121,12 +125,24 @@ def regions(detector: nn.Module, images: Tensor, samples: list[Any], count: int,
     return inputs
 
 
+class _AllChosen(Exception):
+    pass
+
+
 def _watching(forward, seen: list[Tensor]):
     def watch(features, rois, *args, **kwargs):
         seen.append(rois)
         return forward(features, rois, *args, **kwargs)
 
     return watch
+
+
+def _stopping(seen: list[Tensor]):
+    def stop(features, rois, *args, **kwargs):
+        seen.append(rois)
+        raise _AllChosen
+
+    return stop
 
 
 def _by_image(rois: Tensor, images: int, count: int, fallback: Tensor | None = None) -> Tensor:
