@@ -32,8 +32,10 @@ SIZE, REGIONS, MASK_REGIONS = (128, 160), 4, 2
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    rows = [measure(name) for name in tqdm(full_size_detectors(), desc="detectors")]
-    write_csv(RESULT, rows)
+    rows = []
+    for name in tqdm(full_size_detectors(), desc="detectors"):
+        rows.append(measure(name))
+        write_csv(RESULT, rows)  # a detector takes minutes
 
 
 def full_size_detectors() -> list[str]:
