@@ -51,7 +51,8 @@ class OnnxGraph:
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
         used = {name for node in copies for name in (*node.input, *node.output)} | self.outputs
         stored = [tensor for tensor in self._graph.initializer if tensor.name in used]
-        known = [value for value in self._graph.value_info if value.name in used - set(forget)]
+        unchanged = used - set(forget)
+        known = [value for value in self._graph.value_info if value.name in unchanged]
         del self._graph.node[:], self._graph.initializer[:], self._graph.value_info[:]
         self._graph.node.extend(copies)
         self._graph.initializer.extend(stored)
