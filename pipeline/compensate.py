@@ -20,16 +20,20 @@ def main(cfg, cell: Cell) -> None:
         batches = list(task.calibration(network, seed))
         with PeakMemory() as memory:
             report = compensate(qmodel, batches, options.pop("method"), **options)
-        path = cell.quantized(variant, name, seed)
-        save_quantized(qmodel, path)
-        task.predict(qmodel, path)
+        save_quantized(qmodel, cell.quantized(variant, name, seed))
         run_facts = {"variant": variant, "compensation": name, "seed": seed}
         costs = {"seconds": report.seconds, "peak_memory_mb": memory.megabytes}
         return run_facts | costs | {"modules": [module.to_dict() for module in report.modules]}
 
+    def predict_one(run: tuple[str, int, str]) -> None:
+        variant, seed, name = run
+        path = cell.quantized(variant, name, seed)
+        task.predict(load_quantized(network, path), path)
+
     # Equally long pieces side by side: the last ones then end about together.
     runs = [(v, s, name) for name in cfg["compensation"] for v in cfg["ptq"]["variants"] for s in cfg["seeds"]]
-    write_json(cell.folder("compensate") / "report.json", each("compensate", compensate_one, runs, cfg["workers"]))
+    facts = each("compensate", compensate_one, runs, cfg["workers"], then=predict_one)
+    write_json(cell.folder("compensate") / "report.json", facts)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ def each(
 ) -> list[Any]:
     """`[work(item) for item in items]`, in forked processes if `workers` is above 1.
 
-    If given, `then(item)` follows `work(item)` as a piece of its own, perhaps in another process, and gives the result:
-    few items in two pieces each keep the workers busy for longer.
+    If given, `then(item)` follows `work(item)` as a piece of its own, perhaps in another process: few items in two pieces
+    each keep the workers busy for longer. Results are those of `work`.
 
     Forking shares what the stage has imported and loaded, which would take a new process seconds. It needs
     single-threaded numeric libraries (`threads: 1`); results do not depend on the number of workers. What is done is
@@ -34,16 +34,21 @@ def each(
 
 def _in_turn(work: Callable[[Any], Any], then: Callable[[Any], Any] | None, item: Any) -> Any:
     result = work(item)
-    return result if then is None else then(item)
+    if then is not None:
+        then(item)
+    return result
 
 
 def _in_two_pieces(pool: Executor, items: Sequence[Any]) -> Iterator[Any]:
-    first = {pool.submit(_call, item): number for number, item in enumerate(items)}
+    first = [pool.submit(_call, item) for item in items]
+    numbers = {future: number for number, future in enumerate(first)}
     second = {}
     for done in as_completed(first):
         done.result()  # raises what went wrong
-        second[first[done]] = pool.submit(_call_then, items[first[done]])
-    return (second[number].result() for number in range(len(items)))
+        second[numbers[done]] = pool.submit(_call_then, items[numbers[done]])
+    for number, future in enumerate(first):
+        second[number].result()
+        yield future.result()
 
 
 def watched(label: str, results: Iterable[Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -62,5 +67,5 @@ def _call(item: Any) -> Any:
     return _work(item)
 
 
-def _call_then(item: Any) -> Any:
-    return _then(item)
+def _call_then(item: Any) -> None:
+    _then(item)

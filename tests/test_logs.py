@@ -30,15 +30,19 @@ def test_each_piece_of_work_is_logged_and_results_keep_their_order(workers, tmp_
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_follows_a_piece_comes_after_it_and_gives_the_result(workers, tmp_path):
-    def begin(run: tuple[int]) -> None:
+def test_what_follows_a_piece_comes_after_it(workers, tmp_path):
+    def begin(run: tuple[int]) -> int:
         time.sleep(0.2 / (1 + run[0]))  # the first ends last
         (tmp_path / str(run[0])).write_text("begun")
+        return run[0] ** 2
 
     def finish(run: tuple[int]) -> str:
-        return f"{run[0]} {(tmp_path / str(run[0])).read_text()}"
+        path = tmp_path / str(run[0])
+        path.write_text(f"{path.read_text()}, finished")
+        return "is nobody's result"
 
-    assert parallel.each("two", begin, [(0,), (1,), (2,)], workers, then=finish) == ["0 begun", "1 begun", "2 begun"]
+    assert parallel.each("two", begin, [(0,), (1,), (2,)], workers, then=finish) == [0, 1, 4]
+    assert [(tmp_path / str(number)).read_text() for number in range(3)] == ["begun, finished"] * 3
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -196,15 +196,14 @@ class UnitStream:
         own = module.forward
 
         def forward(x: Tensor) -> Tensor:
+            if stop:
+                captured.append(own(x) if outputs else x)
+                raise Stop
             if not outputs:
                 captured.append(x.clone())  # later in-place operations must not reach it
-                if stop:
-                    raise Stop
                 return own(x)
             y = own(x)
             captured.append(y.clone())
-            if stop:
-                raise Stop
             return y
 
         return replaced_forward(module, forward)
