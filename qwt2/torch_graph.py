@@ -428,6 +428,6 @@ for _name, _function in {
     "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": _divide, "Pow": torch.pow,
     "Mod": torch.remainder, "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh,
     "Erf": torch.erf, "Sqrt": torch.sqrt, "HardSwish": F.hardswish, "HardSigmoid": F.hardsigmoid, "Not": torch.logical_not,
-    "Where": torch.where, "Equal": torch.eq,
+    "Where": torch.where, "Equal": torch.eq, "Less": torch.lt,
 }.items():  # fmt: skip
     _elementwise(_name, _function)

@@ -152,6 +152,20 @@ def test_masks_are_repeated_where_nothing_but_a_view_lies_around_the_addition(wi
     assert np.array_equal(actual, expected)
 
 
+def test_masks_of_a_softmax_become_so_deep_that_nothing_is_denormal():
+    model = masked(2, [2, 1, 5, 5], [-1, 3, 5, 5])
+    [stored] = [tensor for tensor in model.graph.initializer if tensor.name == "mask"]
+    mask = np.where(np.random.default_rng(0).random((2, 1, 5, 5)) < 0.3, -100, -2).astype(np.float32)
+    mask[0, 0, 0, :3] = -np.inf
+    stored.CopyFrom(numpy_helper.from_array(mask, "mask"))
+    x = np.random.default_rng(1).normal(size=(4, 3, 5, 5)).astype(np.float32)
+    [expected] = ReferenceEvaluator(model).run(None, {"x": x})
+    repeat_masks(model)
+    [actual] = ReferenceEvaluator(model).run(None, {"x": x})
+    assert np.all((actual == 0) | (actual > np.finfo(np.float32).tiny)) and np.any((expected > 0) & (expected < 1e-38))
+    assert np.array_equal(actual[expected > 1e-38], expected[expected > 1e-38])
+
+
 def rolled(low_bits: bool, other: str) -> onnx.ModelProto:
     """A tensor (2, 6, 4) rolled by two along its second axis and quantized, perhaps clipped before."""
     constants = {"i0": [0], "i2": [2], "i9": [9], "axis": [1]}
