@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 
 import onnx
 
+_ROUNDING = ("Clip", "QuantizeLinear")
+
 
 class OnnxGraph:
     """The wiring of a model's graph as it was when this was made.
@@ -41,6 +43,23 @@ class OnnxGraph:
         """The node that reads a tensor, if no other does and the tensor is no output."""
         readers = self.readers[tensor]
         return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
+
+    def quantizer_from(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """The QuantizeLinear, Clip (if any) and DequantizeLinear, perhaps behind another Clip, that start with ``node``, or nothing."""
+        chain = [node]
+        while chain[-1].op_type in _ROUNDING and len(self.readers[chain[-1].output[0]]) == 1:
+            chain += self.readers[chain[-1].output[0]]
+        kinds = [n.op_type for n in chain]
+        return chain if kinds[-1] == "DequantizeLinear" and "QuantizeLinear" in kinds else []
+
+    def quantizer_before(self, dequantize: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """The QuantizeLinear and the Clips (if any) around it that make what one dequantizer alone reads, or nothing."""
+        chain: list[onnx.NodeProto] = []
+        tensor = dequantize.input[0]
+        while (node := self.made.get(tensor)) is not None and node.op_type in _ROUNDING and self.only_reader(tensor):
+            chain.insert(0, node)
+            tensor = node.input[0]
+        return chain if any(node.op_type == "QuantizeLinear" for node in chain) else []
 
     def replace_nodes(self, nodes: Sequence[onnx.NodeProto], forget: Collection[str] = ()) -> None:
         """Give the model's graph these nodes, its own among them, in this order, and drop what it stores for others.

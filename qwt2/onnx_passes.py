@@ -153,7 +153,7 @@ def quantize_before_pooling(model: onnx.ModelProto) -> None:
     graph = OnnxGraph(model)
     nodes = []
     for node in graph.nodes:
-        quantizers = [_quantizer(reader, graph) for reader in graph.readers[node.output[0]]]
+        quantizers = [graph.quantizer_from(reader) for reader in graph.readers[node.output[0]]]
         if node.op_type == "MaxPool" and node.output[0] not in graph.outputs and quantizers and all(quantizers):
             grids = {_grid(quantizer, graph) for quantizer in quantizers}
             behind = graph.made.get(node.input[0])
@@ -182,14 +182,14 @@ def fuse_additions(model: onnx.ModelProto, clipped: Collection[str]) -> None:
         clips = graph.readers[f"{name}.low"]
         quantizers = [node for node in graph.readers[f"{name}.scale"] if node.op_type == "QuantizeLinear"]
         for quantize in quantizers:
-            dequantize = _quantizer(quantize, graph)[-1]
+            dequantize = graph.quantizer_from(quantize)[-1]
             fuses = _is_rounded_once(dequantize.output[0], graph)
             if fuses:
                 source |= {clip.output[0]: clip.input[0] for clip in clips}
                 gone |= set(map(id, clips))
             else:
                 source[dequantize.output[0]] = quantize.input[0]
-                gone |= set(map(id, _quantizer(quantize, graph)))
+                gone |= set(map(id, graph.quantizer_from(quantize)))
     for node in graph.nodes:
         node.input[:] = [source.get(tensor, tensor) for tensor in node.input]
     graph.replace_nodes([node for node in graph.nodes if id(node) not in gone])
@@ -205,7 +205,7 @@ def share_quantizers(model: onnx.ModelProto) -> None:
     first: dict[tuple, list[onnx.NodeProto]] = {}
     shared, source, gone = shared_quantizers(model), {}, set()
     for node in graph.nodes:
-        quantizer = _quantizer(node, graph)
+        quantizer = graph.quantizer_from(node)
         if not quantizer or quantizer[-1].output[0] in graph.outputs:
             continue
         kept = first.setdefault((node.input[0], _grid(quantizer, graph)), quantizer)
@@ -259,18 +259,9 @@ def _is_rounded_once(operand: str, graph: OnnxGraph) -> bool:
     tensor = addition.output[0]
     while (reader := graph.only_reader(tensor)) is not None and reader.op_type in _FUSED:
         tensor = reader.output[0]
-    quantizers = [_quantizer(reader, graph) for reader in graph.readers[tensor]]
+    quantizers = [graph.quantizer_from(reader) for reader in graph.readers[tensor]]
     grids = {_grid(quantizer, graph) for quantizer in quantizers}
     return all(quantizers) and len(grids) == 1 and tensor not in graph.outputs
-
-
-def _quantizer(node: onnx.NodeProto, graph: OnnxGraph) -> list[onnx.NodeProto]:
-    """The QuantizeLinear, Clip (if any) and DequantizeLinear, perhaps behind another Clip, that start with ``node``, or nothing."""
-    chain = [node]
-    while chain[-1].op_type in ("Clip", "QuantizeLinear") and len(graph.readers[chain[-1].output[0]]) == 1:
-        chain += graph.readers[chain[-1].output[0]]
-    kinds = [n.op_type for n in chain]
-    return chain if kinds[-1] == "DequantizeLinear" and "QuantizeLinear" in kinds else []
 
 
 def _copies(nodes: list[onnx.NodeProto], tensor: str, name: str) -> list[onnx.NodeProto]:

@@ -93,7 +93,7 @@ def roll_codes(model: onnx.ModelProto) -> None:
     graph = OnnxGraph(model)
     before, gone, moved = {}, set(), set()
     for dequantize in [node for node in graph.nodes if node.op_type == "DequantizeLinear"]:
-        chain = _quantizer(dequantize, graph)
+        chain = graph.quantizer_before(dequantize)
         moves, root = _moves(chain[0].input[0], graph) if chain else ([], "")
         if not any(node.op_type == "Concat" for node in moves):
             continue
@@ -110,16 +110,6 @@ def roll_codes(model: onnx.ModelProto) -> None:
         if id(node) not in gone:
             nodes.append(node)
     graph.replace_nodes(nodes, forget=moved)
-
-
-def _quantizer(dequantize: onnx.NodeProto, graph: OnnxGraph) -> list[onnx.NodeProto]:
-    """The QuantizeLinear and the Clips (if any) around it that make what one dequantizer alone reads, or nothing."""
-    chain: list[onnx.NodeProto] = []
-    tensor = dequantize.input[0]
-    while (node := graph.made.get(tensor)) is not None and node.op_type in ("Clip", "QuantizeLinear") and graph.only_reader(tensor):
-        chain.insert(0, node)
-        tensor = node.input[0]
-    return chain if any(node.op_type == "QuantizeLinear" for node in chain) else []
 
 
 def _moves(tensor: str, graph: OnnxGraph) -> tuple[list[onnx.NodeProto], str]:

@@ -1,7 +1,8 @@
 """An exported ONNX file as a PyTorch graph in the quantize and dequantize operators that PyTorch's compilers know.
 
-Between the two of a pair nothing lies, as those compilers expect: values are clipped, not codes. Weights are int8 constants behind a dequantize operator, activations pass through quantize and dequantize, and
-biases are float32 (those compilers want them so).
+Between the two of a pair nothing lies, as those compilers expect: values are clipped, not codes. Weights are int8 constants
+behind a dequantize operator, activations pass through quantize and dequantize, and biases are float32 (those compilers want
+them so).
 """
 
 from __future__ import annotations
