@@ -56,12 +56,18 @@ def main() -> None:
     logging.disable(logging.WARNING)
     os.environ["OPENVINO_TELEMETRY"] = "0"
     described = machine.describe()
-    rows = []
-    for name, method in tqdm(MODELS.items(), desc="peers"):
-        with tempfile.TemporaryDirectory() as folder:
-            rows += Comparison(name, method, Path(folder)).rows()
-        gc.collect()
-        write(rows, described)
+    with tempfile.TemporaryDirectory() as folder:
+        comparisons = []
+        for name, method in tqdm(MODELS.items(), desc="files"):
+            own = Path(folder) / name
+            own.mkdir()
+            comparisons.append(Comparison(name, method, own))
+            gc.collect()
+        rows = []
+        for comparison in tqdm(comparisons, desc="latencies"):
+            rows += comparison.rows()
+            gc.collect()
+            write(rows, described)
 
 
 class Comparison:

@@ -25,6 +25,11 @@ from pathlib import Path
 _ADDRESS = "QWT2_WARM"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 2.0
+# What torch.onnx.export imports when it first runs, for seconds.
+_IMPORTED_BY_EXPORTS = (
+    "networkx", "onnx.reference", "onnxscript.function_libs.torch_lib.ops", "sympy.combinatorics",
+    "torch._inductor.decomposition", "torch.onnx._internal.exporter._core",
+)  # fmt: skip
 
 
 def delegate(detects: bool = False) -> int | None:
@@ -117,6 +122,9 @@ def _import_libraries(detection: bool) -> None:
     import timm  # noqa: F401
     import torch  # noqa: F401
 
+    for name in _IMPORTED_BY_EXPORTS:
+        with suppress(ImportError):  # some are internal to torch
+            importlib.import_module(name)
     if detection:
         with suppress(Exception):  # the stage itself will meet it, and tell
             # Imported by name, as most stages do not depend on it.
