@@ -56,4 +56,4 @@ def _shrink(config: dict) -> None:
     config["seeds"] = [0, 1]
     config["calibration"].update(images=32, batch_size=8, observer_images=8)
     config["evaluate"]["mismatch_images"] = 2
-    config["evaluate"]["latency"]["repeats"] = 5
+    config["evaluate"]["latency"].update(repeats=5, instances=2)

@@ -20,7 +20,7 @@ class Detection(Evaluation):
 
     TASK = "detection"
     DELTAS = {"bbox_ap": "engine_bbox_ap_delta", "segm_ap": "engine_segm_ap_delta"}
-    TIMED, INSTANCES = DENSE, 2  # OpenVINO takes two seconds to compile one
+    TIMED = DENSE
 
     def __init__(self, cfg: Any, cell: Cell):
         super().__init__(cfg, cell)

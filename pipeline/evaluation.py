@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +47,12 @@ class Evaluation(ABC):
         TASK: its name in the results.
         DELTAS: metric of accuracy -> metric of the engine's difference to the simulation in it.
         TIMED: the file whose latency is measured, as in `Cell.onnx`.
-        INSTANCES: how many seeds' files of it take turns; `None`, all.
         parts: the files of an exported model.
     """
 
     TASK: str
     DELTAS: dict[str, str]
     TIMED = ""
-    INSTANCES: int | None = None
     parts = [""]
 
     def __init__(self, cfg, cell: Cell):
@@ -177,9 +176,10 @@ class Evaluation(ABC):
             model.session(len(images))
             return partial(model, images)
 
+        seeds = list(islice(cycle(self.seeds), settings["instances"]))
         with ThreadPoolExecutor(self.cfg["workers"]) as pool:
             calls = {
-                method: list(pool.map(compiled, [self.cell.onnx(method, s, self.TIMED) for s in self.seeds[: self.INSTANCES]]))
+                method: list(pool.map(compiled, [self.cell.onnx(method, seed, self.TIMED) for seed in seeds]))
                 for method in self.exported
             }
         measured = measure_latency(calls, base="ptq", repeats=settings["repeats"])

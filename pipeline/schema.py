@@ -121,6 +121,7 @@ class Latency:
     batch_size: int = MISSING
     threads: int = MISSING
     repeats: int = MISSING
+    instances: int = MISSING
 
 
 @dataclass
