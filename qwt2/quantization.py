@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Iterable
 
 import torch
@@ -221,6 +221,8 @@ def prepare(
     _insert_layers(qmodel, wiring, ptq, recipe, info)
     _insert_matmul_quantizers(qmodel, recipe, info)
     _insert_addition_quantizers(qmodel, recipe, info)
+    if recipe.centred:
+        _share_grids_with_additions(qmodel, example, recipe, info)
     _name_quantizers(qmodel)
     qmodel.quantization = info
     return qmodel
@@ -371,6 +373,35 @@ def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantiz
         for role in addition.quantizers():
             rounds = not getattr(addition, role).clips
             setattr(addition, role, _activation_quantizer(recipe, recipe.addition_bits, None, rounds, recipe.centred))
+
+
+def _share_grids_with_additions(qmodel: nn.Module, example: Inputs, recipe: Recipe, info: QuantizationInfo) -> None:
+    """Give a layer that reads what is an addition's operand too the operand's grid, so that one quantizer serves both.
+
+    A layer computes the quantizer behind it in its own kernel only where there is one.
+    """
+    operands: list[Tensor] = []  # kept, so that no other tensor takes their identity
+    inputs: list[tuple[str, Tensor]] = []
+
+    def note_operands(addition, args):
+        quantizers = (addition.a_quantizer, addition.b_quantizer)
+        operands.extend(x for x, quantizer in zip(args, quantizers) if quantizer is not None and quantizer.rounds)
+
+    def note_input(name: str):
+        return lambda layer, args: inputs.append((name, args[0]))
+
+    handles = [qmodel.get_submodule(name).register_forward_pre_hook(note_operands) for name in info.additions]
+    handles += [qmodel.get_submodule(n).register_forward_pre_hook(note_input(n)) for n in info.layers if n not in info.repeated]
+    try:
+        with full_precision(qmodel), torch.no_grad():
+            call(qmodel, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, x in inputs:
+        quantizer = qmodel.get_submodule(name).input_quantizer
+        if any(x is operand for operand in operands) and quantizer.grid.bits == recipe.addition_bits:
+            quantizer.grid = replace(quantizer.grid, centred=True)
 
 
 def first_and_last(qmodel: nn.Module, wiring: Trace, blocks: list[str], many_outputs: bool) -> set[str]:

@@ -18,6 +18,7 @@ import qwt2
 import tiny_models as tiny
 from qwt2.export import Exporter, export_onnx, rewrite_onnx
 from qwt2.integer import IntegerLayer, QuantizeDequantize
+from qwt2.metrics import sqnr_db
 from qwt2.onnx_file import load_onnx, with_batch_size
 from qwt2.onnx_passes import clip_values
 from qwt2.operations import count_operations
@@ -254,6 +255,33 @@ def test_what_openvino_reads_with_both_signs_has_signed_codes(tmp_path):
     assert zero_point.dtype == np.int8 and not zero_point.any()
     images = 3 * tiny.images(3)  # some beyond the range
     assert torch.equal(QuantizeDequantize(first)(images), first(images))
+
+
+class Bottleneck(nn.Module):
+    """Ends in a convolution without activation, as MobileNet's blocks do: what the next block reads has both signs."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(3 * width, width, 1)
+
+    def forward(self, x):
+        return self.conv2(self.conv1(x).relu()) + x
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_for_openvino_layer_and_addition_that_read_one_tensor_share_a_quantizer(tmp_path, bits):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *[Bottleneck() for _ in range(3)], nn.Flatten(), nn.Linear(8 * 36, 4))
+    images = torch.randn(16, 3, 8, 8)
+    qmodel = qwt2.quantize(model, [images], "percentile", qwt2.Precision(bits, bits), variant="openvino")
+    path = export_onnx(qwt2.fold(qmodel), tmp_path / "m.onnx", images[:2])
+    readers = Counter(node.input[0] for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear")
+    several = sum(count > 1 for count in readers.values())
+    assert several == (0 if bits == 8 else 3)  # operands of additions have 8 bits
+    with torch.no_grad():
+        expected = qmodel(images).numpy()
+    actual = qwt2.load_engine(path, "openvino")(images.numpy())
+    assert sqnr_db(actual, expected) > (35 if bits == 8 else 20)
 
 
 @TINY

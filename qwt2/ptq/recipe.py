@@ -19,7 +19,8 @@ class Recipe:
         symmetric_activations: signed symmetric codes for every activation, zero point 0, as TensorRT wants them. What
             is never negative (after ReLU or softmax) then has half the codes.
         symmetric_matmuls: signed symmetric codes for q, k and v, likewise.
-        centred: symmetric codes for images and for the operands of residual additions, where they have both signs.
+        centred: symmetric codes for images and for the operands of residual additions, where they have both signs; a layer
+            that reads such an operand too takes the same codes, so that one quantizer serves both.
             OpenVINO's kernels are faster without a zero point; elsewhere asymmetric ranges are worth more than the time.
         zero_in_range: zero is representable by every activation quantizer.
         integer_zero_points: what remains fractional after re-parameterisation is rounded.
