@@ -1,5 +1,6 @@
 """Figures of one cell of detection: mmdet's detectors with engines inside them."""
 
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 from pipeline.detection import Detection as Task
 from pipeline.evaluation import Evaluation, Figures
 from pipeline.stage import Cell
-from qwt2.detection.parts import DENSE, part_names, running_on
+from qwt2.detection.network import mask_heads
+from qwt2.detection.parts import DENSE, part_names, running_on, without_masks
 from qwt2.detection.pictures import draw_grid
-from qwt2.engines import Engine, load_engine
+from qwt2.engines import Engine
 from qwt2.io import atomic_path, read_json
 
 
@@ -28,16 +30,20 @@ class Detection(Evaluation):
         self.network = self.task.baseline(cell)
         self.parts = part_names(self.network)
 
-    def simulated_figures(self, method: str, variant: str) -> Figures:
-        paths = [self.cell.quantized(variant, method, seed).with_suffix(".json") for seed in self.seeds]
-        return by_metric([read_json(path)["metrics"] for path in paths])
+    def stored_figures(self, path: Path) -> Figures:
+        return self.task.figures(path)
 
-    def engine_figures(self, method: str, engine: str) -> Figures:
-        """Of the first seed: a detector goes through its validation images for seconds, and engines hardly differ."""
-        files = {part: self.cell.onnx(method, self.seeds[0], part) for part in self.parts}
-        runs = {part: load_engine(path, engine, self.cfg["threads"]) for part, path in files.items()}
-        with running_on(self.network, runs, image_size(runs[DENSE])) as detector:
-            return by_metric([self.task.measure(detector)["metrics"]])
+    def parts_scored(self, seed: int) -> list[str]:
+        """Masks of the first seed alone: they take half of the time."""
+        masks = set() if seed == self.seeds[0] else set(mask_heads(self.network.detector))
+        return [part for part in self.parts if part not in masks]
+
+    def engine_figures(self, engines: dict[str, Engine]) -> Figures:
+        with ExitStack() as stack:
+            if len(engines) < len(self.parts):
+                stack.enter_context(without_masks(self.network.detector))
+            detector = stack.enter_context(running_on(self.network, engines, image_size(engines[DENSE])))
+            return self.task.measure(detector)["metrics"]
 
     def write_pictures(self, path: Path) -> None:
         """What fp32, plain PTQ and CWAC find, side by side."""
@@ -57,10 +63,6 @@ class Detection(Evaluation):
     def images(self) -> np.ndarray:
         images, _ = next(iter(self.task.validation))
         return images.numpy()
-
-
-def by_metric(records: list[dict[str, float]]) -> Figures:
-    return {metric: [record[metric] for record in records] for metric in records[0]}
 
 
 def image_size(engine: Engine) -> tuple[int, int]:

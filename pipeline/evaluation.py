@@ -1,9 +1,9 @@
 """Figures of one cell of the grid: what every task measures, and classification."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.parallel import each
 from pipeline.stage import Cell
 from qwt2.data import open_dataset
-from qwt2.engines import load_engine
+from qwt2.engines import Engine, load_engine
 from qwt2.io import load_arrays, read_array, read_json
 from qwt2.latency import measure_latency
 from qwt2.metrics import agreement_percent, sqnr_db, topk_percent
@@ -22,22 +22,22 @@ from qwt2.onnx_file import load_onnx
 from qwt2.operations import count_operations
 from qwt2.results import UNITS, Row
 
-Figures = dict[str, list[float]]  # metric -> values, one a calibration seed
+Figures = dict[str, float]  # metric -> value
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one method gives on one engine.
+    """What one method gives on one engine at one calibration seed.
 
     Attributes:
         figures: its accuracy.
-        mismatches: module -> how far it is from the simulation.
-        operations: what runs in integers and in float; of plain PTQ alone.
+        mismatches: module -> how far it is from the simulation; of the first seed alone.
+        operations: what runs in integers and in float; of plain PTQ at the first seed alone.
     """
 
     figures: Figures
-    mismatches: dict[str, Mismatch]
-    operations: dict
+    mismatches: dict[str, Mismatch] = field(default_factory=dict)
+    operations: dict = field(default_factory=dict)
 
 
 class Evaluation(ABC):
@@ -75,18 +75,22 @@ class Evaluation(ABC):
         )  # fmt: skip
 
     @abstractmethod
-    def simulated_figures(self, method: str, variant: str) -> Figures:
-        """Accuracy of the unfolded simulation."""
+    def stored_figures(self, path: Path) -> Figures:
+        """Accuracy of the unfolded simulation in `path`, from what it predicted."""
 
     @abstractmethod
-    def engine_figures(self, method: str, engine: str) -> Figures:
-        """Accuracy on an integer engine."""
+    def engine_figures(self, engines: dict[str, Engine]) -> Figures:
+        """Accuracy of a model whose parts integer engines run."""
 
     @abstractmethod
     def latency_input(self, batch_size: int) -> np.ndarray:
         """What a file in `TIMED` is called with."""
 
-    def rows_of(self, method: str, engine: str, figures: Figures, variant: str = "default") -> list[Row]:
+    def parts_scored(self, seed: int) -> list[str]:
+        """The parts of a model that its accuracy on engines is taken with."""
+        return self.parts
+
+    def rows_of(self, method: str, engine: str, figures: Mapping[str, list[float]], variant: str = "default") -> list[Row]:
         return [self.row(method, engine, metric, values, variant) for metric, values in figures.items()]
 
     def simulated(self) -> list[Row]:
@@ -95,8 +99,12 @@ class Evaluation(ABC):
             row
             for variant in self.cfg["ptq"]["variants"]
             for method in self.methods
-            for row in self.rows_of(method, "torch", self.simulated_figures(method, variant), variant)
+            for row in self.rows_of(method, "torch", by_metric(self.simulated_figures(method, variant)), variant)
         ]
+
+    def simulated_figures(self, method: str, variant: str = "default") -> list[Figures]:
+        """Of every seed."""
+        return [self.stored_figures(self.cell.quantized(variant, method, seed)) for seed in self.seeds]
 
     def compensation_costs(self) -> list[Row]:
         """Time and memory that fitting took."""
@@ -130,29 +138,35 @@ class Evaluation(ABC):
         """Accuracy of the exported methods on an integer engine, its distance from the simulation, and file sizes."""
         rows = []
         for method in self.exported:
-            measured = self.measured[method, engine]
-            figures, simulated = dict(measured.figures), self.simulated_figures(method, "default")
-            for metric, delta in self.DELTAS.items():
-                if metric in figures:
-                    figures[delta] = [y - x for y, x in zip(figures[metric], simulated[metric])]
+            found = [dict(self.measured[method, engine, seed].figures) for seed in self.seeds]
+            for figures, simulated in zip(found, self.simulated_figures(method)):
+                figures |= {delta: figures[metric] - simulated[metric] for metric, delta in self.DELTAS.items() if metric in figures}
+            rows += self.rows_of(method, engine, by_metric(found))
             files = [[self.cell.onnx(method, seed, part) for part in self.parts] for seed in self.seeds]
-            figures["file_bytes"] = [sum(path.stat().st_size for path in paths) for paths in files]
-            rows += self.rows_of(method, engine, figures)
-            rows += self.mismatch_rows(method, engine, Mismatch.worst(list(measured.mismatches.values())))
+            rows.append(self.row(method, engine, "file_bytes", [sum(path.stat().st_size for path in paths) for paths in files]))
+            mismatches = self.measured[method, engine, self.seeds[0]].mismatches
+            rows += self.mismatch_rows(method, engine, Mismatch.worst(list(mismatches.values())))
         return rows
 
     @cached_property
-    def measured(self) -> dict[tuple[str, str], Measured]:
-        """Every exported method on every engine."""
-        # The later engines compile for longer; what is short had better come last, for the workers to end together.
-        runs = [(method, engine) for engine in reversed(self.cfg["evaluate"]["engines"]) for method in self.exported]
+    def measured(self) -> dict[tuple[str, str, int], Measured]:
+        """Every exported method on every engine at every seed."""
+        # The first seed takes longest, and engines that come later compile for longer: what is short had better come last,
+        # for the workers to end together.
+        engines = list(reversed(self.cfg["evaluate"]["engines"]))
+        runs = [(method, engine, seed) for seed in self.seeds for engine in engines for method in self.exported]
         return dict(zip(runs, each("evaluate on engines", self.measure, runs, self.cfg["workers"])))
 
-    def measure(self, run: tuple[str, str]) -> Measured:
-        method, engine = run
-        files = [self.cell.onnx(method, self.seeds[0], part) for part in self.parts]
-        operations = self.count_operations(files, engine) if method == "ptq" else {}
-        return Measured(self.engine_figures(method, engine), self.measure_mismatches(files, engine), operations)
+    def measure(self, run: tuple[str, str, int]) -> Measured:
+        method, engine, seed = run
+        files = {part: self.cell.onnx(method, seed, part) for part in self.parts_scored(seed)}
+        engines = {part: load_engine(path, engine, self.cfg["threads"]) for part, path in files.items()}
+        figures = self.engine_figures(engines)
+        if seed != self.seeds[0]:
+            return Measured(figures)
+        operations = [operation for model in engines.values() for operation in model.operations()]
+        counted = count_operations(operations) if method == "ptq" else {}
+        return Measured(figures, self.measure_mismatches(list(files.values()), engine), counted)
 
     def measure_mismatches(self, files: list[Path], engine: str) -> dict[str, Mismatch]:
         """Of every module of every file."""
@@ -161,10 +175,6 @@ class Evaluation(ABC):
             records = load_arrays(path.with_suffix(".records.safetensors"))
             found |= engine_mismatch(load_onnx(path), engine, records, self.cfg["threads"])
         return found
-
-    def count_operations(self, files: list[Path], engine: str) -> dict:
-        sessions = [load_engine(path, engine, self.cfg["threads"]).session(1) for path in files]
-        return count_operations([operation for session in sessions for operation in session.operations()])
 
     def latency(self, engine: str) -> list[Row]:
         """Latency of every exported method, interleaved in one run."""
@@ -176,12 +186,12 @@ class Evaluation(ABC):
             model.session(len(images))
             return partial(model, images)
 
-        seeds = list(islice(cycle(self.seeds), settings["instances"]))
+        # Methods are compiled in turn: memory that was handed out earlier may be a few percent faster.
+        seeds = islice(cycle(self.seeds), settings["instances"])
+        files = [self.cell.onnx(method, seed, self.TIMED) for seed in seeds for method in self.exported]
         with ThreadPoolExecutor(self.cfg["workers"]) as pool:
-            calls = {
-                method: list(pool.map(compiled, [self.cell.onnx(method, seed, self.TIMED) for seed in seeds]))
-                for method in self.exported
-            }
+            models = list(pool.map(compiled, files))
+        calls = {method: models[i :: len(self.exported)] for i, method in enumerate(self.exported)}
         measured = measure_latency(calls, base="ptq", repeats=settings["repeats"])
         return [
             self.row(method, engine, metric, value)
@@ -203,9 +213,11 @@ class Evaluation(ABC):
             label = self.label(fit["compensation"], fit["variant"])
             for module in fit["modules"]:
                 records[label, fit["seed"], module["module"]] = module | {"kind": kinds.get(module["module"], "block")}
-        for (method, engine), measured in self.measured.items():
+        for (method, engine, seed), measured in self.measured.items():
+            if seed != self.seeds[0]:
+                continue
             for module, kind in self.facts(method)["modules"].items():
-                record = records.setdefault((self.label(method), self.seeds[0], module), {"kind": kind})
+                record = records.setdefault((self.label(method), seed, module), {"kind": kind})
                 if module in measured.mismatches:
                     record[f"{engine}_steps"] = measured.mismatches[module].steps
                     record[f"{engine}_fraction"] = measured.mismatches[module].fraction
@@ -217,7 +229,8 @@ class Evaluation(ABC):
 
     def operations(self) -> dict:
         """What plain PTQ's files run in integers and in float on each engine, and the modules left in float."""
-        counts = {engine: self.measured["ptq", engine].operations for engine in self.cfg["evaluate"]["engines"]}
+        first = self.seeds[0]
+        counts = {engine: self.measured["ptq", engine, first].operations for engine in self.cfg["evaluate"]["engines"]}
         return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
 
     def facts(self, method: str) -> dict:
@@ -247,26 +260,27 @@ class Classification(Evaluation):
         self.labels = self.dataset.labels("val")
         self.reference = read_array(cell.predictions.with_suffix(".npy"))
 
-    def simulated_figures(self, method: str, variant: str) -> Figures:
-        paths = [self.cell.quantized(variant, method, seed).with_suffix(".npy") for seed in self.seeds]
-        return self.accuracy([read_array(path) for path in paths])
+    def stored_figures(self, path: Path) -> Figures:
+        return self.accuracy(read_array(path.with_suffix(".npy")))
 
-    def engine_figures(self, method: str, engine: str) -> Figures:
-        return self.accuracy([self.engine_logits(self.cell.onnx(method, seed), engine) for seed in self.seeds])
-
-    def accuracy(self, logits: list[np.ndarray]) -> Figures:
-        return {
-            "top1": [topk_percent(z, self.labels, 1) for z in logits],
-            "top5": [topk_percent(z, self.labels, 5) for z in logits],
-            "agreement": [agreement_percent(z, self.reference) for z in logits],
-            "logits_sqnr_db": [sqnr_db(z, self.reference) for z in logits],
-        }
-
-    def engine_logits(self, path: Path, engine: str) -> np.ndarray:
-        model = load_engine(path, engine, self.cfg["threads"])
+    def engine_figures(self, engines: dict[str, Engine]) -> Figures:
+        [model] = engines.values()
         batches = self.dataset.array_batches("val", self.cfg["evaluate"]["batch_size"])
-        return np.concatenate([model(images) for images, _ in batches])
+        return self.accuracy(np.concatenate([model(images) for images, _ in batches]))
+
+    def accuracy(self, logits: np.ndarray) -> Figures:
+        return {
+            "top1": topk_percent(logits, self.labels, 1),
+            "top5": topk_percent(logits, self.labels, 5),
+            "agreement": agreement_percent(logits, self.reference),
+            "logits_sqnr_db": sqnr_db(logits, self.reference),
+        }
 
     def latency_input(self, batch_size: int) -> np.ndarray:
         images, _ = next(self.dataset.array_batches("val", batch_size))
         return images
+
+
+def by_metric(records: list[Figures]) -> dict[str, list[float]]:
+    """metric -> its values, one a seed that has it."""
+    return {metric: [record[metric] for record in records if metric in record] for metric in records[0]}

@@ -89,7 +89,7 @@ def draw_calibration(available: int, count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(available)[:count]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def detect(detector: nn.Module, batches: Batches) -> list[Any]:
     """mmdet's data samples of all images with what the detector finds (`pred_instances`)."""
     return [sample for images, samples in batches for sample in detector.predict(images, samples)]

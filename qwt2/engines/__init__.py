@@ -52,6 +52,10 @@ class Engine:
             self._sessions[batch_size] = self.compile(with_batch_size(self.model, batch_size), self.threads)
         return self._sessions[batch_size]
 
+    def operations(self) -> list[Operation]:
+        """The nodes that run, for the batch size that was met first; for one image if none was."""
+        return self.session(next(iter(self._sessions), 1)).operations()
+
     def __call__(self, images: np.ndarray) -> np.ndarray | list[np.ndarray]:
         """Logits of a batch; of a model with several outputs a list, in the file's order.
 
