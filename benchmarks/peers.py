@@ -3,8 +3,11 @@
 Files for OpenVINO are quantized with variant="openvino". Random weights, and calibration on crops of two real photographs:
 neither latency nor the distance from the float model's logits needs trained weights, and accuracy is not claimed here.
 Latency is taken with one thread, on batches of 1 and 8.
+
+`python -m benchmarks.peers MODEL ...` measures some of the models, and keeps what this machine's file has of the others.
 """
 
+import argparse
 import copy
 import gc
 import logging
@@ -26,6 +29,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from benchmarks.table import machine_file, versions_text
+from pipeline.readme import read_dicts
 from pipeline.resources import PeakMemory
 from qwt2 import Precision, compensate, export_onnx, fold, machine, quantize
 from qwt2.io import write_csv
@@ -51,23 +55,25 @@ INSTANCES = {"ptq": 3, "cwac": 3}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)}; default: all")
+    chosen = parser.parse_args().models or list(MODELS)
+    if unknown := set(chosen) - set(MODELS):
+        parser.error(f"no model {sorted(unknown)[0]!r}; choose of {', '.join(MODELS)}")
     torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
     logging.disable(logging.WARNING)
     os.environ["OPENVINO_TELEMETRY"] = "0"
     described = machine.describe()
     with tempfile.TemporaryDirectory() as folder:
         comparisons = []
-        for name, method in tqdm(MODELS.items(), desc="files"):
+        for name in tqdm(chosen, desc="files"):
             own = Path(folder) / name
             own.mkdir()
-            comparisons.append(Comparison(name, method, own))
+            comparisons.append(Comparison(name, MODELS[name], own))
             gc.collect()
-        rows = []
         for comparison in tqdm(comparisons, desc="latencies"):
-            rows += comparison.rows()
+            write(comparison.rows(), described)
             gc.collect()
-            write(rows, described)
 
 
 class Comparison:
@@ -75,6 +81,7 @@ class Comparison:
 
     def __init__(self, name: str, method: str, folder: Path):
         self.name, self.method, self.folder = name, method, folder
+        torch.manual_seed(0)
         self.model = random_model(name)
         crops = photo_crops(self.model, CALIBRATION_IMAGES + TEST_IMAGES)
         self.calibration, self.test = crops[:CALIBRATION_IMAGES], crops[CALIBRATION_IMAGES:]
@@ -265,12 +272,15 @@ def photo_crops(model: nn.Module, count: int) -> torch.Tensor:
 
 
 def write(rows: list[dict], described: dict) -> None:
-    """One file a machine: its name tells the CPU and the engines' versions."""
+    """Put one model's rows in this machine's file, whose name tells the CPU and the engines' versions."""
     facts = {
         "cpu": described["cpu"], "instruction_sets": " ".join(described["instruction_sets"]),
         "versions": versions_text(described),
     }  # fmt: skip
-    write_csv(machine_file("peers", ort="onnxruntime", ov="openvino"), [row | facts for row in rows])
+    path = machine_file("peers", ort="onnxruntime", ov="openvino")
+    others = [row for row in read_dicts(path) if row["model"] != rows[0]["model"]] if path.is_file() else []
+    order = list(MODELS)
+    write_csv(path, sorted([*others, *(row | facts for row in rows)], key=lambda row: order.index(row["model"])))
 
 
 if __name__ == "__main__":
