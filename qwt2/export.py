@@ -23,7 +23,7 @@ from qwt2.io import quiet
 from qwt2.onnx_file import (
     PRODUCER_KEY, VARIANT_KEY, load_onnx, save_onnx, set_shared_quantizers, shared_quantizers, stored_values,
 )  # fmt: skip
-from qwt2.onnx_passes import clip_values, fuse_additions, quantize_before_pooling, rewrite_for_engines
+from qwt2.onnx_passes import clip_values, rewrite_for_engines, rewrite_for_numbers
 from qwt2.tensorrt import check as check_tensorrt
 from qwt2.tracing import evaluation_mode
 
@@ -91,8 +91,7 @@ def export_onnx(
     _strip(model)
     _strip_later_attributes(model)
     _use_first_names(model, folded)
-    # TensorRT looks for a dequantizer right behind a quantizer.
-    rewrite_for_engines(model, _clipped(folded), rolls_codes=profile != "tensorrt")
+    rewrite_for_engines(model, _clipped(folded), keeps_pairs=profile == "tensorrt")
     _stamp(model, folded)
     if profile == "tensorrt":
         _fit_tensorrt(model)
@@ -168,8 +167,7 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
         if values is not None:
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     _check_shared(model, state)
-    quantize_before_pooling(model)
-    fuse_additions(model, _clipped(folded))
+    rewrite_for_numbers(model, _clipped(folded))
     _stamp(model, folded)
     return save_onnx(model, path)
 

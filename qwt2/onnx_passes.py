@@ -1,7 +1,8 @@
 """Rewriting of exported graphs into equal ones that engines fuse better; every value stays what it was, bit for bit.
 
-Only nodes that compute value by value are moved past nodes that move values, and rounding to a grid is repeated only on
-what lies on it already.
+Only nodes that compute value by value are moved past nodes that move values, rounding to a grid is repeated only on what
+lies on it already, and sums of integers are added up in another order. (:func:`qwt2.onnx_windows.deepen_masks` tells of
+the one exception.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from onnx import helper, numpy_helper
 from qwt2.onnx_file import POOLED, set_shared_quantizers, shared_quantizers
 from qwt2.onnx_graph import OnnxGraph
 from qwt2.onnx_projections import split_projections
-from qwt2.onnx_windows import repeat_masks, roll_codes
+from qwt2.onnx_windows import deepen_masks, move_codes, repeat_masks
+from qwt2.onnx_zero_points import fold_zero_points, unfold_zero_points
 
 _ACTIVATIONS = ("Gelu", "Relu", "HardSwish", "Sigmoid", "Tanh")
 _SCALINGS = ("Mul",)
@@ -24,25 +26,41 @@ _QUANTIZERS = ("Clip", "QuantizeLinear", "DequantizeLinear")
 _FUSED = ("Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")
 
 
-def rewrite_for_engines(model: onnx.ModelProto, clipped: Collection[str] = (), rolls_codes: bool = True) -> None:
+def rewrite_for_engines(model: onnx.ModelProto, clipped: Collection[str] = (), keeps_pairs: bool = False) -> None:
     """Apply every pass of this module, in place.
 
     Args:
         clipped: names of the quantizers that do not round.
-        rolls_codes: whether something may lie between a quantizer and its dequantizer.
+        keeps_pairs: whether nothing may lie between a quantizer and its dequantizer, and both have one zero point.
     """
     drop_identities(model)
     split_projections(model)
     move_below(model, _transposes_of_last_axis(model), _QUANTIZERS)
     move_below(model, _transposes_behind_layers(model), (*_SCALINGS, *_QUANTIZERS))
     move_below(model, _reshapes_behind_layers(model), (*_ACTIVATIONS, *_SCALINGS, *_QUANTIZERS))
+    deepen_masks(model)
     repeat_masks(model)
-    if rolls_codes:
-        roll_codes(model)
+    normalize_rows(model)
     merge_reshapes(model)
+    if not keeps_pairs:
+        move_codes(model)
     quantize_before_pooling(model)
     fuse_additions(model, clipped)
     share_quantizers(model)
+    if not keeps_pairs:
+        fold_zero_points(model)
+
+
+def rewrite_for_numbers(model: onnx.ModelProto, clipped: Collection[str]) -> None:
+    """Apply the passes that depend on stored numbers to a rewritten graph that got others, in place.
+
+    Args:
+        clipped: as in :func:`rewrite_for_engines`.
+    """
+    unfold_zero_points(model)
+    quantize_before_pooling(model)
+    fuse_additions(model, clipped)
+    fold_zero_points(model)
 
 
 def drop_identities(model: onnx.ModelProto) -> None:
@@ -65,16 +83,42 @@ def _is_identity(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> b
     return node.op_type == "Identity"
 
 
-def merge_reshapes(model: onnx.ModelProto) -> None:
-    """Let a Reshape read what the Reshape before it reads, where nothing else reads what lies between."""
+def normalize_rows(model: onnx.ModelProto) -> None:
+    """Show layer norms of maps (N, H, W, C) rows (N, H W, C), in place: OpenVINO has a kernel for those alone."""
     graph = OnnxGraph(model)
-    gone: set[int] = set()
+    nodes = []
+    for node in graph.nodes:
+        shape = graph.shapes.get(node.input[0], []) if node.op_type == "LayerNormalization" else []
+        if len(shape) < 4 or 0 in shape[1:] or _axis(node) not in (-1, len(shape) - 1):
+            nodes.append(node)
+            continue
+        output = node.output[0]
+        sizes = {"rows": [-1, int(np.prod(shape[1:-1])), shape[-1]], "maps": [-1, *shape[1:]]}
+        for name, size in sizes.items():
+            nodes.append(helper.make_node("Constant", [], [f"{output}/{name}"], value=numpy_helper.from_array(np.array(size))))
+        rows = helper.make_node("Reshape", [node.input[0], f"{output}/rows"], [f"{output}/read"], f"{node.name}/read")
+        maps = helper.make_node("Reshape", [f"{output}/normalized", f"{output}/maps"], [output], f"{node.name}/maps")
+        node.input[0], node.output[0] = rows.output[0], maps.input[0]
+        for attribute in node.attribute:
+            if attribute.name == "axis":
+                attribute.i = -1
+        nodes += [rows, node, maps]
+    graph.replace_nodes(nodes)
+
+
+def _axis(norm: onnx.NodeProto) -> int:
+    return next((attribute.i for attribute in norm.attribute if attribute.name == "axis"), -1)
+
+
+def merge_reshapes(model: onnx.ModelProto) -> None:
+    """Let a Reshape read what the Reshape before it reads."""
+    graph = OnnxGraph(model)
     for node in graph.nodes:
         before = graph.made.get(node.input[0]) if node.op_type == "Reshape" else None
-        if before is not None and before.op_type == "Reshape" and graph.only_reader(before.output[0]) and _is_absolute(node, graph):
+        if before is not None and before.op_type == "Reshape" and _is_absolute(node, graph):
             node.input[0] = before.input[0]
-            gone.add(id(before))
-    graph.replace_nodes([node for node in graph.nodes if id(node) not in gone])
+    read = {name for node in graph.nodes for name in node.input} | graph.outputs
+    graph.replace_nodes([node for node in graph.nodes if node.op_type != "Reshape" or node.output[0] in read])
 
 
 def _is_absolute(reshape: onnx.NodeProto, graph: OnnxGraph) -> bool:
@@ -223,7 +267,8 @@ def share_quantizers(model: onnx.ModelProto) -> None:
 def clip_values(model: onnx.ModelProto) -> None:
     """Clip what is quantized in place of its codes, in place, for engines that let nothing lie between the two nodes of a pair.
 
-    Codes around the middle of their range become signed ones with a zero point of 0.
+    Codes around the middle of their range become signed ones with a zero point of 0, where both nodes of their pair have
+    one zero point.
     """
     graph = OnnxGraph(model)
     stored = {name: numpy_helper.to_array(tensor) for name, tensor in graph.constants.items()}
@@ -241,7 +286,8 @@ def clip_values(model: onnx.ModelProto) -> None:
                 stored[name] = np.float32((int(code) - zero) * scale)
                 model.graph.initializer.append(numpy_helper.from_array(stored[name], name))
             node.input[position] = name
-        if 2 * zero == int(lowest) + int(highest) + 1:
+        is_shared = any(reader.op_type == "DequantizeLinear" for reader in graph.readers[quantize.input[2]])
+        if is_shared and 2 * zero == int(lowest) + int(highest) + 1:
             graph.constants[quantize.input[2]].CopyFrom(numpy_helper.from_array(np.int8(0), quantize.input[2]))
         codes = node.output[0]
         node.input[0], node.output[0] = quantize.input[0], f"{codes}/values"

@@ -3,7 +3,7 @@
 Shifted windows add a mask for each window, for which networks view the images' axis and the windows' as two; and they roll
 and cut images into windows, in float32, before anything quantizes them. Here the mask is repeated for every image, and
 codes are rolled and cut, of a quarter of the bytes. Every value stays what it was, bit for bit, unless the products of an
-attention differ by so much (80) that its mask of -100 does not hide what it is to hide.
+attention differ by so much (80) that its mask of -100 does not hide what it is to hide: :func:`deepen_masks` lets it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from qwt2.onnx_graph import OnnxGraph
 _MOVES = ("Concat", "Reshape", "Slice", "Transpose")
 # exp() of less is no normal float32; of what masks are deepened to it is 0, with whatever they are added to.
 _VANISHING, _DEEP = -87.0, -1000.0
+_LONG_RUN = 64  # values; as codes, a line of the cache
 
 
 def repeat_masks(model: onnx.ModelProto) -> None:
     """Add masks of windows without a reshape in front and behind, in place.
 
     (B W, h, N, N) -> (B, W, h, N, N) + (1, W, 1, N, N) -> (B W, h, N, N) becomes (B W, h, N, N) + (B W, 1, N, N), which OpenVINO
-    computes in one kernel with the products of the attention. Masks of -100 become deeper: after them a softmax computes
-    with denormal numbers, for which ONNX Runtime's takes three times as long.
+    computes in one kernel with the products of the attention.
     """
     graph = OnnxGraph(model)
     nodes, gone = [], set()
@@ -32,16 +32,38 @@ def repeat_masks(model: onnx.ModelProto) -> None:
         around = _reshapes_around_mask(node, graph)
         if around is not None:
             apart, together = around
-            mask = node.input[1]
-            reader = graph.only_reader(together.output[0])
-            deepened = _deepened(node.name, mask) if reader is not None and reader.op_type == "Softmax" else []
-            repeated = _repeated(node.name, apart.input[0], deepened[-1].output[0] if deepened else mask, graph.shapes[mask])
-            nodes += [*deepened, *repeated]
+            repeated = _repeated(node.name, apart.input[0], node.input[1], graph.shapes[node.input[1]])
+            nodes += repeated
             node.input[:] = [apart.input[0], repeated[-1].output[0]]
             node.output[0] = together.output[0]
             gone |= {id(apart), id(together)}
         nodes.append(node)
     graph.replace_nodes([node for node in nodes if id(node) not in gone])
+
+
+def deepen_masks(model: onnx.ModelProto) -> None:
+    """Hide more deeply what masks of windows hide from a softmax, in place; for masks that :func:`repeat_masks` is yet to see.
+
+    After masks of -100 a softmax computes with denormal numbers, for which ONNX Runtime's takes three times as long.
+    """
+    graph = OnnxGraph(model)
+    nodes = []
+    for node in graph.nodes:
+        around = _reshapes_around_mask(node, graph)
+        reader = graph.only_reader(around[1].output[0]) if around is not None else None
+        if reader is not None and reader.op_type == "Softmax":
+            mask = node.input[1]
+            deepened = _deepened(node.name, mask)
+            nodes += deepened
+            node.input[1] = deepened[-1].output[0] = f"{mask}/deepened"
+            _describe(model, node.input[1], graph.shapes[mask])
+        nodes.append(node)
+    graph.replace_nodes(nodes)
+
+
+def _describe(model: onnx.ModelProto, name: str, shape: list[int]) -> None:
+    """Tell the passes to come which shape a new float tensor has."""
+    model.graph.value_info.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
 
 
 def _reshapes_around_mask(add: onnx.NodeProto, graph: OnnxGraph) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
@@ -88,14 +110,17 @@ def _constant(name: str, value: np.ndarray) -> onnx.NodeProto:
     return _node("Constant", [], name, value=numpy_helper.from_array(np.asarray(value)))
 
 
-def roll_codes(model: onnx.ModelProto) -> None:
-    """Quantize what is rolled, and perhaps cut into windows, before that, in place; dequantizers stay where they are."""
+def move_codes(model: onnx.ModelProto) -> None:
+    """Quantize what is rolled, or cut into windows, before that, in place; dequantizers stay where they are.
+
+    What is cut into short runs stays as it is: engines are slower in moving 32 codes than 32 floats at a time.
+    """
     graph = OnnxGraph(model)
     before, gone, moved = {}, set(), set()
     for dequantize in [node for node in graph.nodes if node.op_type == "DequantizeLinear"]:
         chain = graph.quantizer_before(dequantize)
         moves, root = _moves(chain[0].input[0], graph) if chain else ([], "")
-        if not any(node.op_type == "Concat" for node in moves):
+        if not any(_moves_far(node, graph) for node in moves):
             continue
         codes = f"{chain[-1].output[0]}/unmoved"
         for node in moves:
@@ -110,6 +135,19 @@ def roll_codes(model: onnx.ModelProto) -> None:
         if id(node) not in gone:
             nodes.append(node)
     graph.replace_nodes(nodes, forget=moved)
+
+
+def _moves_far(node: onnx.NodeProto, graph: OnnxGraph) -> bool:
+    """Whether a node joins what was taken apart, or is a Transpose that keeps long runs of values together."""
+    if node.op_type != "Transpose":
+        return node.op_type == "Concat"
+    [order] = [attribute.ints for attribute in node.attribute if attribute.name == "perm"]
+    shape, run = graph.shapes.get(node.input[0], []), 1
+    for axis in reversed(range(len(shape))):
+        if order[axis] != axis:
+            break
+        run *= shape[axis]
+    return run >= _LONG_RUN
 
 
 def _moves(tensor: str, graph: OnnxGraph) -> tuple[list[onnx.NodeProto], str]:

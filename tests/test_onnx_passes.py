@@ -17,9 +17,9 @@ from qwt2.errors import Qwt2Error
 from qwt2.export import rewrite_onnx
 from qwt2.onnx_file import shared_quantizers, with_batch_size
 from qwt2.onnx_graph import OnnxGraph
-from qwt2.onnx_passes import quantize_before_pooling, share_quantizers
+from qwt2.onnx_passes import normalize_rows, quantize_before_pooling, share_quantizers
 from qwt2.onnx_projections import split_projections
-from qwt2.onnx_windows import repeat_masks, roll_codes
+from qwt2.onnx_windows import deepen_masks, move_codes, repeat_masks
 from qwt2.torch_graph import TorchGraph
 
 
@@ -160,7 +160,9 @@ def test_masks_of_a_softmax_become_so_deep_that_nothing_is_denormal():
     stored.CopyFrom(numpy_helper.from_array(mask, "mask"))
     x = np.random.default_rng(1).normal(size=(4, 3, 5, 5)).astype(np.float32)
     [expected] = ReferenceEvaluator(model).run(None, {"x": x})
+    deepen_masks(model)
     repeat_masks(model)
+    assert OnnxGraph(model).made["together"].op_type == "Add"
     [actual] = ReferenceEvaluator(model).run(None, {"x": x})
     assert np.all((actual == 0) | (actual > np.finfo(np.float32).tiny)) and np.any((expected > 0) & (expected < 1e-38))
     assert np.array_equal(actual[expected > 1e-38], expected[expected > 1e-38])
@@ -197,12 +199,64 @@ def rolled(low_bits: bool, other: str) -> onnx.ModelProto:
 def test_what_is_rolled_is_quantized_before_if_nothing_else_reads_it(low_bits, other):
     model, x = rolled(low_bits, other), np.random.default_rng(1).normal(size=(2, 6, 4)).astype(np.float32)
     expected = ReferenceEvaluator(model).run(None, {"x": x})
-    roll_codes(model)
+    move_codes(model)
     onnx.checker.check_model(model, full_check=True)
     graph = OnnxGraph(model)
     assert (graph.made[graph.made["y"].input[0]].op_type == "Transpose") == (other == "")
     for y, wanted in zip(ReferenceEvaluator(model).run(None, {"x": x}), expected):
         assert np.array_equal(y, wanted)
+
+
+def test_windows_are_cut_of_codes_and_heads_of_floats(exported):
+    name, _, rewritten = exported
+    graph = OnnxGraph(onnx.shape_inference.infer_shapes(rewritten))
+    cuts = [node for node in graph.nodes if node.op_type == "Transpose" and len(node.attribute[0].ints) == 6]
+    quantized = [node for node in cuts if graph.made[graph.made[node.input[0]].input[0]].op_type == "QuantizeLinear"]
+    assert len(quantized) == (2 if name == "swin" else 0)  # of three blocks; the shifted one rolls its codes before
+    heads = [n for n in graph.nodes if n.op_type == "Transpose" and graph.made[n.input[0]].op_type == "MatMul"]
+    assert (len(heads) > 0) == (name in ("vit", "swin"))
+
+
+def normalized(shape: list, axis: int) -> onnx.ModelProto:
+    """A layer norm along the last axes from ``axis`` on, whose output two operations read."""
+    rng, size = np.random.default_rng(0), shape[axis:]
+    constants = {"weight": rng.normal(size=size).astype(np.float32), "bias": rng.normal(size=size).astype(np.float32)}
+    nodes = [
+        helper.make_node("Tanh", ["x"], ["maps"]),
+        helper.make_node("LayerNormalization", ["maps", "weight", "bias"], ["norm"], "norm", axis=axis),
+        helper.make_node("Relu", ["norm"], ["y"]),
+        helper.make_node("Add", ["norm", "maps"], ["z"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "xyz"]
+    graph = helper.make_graph(nodes, "normalized", ends[:1], ends[1:], [numpy_helper.from_array(a, n) for n, a in constants.items()])
+    return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
+
+
+@pytest.mark.parametrize("shape, axis, rows", [
+    (["images", 4, 5, 8], -1, True), (["images", 4, 5, 8], 3, True), (["images", 2, 3, 4, 8], -1, True),
+    (["images", 4, 5, 8], -2, False), (["images", 20, 8], -1, False), (["images", "height", 5, 8], -1, False),
+])  # fmt: skip
+def test_layer_norms_of_maps_see_rows(shape, axis, rows):
+    model = normalized(shape, axis)
+    x = np.random.default_rng(1).normal(size=[s if isinstance(s, int) else 3 for s in shape]).astype(np.float32)
+    expected = ReferenceEvaluator(model).run(None, {"x": x})
+    normalize_rows(model)
+    onnx.checker.check_model(model, full_check=True)
+    [norm] = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+    assert (OnnxGraph(model).made[norm.input[0]].op_type == "Reshape") == rows
+    for y, wanted in zip(ReferenceEvaluator(model).run(None, {"x": x}), expected):
+        assert np.array_equal(y, wanted)
+
+
+def test_openvino_computes_every_layer_norm_in_one_kernel(exported):
+    name, plain, rewritten = exported
+    norms = sum(node.op_type == "LayerNormalization" for node in rewritten.graph.node)
+
+    def kernels(model):
+        return sum(o.kind == "MVN" for o in OpenVinoSession(with_batch_size(model, 2), threads=1).operations())
+
+    assert kernels(rewritten) == norms
+    assert (kernels(plain) < norms) == (name == "swin")
 
 
 def projected(shape: list[int], order: list[int], pieces: int, select: str, extra: str = "") -> onnx.ModelProto:
