@@ -64,10 +64,14 @@ class OnnxGraph:
     def replace_nodes(self, nodes: Sequence[onnx.NodeProto], forget: Collection[str] = ()) -> None:
         """Give the model's graph these nodes, its own among them, in this order, and drop what it stores for others.
 
+        Constants that no other node reads are left out.
+
         Args:
             forget: tensors whose shape or type is another now.
         """
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        read = {name for node in nodes for name in node.input} | self.outputs
+        kept = [node for node in nodes if node.op_type != "Constant" or node.output[0] in read]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
         used = {name for node in copies for name in (*node.input, *node.output)} | self.outputs
         stored = [tensor for tensor in self._graph.initializer if tensor.name in used]
         unchanged = used - set(forget)
