@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
-from qwt2.integer import IntegerAdd, IntegerConv2d, IntegerLayer, IntegerLinear, IntegerMatmul, WidenedCompensation
+from qwt2.integer import (
+    IntegerAdd,
+    IntegerConv2d,
+    IntegerLayer,
+    IntegerLinear,
+    IntegerMatmul,
+    IntegerPooling,
+    WidenedCompensation,
+)
 from qwt2.modules import (
     BIAS_LIMIT,
     AffineBlock,
@@ -20,6 +28,7 @@ from qwt2.modules import (
 from qwt2.quantization import quantization_info
 from qwt2.quantizers import Quantizer, UniformQuantizer
 from qwt2.surgery import replace_module
+
 
 def fold(qmodel: nn.Module) -> nn.Module:
     """The integer model that engines run, with every CWAC folded away.
@@ -38,7 +47,10 @@ def fold(qmodel: nn.Module) -> nn.Module:
     info = quantization_info(qmodel)
     _refuse_simulation_only(qmodel)
     folded = copy.deepcopy(qmodel)
-    for names, integer in ((info.layers, fold_layer), (info.matmuls, IntegerMatmul), (info.additions, IntegerAdd)):
+    kinds = (
+        (info.layers, fold_layer), (info.matmuls, IntegerMatmul), (info.additions, IntegerAdd), (info.poolings, IntegerPooling)
+    )  # fmt: skip
+    for names, integer in kinds:
         for name in names:
             replace_module(folded, name, integer(folded.get_submodule(name)))
     for name, module in list(folded.named_modules()):

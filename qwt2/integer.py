@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwt2.modules import QuantizedAdd, QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatmul
+from qwt2.modules import (
+    QuantizedAdd,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedMatmul,
+    QuantizedPooling,
+)
 from qwt2.quantizers import UniformQuantizer
 
 
@@ -166,6 +173,17 @@ class IntegerAdd(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.a(a) + self.b(b)
+
+
+class IntegerPooling(nn.Module):
+    """A pooling of quantized activations."""
+
+    def __init__(self, pooling: QuantizedPooling):
+        super().__init__()
+        self.input, self.pooling = QuantizeDequantize(pooling.input_quantizer), pooling.pooling
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pooling(self.input(x))
 
 
 class WidenedCompensation(nn.Module):

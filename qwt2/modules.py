@@ -193,6 +193,21 @@ class QuantizedAdd(QuantizedModule):
         return a + b
 
 
+class QuantizedPooling(QuantizedModule):
+    """A pooling of fake-quantized values."""
+
+    def __init__(self, pooling: nn.Module, input_quantizer: Quantizer):
+        super().__init__()
+        self.pooling, self.input_quantizer = pooling, input_quantizer
+
+    def calibrate(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Calibrate the input's quantizer on several runs, instead of on the first."""
+        self.input_quantizer.calibrate(_together(inputs, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pooling(self.input_quantizer(x) if self.quantized else x)
+
+
 def _together(runs: Sequence[Tensor], axis: int) -> Tensor:
     """The values of several runs as (values, channels) where their channels agree, else in one row."""
     widths = {x.shape[axis] for x in runs}

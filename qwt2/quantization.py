@@ -20,6 +20,7 @@ from qwt2.modules import (
     QuantizedLinear,
     QuantizedMatmul,
     QuantizedModule,
+    QuantizedPooling,
     full_precision,
 )
 from qwt2.observers import Grid
@@ -46,6 +47,7 @@ class QuantizationInfo:
         layers: quantized Linear and Conv2d modules in execution order.
         matmuls: quantized products of activations.
         additions: residual additions with quantized operands.
+        poolings: poolings of quantized values.
         edges: the first layer and the last ones, which have bits of their own.
         blocks: the blocks that compensation works on.
         sections: modules outside the blocks whose layers are executed, and compensated, together.
@@ -72,6 +74,7 @@ class QuantizationInfo:
     norm_consumers: dict[str, list[str]] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
     additions: list[str] = field(default_factory=list)
+    poolings: list[str] = field(default_factory=list)
 
     @property
     def units(self) -> list[str]:
@@ -128,7 +131,8 @@ def quantize(
         precision: bit widths.
         variant: "default" runs on integer engines; "openvino" leaves float what OpenVINO's convolution kernels
             activate, add and round at once (more accurate there, and mostly faster; slower on engines whose
-            convolutions give integers alone), and centres the codes of images and of what is added on zero;
+            convolutions give integers alone), quantizes what these kernels give a pooling, and centres the codes of
+            images and of what is added on zero;
             "tensorrt" has the symmetric activations that TensorRT wants; "published" follows the
             papers' code, where a method has that variant.
         observer_images: how many calibration images choose the ranges (32 in the papers).
@@ -211,8 +215,9 @@ def prepare(
     exposed = expose_operations(qmodel, wiring, _quantized_operands(wiring, recipe))
     info = QuantizationInfo(
         method=method, variant=variant, precision=precision, layers=wiring.layers, matmuls=exposed.matmuls,
-        additions=exposed.additions, edges=[name for name in wiring.layers if name in edges], blocks=found,
-        sections=sections, parts=parts, exportable=recipe.exportable, input_shape=shapes(example),
+        additions=exposed.additions, poolings=wiring.poolings if recipe.pooling_bits else [],
+        edges=[name for name in wiring.layers if name in edges], blocks=found, sections=sections, parts=parts,
+        exportable=recipe.exportable, input_shape=shapes(example),
         norm_consumers=wiring.norm_consumers, repeated=[name for name in wiring.layers if wiring.calls[name] > 1],
         float_modules={n: ", ".join(sorted(f)) + " stays in float" for n, f in wiring.unsupported.items()}
         | exposed.skipped | left,
@@ -221,6 +226,7 @@ def prepare(
     _insert_layers(qmodel, wiring, ptq, recipe, info)
     _insert_matmul_quantizers(qmodel, recipe, info)
     _insert_addition_quantizers(qmodel, recipe, info)
+    _insert_pooling_quantizers(qmodel, recipe, info)
     if recipe.centred:
         _share_grids_with_additions(qmodel, example, recipe, info)
     _name_quantizers(qmodel)
@@ -294,6 +300,7 @@ def _leave_out(wiring: Trace, parts: list[str] | None) -> dict[str, str]:
     left = [name for name in [*wiring.layers, *wiring.sites] if not kept(name)]
     wiring.layers = [name for name in wiring.layers if kept(name)]
     wiring.sites = {name: site for name, site in wiring.sites.items() if kept(name)}
+    wiring.poolings = [name for name in wiring.poolings if kept(name)]
     wiring.norm_consumers = {n: readers for n, readers in wiring.norm_consumers.items() if all(map(kept, readers))}
     wiring.escaping |= {n for n, readers in wiring.layer_readers.items() if not all(map(kept, readers))}
     return dict.fromkeys(left, "is not among the parts to quantize")
@@ -373,6 +380,12 @@ def _insert_addition_quantizers(qmodel: nn.Module, recipe: Recipe, info: Quantiz
         for role in addition.quantizers():
             rounds = not getattr(addition, role).clips
             setattr(addition, role, _activation_quantizer(recipe, recipe.addition_bits, None, rounds, recipe.centred))
+
+
+def _insert_pooling_quantizers(qmodel: nn.Module, recipe: Recipe, info: QuantizationInfo) -> None:
+    for name in info.poolings:
+        quantizer = _activation_quantizer(recipe, recipe.pooling_bits, None)
+        replace_module(qmodel, name, QuantizedPooling(qmodel.get_submodule(name), quantizer))
 
 
 def _share_grids_with_additions(qmodel: nn.Module, example: Inputs, recipe: Recipe, info: QuantizationInfo) -> None:
@@ -458,6 +471,7 @@ def wrap_block(qmodel: nn.Module, name: str, wrapper: nn.Module) -> None:
     info.layers = [moved(n) for n in info.layers]
     info.matmuls = [moved(n) for n in info.matmuls]
     info.additions = [moved(n) for n in info.additions]
+    info.poolings = [moved(n) for n in info.poolings]
     info.edges = [moved(n) for n in info.edges]
     info.float_modules = {moved(n): reason for n, reason in info.float_modules.items()}
     info.repeated = [moved(n) for n in info.repeated]

@@ -2,7 +2,7 @@
 
 Everything later steps need to know about a model they have never seen comes from here: in which
 order its layers run, where activations are multiplied with each other, which LayerNorm feeds which
-Linear, and which convolution's output is used by something other than a quantized layer. Values
+Linear, which convolution's output is used by something other than a quantized layer, and what poolings average. Values
 are followed by tagging tensors with the module that made them and carrying the tags through
 functions that only move data or that integer engines merge into the convolution.
 """
@@ -17,6 +17,7 @@ from typing import Any, Iterator
 
 import torch
 import torch.nn.functional as F
+from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
@@ -26,6 +27,7 @@ from qwt2.inputs import Inputs, call, shapes
 
 LAYER_TYPES = (nn.Linear, nn.Conv2d)
 NORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
+POOLING_TYPES = (nn.AdaptiveAvgPool2d, FastAdaptiveAvgPool)
 
 _MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _ATTENTIONS = {F.scaled_dot_product_attention}
@@ -82,6 +84,8 @@ class Trace:
         escaping: convolutions whose output is read by something that is not a layer.
         layer_readers: of the other convolutions, the layers that read their output.
         outputs: layers whose output is an output of the network.
+        poolings: modules that alone read, and average, what a convolution's kernel computes: its output, or a residual sum
+            with it, activated or not.
         unsupported: module name -> functions that compute on activations and stay in float.
     """
 
@@ -93,6 +97,7 @@ class Trace:
     escaping: set[str] = field(default_factory=set)
     layer_readers: dict[str, list[str]] = field(default_factory=dict)
     outputs: set[str] = field(default_factory=set)
+    poolings: list[str] = field(default_factory=list)
     unsupported: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
 
@@ -156,6 +161,9 @@ class _Recorder(TorchFunctionMode):
         self.calls: list[tuple[tuple, dict]] = []
         # Tensors are kept alive so that an id stands for one tensor during the whole pass.
         self.tags: dict[int, tuple[Tensor, str]] = {}
+        self.sums: dict[int, Tensor] = {}  # residual ones, activated or not
+        self.sum_reads: dict[int, int] = {}
+        self.pooled: dict[str, Tensor] = {}
         self.readers: dict[str, set[tuple[str, str]]] = defaultdict(set)
         self.sources: dict[str, set[str | None]] = defaultdict(set)
 
@@ -178,6 +186,8 @@ class _Recorder(TorchFunctionMode):
                 self.sources[name].add(self._tag_of(args[0]) if args else None)
             elif isinstance(module, nn.LayerNorm):
                 self._read(args, ("function", "layer_norm"))
+            elif isinstance(module, POOLING_TYPES) and args:
+                self.pooled[name] = args[0]
             elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
                 self.trace.unsupported[name].add(type(module).__name__)
             self.stack.append((name, module))
@@ -193,7 +203,7 @@ class _Recorder(TorchFunctionMode):
             self.calls.pop()
             if isinstance(module, (nn.LayerNorm, *LAYER_TYPES)) and isinstance(output, Tensor):
                 self.tags[id(output)] = (output, name)
-            elif not isinstance(module, NORM_TYPES) and not any(True for _ in module.children()):
+            elif not isinstance(module, (*NORM_TYPES, *POOLING_TYPES)) and not any(True for _ in module.children()):
                 self._note_opaque(module, args, output)
 
         return hook
@@ -226,7 +236,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(module, (*LAYER_TYPES, *NORM_TYPES, nn.LayerNorm)):
             return func(*args, **kwargs)
         source = self._tag_of(args[0]) if args else None
-        self._note_addition(func, name, args)
+        is_sum = self._note_addition(func, name, args) or (func in _MERGES and id(args[0]) in self.sums)
         output = func(*args, **kwargs)
         self._note_matmul(func, name, args, kwargs)
         if not isinstance(output, (Tensor, tuple, list)) or func is Tensor.requires_grad.__get__:
@@ -237,6 +247,9 @@ class _Recorder(TorchFunctionMode):
             self._read((*args, *kwargs.values()), ("function", getattr(func, "__name__", str(func))))
             if isinstance(output, Tensor):
                 self.tags.pop(id(output), None)  # an in-place function: no longer the layer's value
+                self.sums.pop(id(output), None)
+        if is_sum:
+            self.sums[id(output)], self.sum_reads[id(output)] = output, 0
         return output
 
     def _tag_of(self, value: Any) -> str | None:
@@ -248,6 +261,8 @@ class _Recorder(TorchFunctionMode):
                 self._read(value, reader)
             elif (source := self._tag_of(value)) is not None:
                 self.readers[source].add(reader)
+            elif id(value) in self.sums:
+                self.sum_reads[id(value)] += 1
 
     def _carries(self, func, args, kwargs, output: Tensor, source: str) -> bool:
         layer = self.model.get_submodule(source)
@@ -273,12 +288,22 @@ class _Recorder(TorchFunctionMode):
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             site.masks.append(mask.dtype if isinstance(mask, Tensor) else None)
 
-    def _note_addition(self, func, name: str, args) -> None:
+    def _has_one_reader(self, value: Tensor) -> bool:
+        """Of a convolution's output or a residual sum: whether nothing but a pooling reads it."""
+        if id(value) in self.sums:
+            return self.sum_reads[id(value)] == 1
+        source = self._tag_of(value)
+        return source is not None and isinstance(self._get(source), nn.Conv2d) and len(self.readers[source]) == 1
+
+    def _note_addition(self, func, name: str, args) -> bool:
+        """Whether it is a residual one."""
         if func not in _ADDITIONS or not all(isinstance(a, Tensor) for a in args[:2]):
-            return
+            return False
         tags = [self._tag_of(a) for a in args[:2]]
         makers = [tag if tag and isinstance(self._get(tag), nn.Conv2d) else None for tag in tags]
-        self._site(name).additions.append(tuple(makers) if args[0].shape == args[1].shape else (None, None))
+        is_residual = any(makers) and args[0].shape == args[1].shape
+        self._site(name).additions.append(tuple(makers) if is_residual else (None, None))
+        return is_residual
 
     def _site(self, name: str) -> Site:
         return self.trace.sites.setdefault(name, Site(constants=self._constants()))
@@ -317,6 +342,7 @@ class _Recorder(TorchFunctionMode):
         self.trace.batchnorm_of = {
             layer: norm for layer, norm in self.trace.batchnorm_of.items() if self.sources[norm] == folded[norm]
         }
+        self.trace.poolings = [name for name, value in self.pooled.items() if self._has_one_reader(value)]
         return self.trace
 
     def _get(self, name: str) -> nn.Module:

@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tiny_models import BUILDERS, PTQ, batches, images
+from torch import nn
 
 import qwt2
 from qwt2.engines.ort import OnnxRuntimeSession
@@ -348,15 +349,36 @@ def test_pooling_that_the_model_returns_stays_in_float():
     assert np.array_equal(expected, x.reshape(2, 3, 4, 2, 4, 2).max((3, 5)))
 
 
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet"])
+def test_openvino_pools_what_convolutions_round(name, tmp_path):
+    qmodel = qwt2.quantize(BUILDERS[name](), batches(), "percentile", variant="openvino")
+    qwt2.compensate(qmodel, batches(), "cwac")
+    folded = qwt2.fold(qmodel)
+    path = qwt2.export_onnx(folded, tmp_path / "model.onnx", images(1))
+    session = OpenVinoSession(with_batch_size(onnx.load(path), 4), threads=1)
+    pooled = [operation for operation in session.operations() if operation.kind in ("Reduce", "Pooling")]
+    assert sum(operation.integer for operation in pooled) == 1 + (name == "resnet")  # behind the stem too; squeezes average floats
+    [logits] = session({"images": images(4, seed=9).numpy()}).values()
+    expected = folded(images(4, seed=9)).numpy()
+    assert np.abs(logits - expected).max() < 0.02 * np.ptp(expected)
+
+
 def test_what_is_not_rounded_is_quantized_where_one_quantizer_reads_the_sum_and_else_clipped(tmp_path):
-    qmodel = qwt2.quantize(BUILDERS["resnet"](), batches(), "percentile", variant="openvino")
+    model = BUILDERS["resnet"]()
+    model.global_pool = Mean()
+    qmodel = qwt2.quantize(model, batches(), "percentile", variant="openvino")
     folded, additions = qwt2.fold(qmodel), qmodel.quantization.additions
     path = qwt2.export_onnx(folded, tmp_path / "model.onnx", images(1))
     made_by = {
         name: {node.op_type for node in onnx.load(path).graph.node if f"{name}.a.low" in node.input or f"{name}.a.scale" in node.input}
         for name in additions
     }  # fmt: skip
-    assert made_by.pop(additions[-1]) == {"Clip"}  # a pooling reads this sum
+    assert made_by.pop(additions[-1]) == {"Clip"}  # a mean reads this sum
     assert made_by and all(kinds == {"QuantizeLinear", "DequantizeLinear"} for kinds in made_by.values())
     stored = {tensor.name for tensor in onnx.load(path).graph.initializer}
     assert stored == {name for node in onnx.load(path).graph.node for name in node.input if name in stored}

@@ -295,4 +295,41 @@ def test_of_two_convolutions_openvino_adds_in_the_kernel_of_the_first_operand():
 
 def test_published_variants_leave_additions_alone():
     qmodel = qwt2.quantize(BUILDERS["resnet"](), images(8).split(4), "percentile", variant="published")
-    assert not qmodel.quantization.additions
+    assert not qmodel.quantization.additions and not qmodel.quantization.poolings
+
+
+class Pooled(nn.Module):
+    """A convolution, activated, perhaps added to another, pooled, and perhaps read by something else too."""
+
+    def __init__(self, adds: bool, activation: nn.Module, reads_again: bool):
+        super().__init__()
+        self.a, self.b, self.adds, self.reads_again = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), adds, reads_again
+        self.act, self.pool, self.fc = activation, nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.act(self.a(x) + self.b(x) if self.adds else self.a(x))
+        z = self.pool(y)
+        if self.reads_again:
+            z = z * y.amax((2, 3), keepdim=True)
+        return self.fc(z.flatten(1))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("activation, read", [(nn.ReLU(), True), (nn.ReLU(inplace=True), True), (nn.Identity(), True), (nn.GELU(), False)])
+@pytest.mark.parametrize("reads_again", [False, True])
+def test_openvino_quantizes_what_a_pooling_alone_reads_of_a_convolution(adds, activation, read, reads_again):
+    model = randomize(Pooled(adds, activation, reads_again))
+    expected = outputs(model, images(4))
+    qmodel = qwt2.quantize(model, images(8).split(4), "minmax", variant="openvino")
+    assert qmodel.quantization.poolings == (["pool"] if read and not reads_again else [])
+    assert not qwt2.quantize(model, images(8).split(4), "minmax").quantization.poolings
+    with full_precision(qmodel):
+        assert torch.allclose(outputs(qmodel, images(4)), expected, atol=2e-5)
+    if qmodel.quantization.poolings:
+        seen = []
+        qmodel.pool.pooling.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        qmodel(images(4))
+        quantizer = qmodel.pool.input_quantizer
+        codes = seen[0] / quantizer.scale
+        assert torch.allclose(codes, codes.round(), atol=1e-3) and codes.unique().numel() <= 256
+        assert torch.allclose(outputs(qwt2.fold(qmodel), images(4)), outputs(qmodel, images(4)), atol=1e-4)

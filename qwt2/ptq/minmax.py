@@ -7,7 +7,7 @@ PTQ_METHODS.register("minmax")(
     PTQMethod(
         variants={
             "default": Recipe(observer="minmax"),
-            "openvino": Recipe(observer="minmax", output_bits=None, centred=True),
+            "openvino": Recipe(observer="minmax", output_bits=None, pooling_bits=8, centred=True),
             "tensorrt": Recipe(observer="minmax", symmetric_activations=True),
         }
     )

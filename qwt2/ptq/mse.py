@@ -7,7 +7,7 @@ PTQ_METHODS.register("mse")(
     PTQMethod(
         variants={
             "default": Recipe(observer="mse"),
-            "openvino": Recipe(observer="mse", output_bits=None, centred=True),
+            "openvino": Recipe(observer="mse", output_bits=None, pooling_bits=8, centred=True),
             "tensorrt": Recipe(observer="mse", symmetric_activations=True),
         }
     )

@@ -7,7 +7,7 @@ PTQ_METHODS.register("percentile")(
     PTQMethod(
         variants={
             "default": Recipe(observer="percentile"),
-            "openvino": Recipe(observer="percentile", output_bits=None, centred=True),
+            "openvino": Recipe(observer="percentile", output_bits=None, pooling_bits=8, centred=True),
             "tensorrt": Recipe(observer="percentile", symmetric_activations=True),
             # The public code's "W4A4" ResNet is W4/A8 with BatchNorm left in float.
             "published": Recipe(

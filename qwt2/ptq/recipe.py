@@ -35,6 +35,8 @@ class Recipe:
             stay float, the first operand that is one is clipped to the range of its quantizer and not rounded: OpenVINO
             adds in that convolution's kernel, which it does only behind a quantizer, and leaves out the rounding.
             ``None`` leaves all float.
+        pooling_bits: bits of what a pooling averages, where that is a convolution's output or a residual sum with it. The
+            convolution's kernel then adds, activates and rounds, and writes codes; ``None`` leaves it float.
     """
 
     observer: str
@@ -50,6 +52,7 @@ class Recipe:
     conv_input_bits: int | None = None
     output_bits: int | None = 8
     addition_bits: int | None = 8
+    pooling_bits: int | None = None
 
     @property
     def exportable(self) -> bool:

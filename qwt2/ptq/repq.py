@@ -78,7 +78,7 @@ PTQ_METHODS.register("repq")(
     RepQ(
         variants={
             "default": Recipe(observer="percentile"),
-            "openvino": Recipe(observer="percentile", output_bits=None, centred=True),
+            "openvino": Recipe(observer="percentile", output_bits=None, pooling_bits=8, centred=True),
             "tensorrt": Recipe(observer="percentile", symmetric_activations=True),
             "published": Recipe(
                 observer="percentile",
