@@ -164,8 +164,9 @@ class Evaluation(ABC):
         figures = self.engine_figures(engines)
         if seed != self.seeds[0]:
             return Measured(figures)
-        operations = [operation for model in engines.values() for operation in model.operations()]
-        counted = count_operations(operations) if method == "ptq" else {}
+        counted = {}
+        if method == "ptq":  # every method's files have the same operations
+            counted = count_operations([operation for model in engines.values() for operation in model.operations()])
         return Measured(figures, self.measure_mismatches(list(files.values()), engine), counted)
 
     def measure_mismatches(self, files: list[Path], engine: str) -> dict[str, Mismatch]:
