@@ -1,7 +1,7 @@
 """Rewriting of exported graphs into equal ones that engines fuse better; every value stays what it was, bit for bit.
 
 Only nodes that compute value by value are moved past nodes that move values, rounding to a grid is repeated only on what
-lies on it already, and sums of integers are added up in another order. (:func:`qwt2.onnx_windows.deepen_masks` tells of
+lies on it already, and sums of integers are added up in another order. (:func:`qwt2.onnx_windows.limit_masks` tells of
 the one exception.)
 """
 
@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from qwt2.onnx_file import POOLED, set_shared_quantizers, shared_quantizers
 from qwt2.onnx_graph import OnnxGraph
 from qwt2.onnx_projections import split_projections
-from qwt2.onnx_windows import deepen_masks, move_codes, repeat_masks
+from qwt2.onnx_windows import limit_masks, move_codes, repeat_masks
 from qwt2.onnx_zero_points import fold_zero_points, unfold_zero_points
 
 _ACTIVATIONS = ("Gelu", "Relu", "HardSwish", "Sigmoid", "Tanh")
@@ -39,7 +39,7 @@ def rewrite_for_engines(model: onnx.ModelProto, clipped: Collection[str] = (), k
     move_below(model, _transposes_of_last_axis(model), _QUANTIZERS)
     move_below(model, _transposes_behind_layers(model), (*_SCALINGS, *_QUANTIZERS))
     move_below(model, _reshapes_behind_kernels(model), (*_ACTIVATIONS, *_SCALINGS, *_QUANTIZERS))
-    deepen_masks(model)
+    limit_masks(model)
     repeat_masks(model)
     normalize_rows(model)
     merge_reshapes(model)

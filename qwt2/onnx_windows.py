@@ -2,8 +2,9 @@
 
 Shifted windows add a mask for each window, for which networks view the images' axis and the windows' as two; and they roll
 and cut images into windows, in float32, before anything quantizes them. Here the mask is repeated for every image, and
-codes are rolled and cut, of a quarter of the bytes. Every value stays what it was, bit for bit, unless the products of an
-attention differ by so much (80) that its mask of -100 does not hide what it is to hide: :func:`deepen_masks` lets it.
+codes are rolled and cut, of a quarter of the bytes. Every value stays what it was, bit for bit; only what a mask of -100
+hides gets a probability of exp(-60) by :func:`limit_masks`, whose code of 8 bits is 0 too unless the products of the
+attention differ by 53 and more.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from onnx import helper, numpy_helper
 from qwt2.onnx_graph import OnnxGraph
 
 _MOVES = ("Concat", "Reshape", "Slice", "Transpose")
-# exp() of less is no normal float32; of what masks are deepened to it is 0, with whatever they are added to.
-_VANISHING, _DEEP = -87.0, -1000.0
+_LOWEST = -60.0  # of a mask
 _LONG_RUN = 64  # values; as codes, a line of the cache
 
 
@@ -41,10 +41,11 @@ def repeat_masks(model: onnx.ModelProto) -> None:
     graph.replace_nodes([node for node in nodes if id(node) not in gone])
 
 
-def deepen_masks(model: onnx.ModelProto) -> None:
-    """Hide more deeply what masks of windows hide from a softmax, in place; for masks that :func:`repeat_masks` is yet to see.
+def limit_masks(model: onnx.ModelProto) -> None:
+    """Hide from a softmax what masks of windows hide with -60 at most, in place; for masks :func:`repeat_masks` is yet to see.
 
-    After masks of -100 a softmax computes with denormal numbers, for which ONNX Runtime's takes three times as long.
+    exp(-60) is nothing beside 1, but a normal number; below -87 ONNX Runtime's softmax computes denormal ones, ten times as
+    slowly, whether the mask is -100 or minus infinity.
     """
     graph = OnnxGraph(model)
     nodes = []
@@ -52,11 +53,11 @@ def deepen_masks(model: onnx.ModelProto) -> None:
         around = _reshapes_around_mask(node, graph)
         reader = graph.only_reader(around[1].output[0]) if around is not None else None
         if reader is not None and reader.op_type == "Softmax":
-            mask = node.input[1]
-            deepened = _deepened(node.name, mask)
-            nodes += deepened
-            node.input[1] = deepened[-1].output[0] = f"{mask}/deepened"
-            _describe(model, node.input[1], graph.shapes[mask])
+            mask, limited = node.input[1], f"{node.input[1]}/limited"
+            lowest = _constant(f"{node.name}/lowest", np.float32(_LOWEST))
+            nodes += [lowest, _node("Max", [mask, lowest.output[0]], limited)]
+            node.input[1] = limited
+            _describe(model, limited, graph.shapes[mask])
         nodes.append(node)
     graph.replace_nodes(nodes)
 
@@ -79,15 +80,6 @@ def _reshapes_around_mask(add: onnx.NodeProto, graph: OnnxGraph) -> tuple[onnx.N
         return None
     same = scores[1:] == split[2:] == joined[1:] and mask == [1, split[1], 1, *scores[2:]]
     return (apart, together) if same and graph.only_reader(apart.output[0]) is not None else None
-
-
-def _deepened(name: str, mask: str) -> list[onnx.NodeProto]:
-    """What makes of a mask one that hides the same more deeply."""
-    vanishing, deep = _constant(f"{name}/vanishing", np.float32(_VANISHING)), _constant(f"{name}/deep", np.float32(_DEEP))
-    hides = _node("Less", [mask, vanishing.output[0]], f"{name}/hides")
-    deeper = _node("Min", [mask, deep.output[0]], f"{name}/deeper")
-    deepened = _node("Where", [hides.output[0], deeper.output[0], mask], f"{name}/deepened")
-    return [vanishing, deep, hides, deeper, deepened]
 
 
 def _repeated(name: str, scores: str, mask: str, shape: list[int]) -> list[onnx.NodeProto]:
