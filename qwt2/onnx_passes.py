@@ -21,7 +21,6 @@ from qwt2.onnx_zero_points import fold_zero_points, unfold_zero_points
 
 _ACTIVATIONS = ("Gelu", "Relu", "HardSwish", "Sigmoid", "Tanh")
 _SCALINGS = ("Mul",)
-_RESHAPED = ("Gemm", "GlobalAveragePool", "ReduceMean")
 _QUANTIZERS = ("Clip", "QuantizeLinear", "DequantizeLinear")
 # What OpenVINO computes, behind an addition, in a convolution's kernel.
 _FUSED = ("Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")
@@ -38,7 +37,7 @@ def rewrite_for_engines(model: onnx.ModelProto, clipped: Collection[str] = (), k
     split_projections(model)
     move_below(model, _transposes_of_last_axis(model), _QUANTIZERS)
     move_below(model, _transposes_behind_layers(model), (*_SCALINGS, *_QUANTIZERS))
-    move_below(model, _reshapes_behind_kernels(model), (*_ACTIVATIONS, *_SCALINGS, *_QUANTIZERS))
+    move_below(model, _reshapes_behind_layers(model), (*_ACTIVATIONS, *_SCALINGS, *_QUANTIZERS))
     limit_masks(model)
     repeat_masks(model)
     normalize_rows(model)
@@ -162,19 +161,19 @@ def move_below(model: onnx.ModelProto, names: set[str], kinds: tuple[str, ...]) 
     graph.replace_nodes(nodes, forget=stale)
 
 
-def _reshapes_behind_kernels(model: onnx.ModelProto) -> set[str]:
-    """Linear layers are exported with two dimensions, and means flattened; what follows belongs to their kernels."""
+def _reshapes_behind_layers(model: onnx.ModelProto) -> set[str]:
+    """Linear layers are exported with two dimensions; the activation that follows belongs to their kernel."""
     graph = OnnxGraph(model)
     return {
         node.output[0]
         for node in graph.nodes
-        if node.op_type == "Reshape" and node.input[0] in graph.made and graph.made[node.input[0]].op_type in _RESHAPED
+        if node.op_type == "Reshape" and node.input[0] in graph.made and graph.made[node.input[0]].op_type == "Gemm"
     }
 
 
 def _transposes_behind_layers(model: onnx.ModelProto) -> set[str]:
     """What takes the outputs of linear layers apart into heads."""
-    reshaped = _reshapes_behind_kernels(model)
+    reshaped = _reshapes_behind_layers(model)
     return {node.output[0] for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in reshaped}
 
 
