@@ -227,7 +227,7 @@ def prepare(
     _insert_matmul_quantizers(qmodel, recipe, info)
     _insert_addition_quantizers(qmodel, recipe, info)
     _insert_pooling_quantizers(qmodel, recipe, info)
-    if recipe.centred:
+    if recipe.centred and info.additions:
         _share_grids_with_additions(qmodel, example, recipe, info)
     _name_quantizers(qmodel)
     qmodel.quantization = info
