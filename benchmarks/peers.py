@@ -188,7 +188,20 @@ class Comparison:
         }  # fmt: skip
 
     def sessions(self, batch: int) -> dict[tuple[str, str], list[Callable[[np.ndarray], np.ndarray]]]:
-        """(engine, variant) -> compiled models, equal ones."""
+        """(engine, variant) -> compiled models, equal ones.
+
+        They are compiled in turn: what memory a process hands out late may be a tenth slower.
+        """
+        compilers = self.compilers(batch)
+        sessions = {key: [] for key in compilers}
+        for turn in range(max(INSTANCES.values())):
+            for (engine, variant), compiled in compilers.items():
+                if turn < INSTANCES.get(variant, 1):
+                    sessions[engine, variant].append(compiled())
+        return sessions
+
+    def compilers(self, batch: int) -> dict[tuple[str, str], Callable[[], Callable[[np.ndarray], np.ndarray]]]:
+        """(engine, variant) -> what compiles it."""
         from qwt2.engines.ort import OnnxRuntimeSession
         from qwt2.engines.ov import OpenVinoSession
 
@@ -199,17 +212,14 @@ class Comparison:
         own = ["fp32", "ptq", "cwac_unfolded", "cwac", "qwt"]
         runs = [("onnxruntime", variant) for variant in [*own, "quantize_static"]] + [("openvino", variant) for variant in own]
         kinds = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}
-        sessions = {
-            (engine, variant): [compiled(kinds[engine], engine, variant) for _ in range(INSTANCES.get(variant, 1))]
-            for engine, variant in runs
-        }
+        compilers = {(engine, variant): partial(compiled, kinds[engine], engine, variant) for engine, variant in runs}
         fixed = with_batch_size(onnx.load(self.path("openvino", "fp32")), batch).SerializeToString()
         shape = [batch, *self.test.shape[1:]]
-        sessions["openvino", "bf16"] = [openvino_default(fixed, shape, {})]
+        compilers["openvino", "bf16"] = partial(openvino_default, fixed, shape, {})
         # as our files run: what stays in float in float32
-        exact, path = {"INFERENCE_PRECISION_HINT": "f32"}, self.path("openvino", "nncf")
-        sessions["openvino", "nncf"] = [openvino_default(path, shape, exact) for _ in range(INSTANCES["nncf"])]
-        return sessions
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}
+        compilers["openvino", "nncf"] = partial(openvino_default, self.path("openvino", "nncf"), shape, exact)
+        return compilers
 
 
 def openvino_default(source: bytes | Path, shape: list[int], options: dict) -> Callable[[np.ndarray], np.ndarray]:
