@@ -51,7 +51,7 @@ ROUNDS = {1: 42, 8: 12}  # batch size -> rounds
 THREADS = 1
 BASE = "ptq"
 # Of models that may differ by a hundredth several instances take turns: an instance's place in memory matters more.
-INSTANCES = {"ptq": 3, "cwac": 3, "quantize_static": 3, "nncf": 3}
+INSTANCES = {"fp32": 3, "ptq": 3, "cwac": 3, "quantize_static": 3, "nncf": 3}
 
 
 def main() -> None:
