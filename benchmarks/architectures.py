@@ -16,12 +16,13 @@ import yaml
 from tqdm import tqdm
 
 from pipeline.resources import PeakMemory
-from qwt2 import compensate, export_onnx, fold, load_engine, machine, quantize
+from qwt2 import compensate, export_onnx, fold, load_engine, quantize
+from qwt2.evaluation import machine
 from qwt2.io import write_csv
-from qwt2.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
-from qwt2.models import build_model
-from qwt2.onnx_file import load_onnx
-from qwt2.precision import Precision
+from qwt2.evaluation.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
+from qwt2.classification.models import build_model
+from qwt2.onnx.file import load_onnx
+from qwt2.quantization.precision import Precision
 
 MODELS = Path("conf/model")
 RESULT = Path("results/benchmarks/architectures.csv")

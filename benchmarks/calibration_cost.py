@@ -22,7 +22,8 @@ from benchmarks.peers import photo_crops
 from benchmarks.table import machine_file
 from pipeline.readme import read_dicts
 from pipeline.resources import PeakMemory
-from qwt2 import Precision, compensate, load_quantized, machine, quantize, save_quantized
+from qwt2 import Precision, compensate, load_quantized, quantize, save_quantized
+from qwt2.evaluation import machine
 from qwt2.io import write_csv
 
 MODEL, PRECISION, BATCH = "deit_small_patch16_224", Precision(weight_bits=4, activation_bits=4), 32

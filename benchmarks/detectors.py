@@ -17,13 +17,14 @@ from benchmarks.architectures import PRECISION, THREADS, figures, timed
 from pipeline.files import file_exporters
 from pipeline.resolve import CONF, compose_cell
 from pipeline.resources import PeakMemory
-from qwt2 import compensate, fold, machine, quantize
+from qwt2 import compensate, fold, quantize
+from qwt2.evaluation import machine
 from qwt2.detection.models import build_detector
 from qwt2.detection.network import Detector, parts, regions, sections
-from qwt2.inputs import Inputs
+from qwt2.capture.batch import Inputs
 from qwt2.io import write_csv
-from qwt2.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
-from qwt2.onnx_file import load_onnx
+from qwt2.evaluation.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
+from qwt2.onnx.file import load_onnx
 
 RESULT = Path("results/benchmarks/detectors.csv")
 ENGINES = ("onnxruntime", "openvino")

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import tiny_chain
 from pipeline.compare import differences
 from qwt2.errors import guarded
-from qwt2.results import read_rows
+from qwt2.report.results import read_rows
 
 SUMMARY = "results/summary.csv"
 

@@ -31,11 +31,12 @@ from tqdm import tqdm
 from benchmarks.table import machine_file, versions_text
 from pipeline.readme import read_dicts
 from pipeline.resources import PeakMemory
-from qwt2 import Precision, compensate, export_onnx, fold, machine, quantize
+from qwt2 import Precision, compensate, export_onnx, fold, quantize
+from qwt2.evaluation import machine
 from qwt2.io import write_csv
-from qwt2.latency import measure_latency
-from qwt2.metrics import agreement_percent, sqnr_db
-from qwt2.onnx_file import with_batch_size
+from qwt2.evaluation.latency import measure_latency
+from qwt2.evaluation.metrics import agreement_percent, sqnr_db
+from qwt2.onnx.file import with_batch_size
 
 # timm name -> our PTQ method, the same as in conf/model
 MODELS = {
@@ -202,8 +203,8 @@ class Comparison:
 
     def compilers(self, batch: int) -> dict[tuple[str, str], Callable[[], Callable[[np.ndarray], np.ndarray]]]:
         """(engine, variant) -> what compiles it."""
-        from qwt2.engines.ort import OnnxRuntimeSession
-        from qwt2.engines.ov import OpenVinoSession
+        from qwt2.engines.onnxruntime import OnnxRuntimeSession
+        from qwt2.engines.openvino import OpenVinoSession
 
         def compiled(session, engine, variant):
             model = session(with_batch_size(onnx.load(self.path(engine, variant)), batch), THREADS)

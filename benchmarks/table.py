@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qwt2 import machine
+from qwt2.evaluation import machine
 
 RESULTS = Path("results/benchmarks")
 

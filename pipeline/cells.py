@@ -23,7 +23,7 @@ from pipeline.resolve import checked, select
 from pipeline.stage import OUT, Cell, config_path, declared, locked, set_threads, task_of
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
-from qwt2.results import HEADLINE, Row, read_rows
+from qwt2.report.results import HEADLINE, Row, read_rows
 
 CELLS = OUT / "cells"
 SHARED = CELLS / "shared"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from qwt2.errors import guarded
-from qwt2.results import Row, format_number, read_rows
+from qwt2.report.results import Row, format_number, read_rows
 
 # What a clock or the operating system measured; everything else is arithmetic, and must repeat to the last digit.
 TIMING = {"latency_ms", "latency_cpu_ms", "latency_ratio_to_ptq", "compensate_seconds", "peak_memory_mb"}

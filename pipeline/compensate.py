@@ -9,6 +9,7 @@ def main(cfg, cell: Cell) -> None:
     from pipeline.tasks import open_task
     from qwt2 import compensate, load_quantized, save_quantized
     from qwt2.io import write_json
+    from qwt2.report.results import fit_record
 
     task = open_task(cfg, cell)
     network = task.baseline(cell)
@@ -23,7 +24,7 @@ def main(cfg, cell: Cell) -> None:
         save_quantized(qmodel, cell.quantized(variant, name, seed))
         run_facts = {"variant": variant, "compensation": name, "seed": seed}
         costs = {"seconds": report.seconds, "peak_memory_mb": memory.megabytes}
-        return run_facts | costs | {"modules": [module.to_dict() for module in report.modules]}
+        return run_facts | costs | {"modules": [fit_record(module) for module in report.modules]}
 
     def predict_one(run: tuple[str, int, str]) -> None:
         variant, seed, name = run

@@ -22,7 +22,7 @@ from flask import Response, abort, request
 from pipeline.runs import Run, all_runs
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.report.findings import ENGINES
-from qwt2.results import format_number, method_order, precision_order
+from qwt2.report.results import format_number, method_order, precision_order
 
 HOST = "127.0.0.1"
 # Shown figure -> its name in the run, heading. `gain` is the difference to plain PTQ, {accuracy} the headline of the task.

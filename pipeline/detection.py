@@ -17,7 +17,7 @@ from qwt2.detection.models import build_detector, detector_config
 from qwt2.detection.network import Detector, parts, regions, sections
 from qwt2.detection.parts import padded
 from qwt2.detection.scenes import Batches, build_dataset, detect, draw_calibration, score, shown
-from qwt2.inputs import Inputs
+from qwt2.capture.batch import Inputs
 from qwt2.io import read_json, write_json
 
 PICTURES = 6  # validation scenes in the report

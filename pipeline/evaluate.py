@@ -1,9 +1,9 @@
 """Stage `evaluate`: accuracy, mismatch and latency of one cell on the integer engines."""
 
 from pipeline.stage import Cell, run_stage, task_of
-from qwt2 import machine
+from qwt2.evaluation import machine
 from qwt2.io import write_json
-from qwt2.results import write_layers, write_rows
+from qwt2.report.results import write_layers, write_rows
 
 
 def main(cfg, cell: Cell) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from qwt2.export import Exporter, structure
-from qwt2.inputs import Inputs
+from qwt2.onnx.export import Exporter, structure
+from qwt2.capture.batch import Inputs
 
 
 class FileExporter:

@@ -8,10 +8,10 @@ def main(cfg, cell: Cell) -> None:
     from pipeline.files import file_exporters
     from pipeline.tasks import open_task
     from qwt2 import fold, load_quantized
-    from qwt2.costs import multiply_accumulates, stored_numbers
-    from qwt2.inputs import first
+    from qwt2.evaluation.costs import multiply_accumulates, stored_numbers
+    from qwt2.capture.batch import first
     from qwt2.io import save_arrays, write_json
-    from qwt2.mismatch import Mismatch, fold_mismatch, record_modules
+    from qwt2.evaluation.mismatch import Mismatch, fold_mismatch, record_modules
 
     task = open_task(cfg, cell)
     network = task.baseline(cell)

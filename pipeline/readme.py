@@ -8,7 +8,7 @@ from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
 from qwt2.report.detection import lines
 from qwt2.report.findings import ENGINES
-from qwt2.results import Method, Results, Row, read_rows
+from qwt2.report.results import Method, Results, Row, read_rows
 
 BEGIN = "<!-- results:begin (written by `make readme`) -->"
 END = "<!-- results:end -->"

@@ -21,7 +21,7 @@ from pipeline.stage import RESOLVED, config_path, task_of
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
-from qwt2.precision import Precision
+from qwt2.quantization.precision import Precision
 
 CONF = Path("conf")
 

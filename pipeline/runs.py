@@ -22,7 +22,7 @@ from pipeline.sweeps import SWEEPS, job_paths
 from pipeline.unchanged import while_unchanged
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json
-from qwt2.results import HEADLINE, Layer, Method, Row, read_layers
+from qwt2.report.results import HEADLINE, Layer, Method, Row, read_layers
 
 GRID = "grid"
 # The page of all runs reads thousands of files whenever it is loaded.

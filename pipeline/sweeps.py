@@ -23,7 +23,7 @@ from pipeline.cells import CELLS, cell_config, cell_folder, figures, read_record
 from pipeline.stage import OUT
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_csv, write_json
-from qwt2.results import UNITS, format_number
+from qwt2.report.results import UNITS, format_number
 
 SWEEPS = OUT / "sweeps"
 TABLE = "table.csv"

@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.stage import Cell, task_of
 from qwt2.errors import Qwt2Error
-from qwt2.inputs import Inputs
+from qwt2.capture.batch import Inputs
 from qwt2.io import read_array, write_array
 
 
@@ -90,8 +90,8 @@ class Classification(Task):
         self.dataset = open_dataset(cfg["data"], self.folder, cfg["model"])
 
     def trained(self) -> nn.Module:
-        from qwt2.models import build_model
-        from qwt2.training import train
+        from qwt2.classification.models import build_model
+        from qwt2.classification.training import train
 
         training = self.cfg["model"]["train"]
         settings = {**self.cfg["model"], "num_classes": self.dataset.num_classes}
@@ -99,7 +99,7 @@ class Classification(Task):
         return train(model, self.dataset, training) if training else model
 
     def baseline(self, cell: Cell) -> nn.Module:
-        from qwt2.models import build_model, load_weights
+        from qwt2.classification.models import build_model, load_weights
 
         classes = self.cfg["data"]["num_classes"]
         model = build_model({**self.cfg["model"], "pretrained": False, "checkpoint": None, "num_classes": classes})
@@ -110,7 +110,7 @@ class Classification(Task):
         """Logits (N, classes) float32, `.npy`."""
         import numpy as np
 
-        from qwt2.training import predict
+        from qwt2.classification.training import predict
 
         logits = predict(network, self.dataset)
         if not np.isfinite(logits).all():
@@ -118,7 +118,7 @@ class Classification(Task):
         write_array(path.with_suffix(".npy"), logits)
 
     def figures(self, path: Path) -> dict[str, float]:
-        from qwt2.metrics import topk_percent
+        from qwt2.evaluation.metrics import topk_percent
 
         logits, labels = read_array(path.with_suffix(".npy")), self.dataset.labels("val")
         return {f"top{k}": topk_percent(logits, labels, k) for k in (1, 5)}

@@ -8,7 +8,7 @@ from pipeline.cells import CELLS, cell_config, figures, run_cell
 from pipeline.stage import RESULTS
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_json, write_text
-from qwt2.results import read_layers
+from qwt2.report.results import read_layers
 
 PARAMS = Path("params.yaml")
 LAYERS = "module,method,sqnr_before_db,sqnr_after_db"

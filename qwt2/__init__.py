@@ -1,15 +1,27 @@
 """qwt2: post-training quantization with compensation that costs nothing at inference."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from qwt2.errors import Qwt2Error
 
+if TYPE_CHECKING:
+    from qwt2.checkpoint import load_quantized, save_quantized
+    from qwt2.compensation import compensate
+    from qwt2.engines import load_engine
+    from qwt2.folding.fold import fold
+    from qwt2.onnx.export import export_onnx
+    from qwt2.quantization.layers import full_precision
+    from qwt2.quantization.precision import Precision
+    from qwt2.quantization.quantize import quantize
+
 _LAZY = {
-    "Precision": "qwt2.precision",
-    "quantize": "qwt2.quantization",
+    "Precision": "qwt2.quantization.precision",
+    "quantize": "qwt2.quantization.quantize",
     "compensate": "qwt2.compensation",
-    "fold": "qwt2.folding",
-    "export_onnx": "qwt2.export",
+    "fold": "qwt2.folding.fold",
+    "export_onnx": "qwt2.onnx.export",
+    "full_precision": "qwt2.quantization.layers",
     "load_engine": "qwt2.engines",
     "save_quantized": "qwt2.checkpoint",
     "load_quantized": "qwt2.checkpoint",

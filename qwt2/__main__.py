@@ -60,12 +60,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from qwt2.compensation import COMPENSATIONS, compensate
     from qwt2.engines import ENGINES
-    from qwt2.export import check_format, export_onnx
-    from qwt2.folding import fold
+    from qwt2.onnx.export import check_format, export_onnx
+    from qwt2.folding.fold import fold
     from qwt2.io import write_json, write_text
-    from qwt2.precision import Precision
-    from qwt2.quantization import quantize
-    from qwt2.report import render_model
+    from qwt2.quantization.precision import Precision
+    from qwt2.quantization.quantize import quantize
+    from qwt2.report.page import render_model
 
     # OpenVINO's files are of no other kind; what it computes in one kernel is merely not rounded in between.
     variant, profile = arguments.profile, "default" if arguments.profile == "openvino" else arguments.profile
@@ -106,7 +106,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _describe_modules(kinds: dict[str, str], fits: list, mismatches: dict[str, dict]) -> list[dict[str, Any]]:
     """One record a quantized module or compensated block, in execution order: its fit and each engine's mismatch."""
-    fitted = {fit.module: fit.to_dict() for fit in fits}
+    from qwt2.report.results import fit_record
+
+    fitted = {fit.module: fit_record(fit) for fit in fits}
     blocks = dict.fromkeys((name for name in fitted if name not in kinds), "block")
     return [
         {"module": name, "kind": kind, **fitted.get(name, {}),
@@ -159,7 +161,7 @@ def _choose_files(arguments: argparse.Namespace) -> list[Path]:
 
 def _build(arguments: argparse.Namespace) -> tuple["nn.Module", dict[str, Any]]:
     """The model, and the settings of the transform its images need."""
-    from qwt2.models import build_model, load_weights, transform_config
+    from qwt2.classification.models import build_model, load_weights, transform_config
 
     size = {"input_size": (3, arguments.image_size, arguments.image_size)} if arguments.image_size else {}
     if ":" in arguments.model:
@@ -215,10 +217,10 @@ def _check_engines(
     import torch
 
     from qwt2.engines import load_engine
-    from qwt2.metrics import agreement_percent, sqnr_db
-    from qwt2.mismatch import engine_mismatch, record_modules
-    from qwt2.onnx_file import load_onnx
-    from qwt2.operations import count_operations
+    from qwt2.evaluation.metrics import agreement_percent, sqnr_db
+    from qwt2.evaluation.mismatch import engine_mismatch, record_modules
+    from qwt2.onnx.file import load_onnx
+    from qwt2.engines.operations import count_operations
 
     with torch.no_grad():
         exact, simulated = model(images).numpy(), folded(images).numpy()

@@ -12,11 +12,11 @@ from safetensors.torch import save
 from torch import nn
 
 from qwt2.errors import Qwt2Error
-from qwt2.inputs import zeros
+from qwt2.capture.batch import zeros
 from qwt2.io import atomic_path
-from qwt2.modules import AffineBlock, CompensatedBlock, QuantizedLayer
-from qwt2.quantization import QuantizationInfo, prepare, quantization_info, wrap_block
-from qwt2.quantizers import Quantizer, UniformQuantizer
+from qwt2.quantization.layers import AffineBlock, CompensatedBlock, QuantizedLayer
+from qwt2.quantization.quantize import QuantizationInfo, prepare, quantization_info, wrap_block
+from qwt2.quantization.quantizers import Quantizer, UniformQuantizer
 
 HEADER = "qwt2"
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import qwt2
-from qwt2.modules import QuantizedLayer, QuantizedMatmul
+from qwt2.quantization.layers import QuantizedLayer, QuantizedMatmul
 
 FOLDER = Path(__file__).parent / "golden"
 CONFIGURATION = {"vit": "w4a4", "swin": "w4a4", "resnet": "w4a4_k3_f16"}

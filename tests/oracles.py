@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qwt2.modules import QuantizedLayer, QuantizedModule, full_precision
+from qwt2.quantization.layers import QuantizedLayer, QuantizedModule, full_precision
 
 
 def full_precision_copy(qmodel: nn.Module) -> nn.Module:

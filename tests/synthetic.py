@@ -7,7 +7,7 @@ import json
 import random
 from pathlib import Path
 
-from qwt2.results import LAYER_COLUMNS, QUANTILES, UNITS, Row, write_rows
+from qwt2.report.results import LAYER_COLUMNS, QUANTILES, UNITS, Row, write_rows
 
 MODELS = {"vit_micro": "repq", "swin_micro": "repq", "resnet_micro": "percentile"}
 PRECISIONS = ("w8a8", "w4a4", "w3a3", "w2a4")

@@ -9,8 +9,8 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 import qwt2
-from qwt2.attention import ExplicitAttention, make_attention_explicit
-from qwt2.modules import full_precision
+from qwt2.capture.attention import ExplicitAttention, make_attention_explicit
+from qwt2.quantization.layers import full_precision
 
 
 class Tokens(nn.Module):

@@ -13,9 +13,10 @@ from torch import nn
 import qwt2
 import tiny_models as tiny
 from oracles import Stored, affine, block_triples, decibel, full_precision_copy, layer_pairs, patches, record, rows, squared_error
+from qwt2.report.results import fit_record
 from qwt2.compensation import cwac
-from qwt2.modules import AffineBlock, CompensatedBlock, QuantizedModule
-from qwt2.quantization import quantized_layers
+from qwt2.quantization.layers import AffineBlock, CompensatedBlock, QuantizedModule
+from qwt2.quantization.quantize import quantized_layers
 
 NETWORKS = ["vit", "swin", "resnet", "mobilenet", "dense", "pyramid", "overwriting"]
 
@@ -250,7 +251,7 @@ class TestCWAC:
             assert_same_state(once, twice)
 
     def test_local_target_stores_no_reference_activations(self, monkeypatch):
-        from qwt2.compensation import streams
+        from qwt2.compensation import walk as streams
 
         started = []
         original = streams.UnitStream.__init__
@@ -434,7 +435,7 @@ class TestOffloading:
         assert list(tmp_path.iterdir()) == []
 
     def test_inputs_really_go_to_disk(self, tmp_path, monkeypatch):
-        from qwt2.compensation import streams
+        from qwt2.compensation import walk as streams
 
         most = 0
         original = streams.UnitStream.advance
@@ -575,7 +576,7 @@ def test_weights_and_quantizers_stay_as_they_were():
 def test_reports_tell_the_distribution_and_what_the_gate_saw(gate):
     qmodel = tiny.quantized("vit", 3, 4)
     for module in qwt2.compensate(qmodel, tiny.batches(), "cwac", gate=gate).modules:
-        told = module.to_dict()
+        told = fit_record(module)
         for name, values in (("alpha", module.alpha.numpy()), ("beta", module.beta.numpy())):
             for suffix, share in {"min": 0, "p05": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}.items():
                 assert told[f"{name}_{suffix}"] == pytest.approx(np.percentile(values, share), rel=1e-9, abs=1e-12)

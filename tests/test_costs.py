@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from qwt2.costs import multiply_accumulates, stored_numbers
-from qwt2.latency import measure_latency
+from qwt2.evaluation.costs import multiply_accumulates, stored_numbers
+from qwt2.evaluation.latency import measure_latency
 
 
 def test_stored_numbers_counts_parameters_and_buffers():

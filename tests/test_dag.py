@@ -95,15 +95,15 @@ def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
 @pytest.mark.parametrize(
     "file, stages",
     [
-        ("qwt2/folding.py", {"fold", "trial"}),
-        ("qwt2/costs.py", {"fold", "trial"}),
-        ("qwt2/latency.py", {"evaluate", "trial"}),
-        ("qwt2/training.py", RUN - {"data"} | {"trial"}),
+        ("qwt2/folding/fold.py", {"fold", "trial"}),
+        ("qwt2/evaluation/costs.py", {"fold", "trial"}),
+        ("qwt2/evaluation/latency.py", {"evaluate", "trial"}),
+        ("qwt2/classification/training.py", RUN - {"data"} | {"trial"}),
         ("qwt2/data/digits.py", RUN | {"trial"}),
-        ("qwt2/ptq/repq.py", RUN - {"data", "baseline"} | {"trial"}),
-        ("qwt2/engines/ov.py", {"fold", "evaluate", "trial"}),
+        ("qwt2/quantization/methods/repq.py", RUN - {"data", "baseline"} | {"trial"}),
+        ("qwt2/engines/openvino.py", {"fold", "evaluate", "trial"}),
         ("qwt2/compensation/cwac.py", {"compensate", "trial"}),
-        ("qwt2/results.py", {"compensate", "evaluate", "report", "trial"}),
+        ("qwt2/report/results.py", {"compensate", "evaluate", "report", "trial"}),
         ("qwt2/report/page.css", {"report"}),
         ("pipeline/ptq.py", {"ptq", "trial"}),
         ("pipeline/schema.py", {"trial"}),
@@ -123,11 +123,11 @@ def test_a_change_of_code_changes_the_hashes_of_the_stages_that_run_it(file, sta
 
 def test_a_new_method_is_a_change_of_code(sources):
     before, file = hashes(), sources / "qwt2/compensation/another.py"
-    file.write_text("from qwt2.latency import measure\n")
+    file.write_text("from qwt2.evaluation.latency import measure\n")
     after, listed = hashes(), yaml.safe_load(resolve.code()[resolve.config_path("sources")])
     file.unlink()
     assert {stage for stage in before if before[stage] != after[stage]} == {"compensate", "trial"}
-    assert listed["qwt2/latency.py"]["stages"] == ["compensate", "evaluate", "trial"]
+    assert listed["qwt2/evaluation/latency.py"]["stages"] == ["compensate", "evaluate", "trial"]
 
 
 def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):
@@ -136,7 +136,8 @@ def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):
         "pipeline/stage_one.py": "import os, torch, qwt2.one\ndef f():\n    from qwt2.two import g\n",
         "qwt2/__init__.py": "",
         "qwt2/one.py": "if TYPE_CHECKING:\n    from qwt2.unused import T\nfrom qwt2 import fold\n",
-        "qwt2/folding.py": "from qwt2.deep.er import leaf\n",
+        "qwt2/folding/__init__.py": "",
+        "qwt2/folding/fold.py": "from qwt2.deep.er import leaf\n",
         "qwt2/deep/__init__.py": "",
         "qwt2/deep/er/__init__.py": "",
         "qwt2/deep/er/leaf.py": "from . import twig\nfrom ..side import a\n",

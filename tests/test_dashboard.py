@@ -18,7 +18,7 @@ from pipeline import dashboard, resolve
 from pipeline.runs import all_runs
 from pipeline.unchanged import while_unchanged
 from qwt2.errors import Qwt2Error
-from qwt2.results import read_layers
+from qwt2.report.results import read_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = 1000

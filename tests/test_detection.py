@@ -18,11 +18,11 @@ from qwt2.detection.parts import DENSE, part_inputs, part_names, running_on
 from qwt2.detection.pictures import draw_grid
 from qwt2.detection.scenes import Batches, build_dataset, detect, shown
 from qwt2.errors import Qwt2Error
-from qwt2.inputs import call, first
-from qwt2.mismatch import engine_mismatch, fold_mismatch, record_modules
-from qwt2.modules import full_precision
-from qwt2.onnx_file import load_onnx
-from qwt2.quantization import quantized_layers
+from qwt2.capture.batch import call, first
+from qwt2.evaluation.mismatch import engine_mismatch, fold_mismatch, record_modules
+from qwt2.quantization.layers import full_precision
+from qwt2.onnx.file import load_onnx
+from qwt2.quantization.quantize import quantized_layers
 
 KINDS = {"swin": "repq", "resnet": "percentile"}
 ENGINES = ("onnxruntime", "openvino")

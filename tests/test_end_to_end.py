@@ -11,7 +11,7 @@ import pytest
 from benchmarks import tiny_chain
 from benchmarks.tiny_chain import edit, run
 from pipeline import imports, resolve
-from qwt2.results import read_rows
+from qwt2.report.results import read_rows
 
 MODELS = ("vit_micro", "resnet_micro")
 # Python imports it first: it notes every file that the process, or a fork of it, opens.
@@ -64,7 +64,7 @@ def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
     with (clone / "qwt2/report/page.css").open("a") as file:
         file.write("/* nothing new */\n")
     assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve", "report"}
-    with (clone / "qwt2/folding.py").open("a") as file:
+    with (clone / "qwt2/folding/fold.py").open("a") as file:
         file.write("# nothing new\n")
     assert stages_run(run(clone, "dvc", "repro", "compensate@vit_micro-w3a3").stdout) == {"resolve"}
     assert json.loads(run(clone, "dvc", "status", "--json").stdout) == {

@@ -19,7 +19,7 @@ from pipeline import cells, dvcfiles, experiment, imports, stage, sweeps
 from pipeline.resolve import resolve
 from qwt2.errors import Qwt2Error
 from qwt2.io import atomic_path
-from qwt2.results import read_rows
+from qwt2.report.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("conf", "pipeline", "qwt2", "dvc.yaml")
@@ -191,7 +191,7 @@ def test_a_change_of_code_or_baseline_makes_a_cell_anew(clone, monkeypatch):
     assert cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
     assert not cells._is_finished(record, record["made_from"], keep_models=True)
     assert not cells._is_finished(record | {"status": "failed"}, record["made_from"], keep_models=False)
-    source = clone / "qwt2/folding.py"
+    source = clone / "qwt2/folding/fold.py"
     before = source.read_text()
     source.write_text(before + "# another word\n")
     assert not cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)

@@ -16,13 +16,13 @@ from torch import nn
 
 import qwt2
 import tiny_models as tiny
-from qwt2.export import Exporter, export_onnx, rewrite_onnx
-from qwt2.integer import IntegerLayer, QuantizeDequantize
-from qwt2.metrics import sqnr_db
-from qwt2.onnx_file import load_onnx, with_batch_size
-from qwt2.onnx_graph import OnnxGraph
-from qwt2.onnx_passes import clip_values
-from qwt2.operations import count_operations
+from qwt2.onnx.export import Exporter, export_onnx, rewrite_onnx
+from qwt2.folding.layers import IntegerLayer, QuantizeDequantize
+from qwt2.evaluation.metrics import sqnr_db
+from qwt2.onnx.file import load_onnx, with_batch_size
+from qwt2.onnx.graph import OnnxGraph
+from qwt2.onnx.passes import clip_values
+from qwt2.engines.operations import count_operations
 
 MODELS = tiny.exported_models()
 ONE_OF_EACH_KIND = tiny.exported_models(["vit", "resnet"])  # an export takes seconds
@@ -195,7 +195,7 @@ def test_codes_below_8_bits_are_clipped_8_bit_codes(bits, tmp_path):
 @pytest.mark.parametrize("variant, signed", [("default", False), ("tensorrt", True)])
 def test_clipping_values_in_place_of_codes_changes_no_output(variant, signed, tmp_path, monkeypatch):
     if signed:  # with zero points in biases, codes stay as they are
-        monkeypatch.setattr("qwt2.onnx_passes.fold_zero_points", lambda model: None)
+        monkeypatch.setattr("qwt2.onnx.passes.fold_zero_points", lambda model: None)
     model = load_onnx(export_onnx(small(4, variant=variant), tmp_path / "a.onnx", tiny.images(2)))
     x = {"images": 3 * tiny.images(4).numpy()}
     expected = ReferenceEvaluator(model).run(None, x)
@@ -400,7 +400,7 @@ class TestRefusals:
 
 @TINY
 def test_exporter_exports_a_structure_once(tmp_path, monkeypatch):
-    from qwt2 import export
+    from qwt2.onnx import export
 
     exports = []
     monkeypatch.setattr(export, "export_onnx", lambda *args, **names: (exports.append(1), export_onnx(*args, **names))[1])

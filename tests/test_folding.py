@@ -11,12 +11,12 @@ from torch import nn
 
 import qwt2
 import tiny_models as tiny
-from qwt2.folding import fold_layer
-from qwt2.integer import IntegerConv2d, IntegerLayer, IntegerLinear, IntegerMatmul
-from qwt2.mismatch import Mismatch, fold_mismatch
-from qwt2.modules import QuantizedConv2d, QuantizedLinear, QuantizedModule
-from qwt2.observers import Grid
-from qwt2.quantizers import LogSqrt2Quantizer, Quantizer, UniformQuantizer
+from qwt2.folding.fold import fold_layer
+from qwt2.folding.layers import IntegerConv2d, IntegerLayer, IntegerLinear, IntegerMatmul
+from qwt2.evaluation.mismatch import Mismatch, fold_mismatch
+from qwt2.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedModule
+from qwt2.quantization.observers import Grid
+from qwt2.quantization.quantizers import LogSqrt2Quantizer, Quantizer, UniformQuantizer
 
 ALPHAS = [1.0, 0.5, 1.03, 0.9, -0.7, -1.0, 0.0, 1e-7, -1e-7, 1e-35, 1e3]
 BETAS = [0.0, 0.1, -1.0, 1e-5, 30.0, 1e6, -1e9]

@@ -14,8 +14,8 @@ import torch
 from golden_data import Golden, golden, quantizer_parameters, section  # noqa: F401
 
 import qwt2
-from qwt2.modules import full_precision
-from qwt2.quantization import prepare
+from qwt2.quantization.layers import full_precision
+from qwt2.quantization.quantize import prepare
 
 # Convolutional networks are calibrated once and not re-parameterised.
 TRANSFORMERS = pytest.mark.parametrize("golden", ["vit", "swin"], indirect=True)

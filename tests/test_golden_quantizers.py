@@ -7,8 +7,8 @@ import pytest
 import torch
 from golden_data import arrays
 
-from qwt2.observers import Grid, observe
-from qwt2.quantizers import LogSqrt2Quantizer, UniformQuantizer
+from qwt2.quantization.observers import Grid, observe
+from qwt2.quantization.quantizers import LogSqrt2Quantizer, UniformQuantizer
 
 VECTORS = arrays("a_quantizers")
 UNIFORM = sorted(k[: -len("/delta")] for k in VECTORS if re.match(r"uniform/.*/delta$", k))

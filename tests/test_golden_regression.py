@@ -6,7 +6,7 @@ import torch
 from golden_data import arrays
 
 from qwt2.compensation.qwt import QwT, _ImageError, _TokenError
-from qwt2.modules import CompensatedBlock
+from qwt2.quantization.layers import CompensatedBlock
 
 VECTORS = arrays("b_regression")
 LINEAR = sorted({k.split("/")[1] for k in VECTORS if k.startswith("linear/")})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qwt2.metrics import agreement_percent, sqnr_db, topk_percent
+from qwt2.evaluation.metrics import agreement_percent, sqnr_db, topk_percent
 
 
 def test_topk_counts_labels_among_the_largest():

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qwt2.errors import Qwt2Error
-from qwt2.observers import MSE_SHRINKS, OBSERVERS, PERCENTILES, Grid, observe, quantiles
-from qwt2.quantizers import LogSqrt2Quantizer, UniformQuantizer
+from qwt2.quantization.observers import MSE_SHRINKS, OBSERVERS, PERCENTILES, Grid, observe, quantiles
+from qwt2.quantization.quantizers import LogSqrt2Quantizer, UniformQuantizer
 
 VALUES = st.floats(-1e3, 1e3, width=32).map(lambda v: 0.0 if abs(v) < 1e-3 else v)
 ROWS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24), elements=VALUES)
@@ -128,7 +128,7 @@ def test_nothing_to_see_and_unknown_observers_are_refused():
 
 
 def test_more_values_than_torch_can_sort_are_thinned_out(monkeypatch):
-    monkeypatch.setattr("qwt2.observers.QUANTILE_LIMIT", 1000)
+    monkeypatch.setattr("qwt2.quantization.observers.QUANTILE_LIMIT", 1000)
     x = torch.randn(1, 100_003, generator=torch.Generator().manual_seed(0))
     scale, _ = observe("percentile", x, Grid(8))
     exact = float(np.quantile(x.numpy(), 0.99999) - np.quantile(x.numpy(), 0.00001)) / 255

@@ -12,16 +12,16 @@ from tiny_models import BUILDERS, PTQ, batches, images
 from torch import nn
 
 import qwt2
-from qwt2.engines.ort import OnnxRuntimeSession
-from qwt2.engines.ov import OpenVinoSession
+from qwt2.engines.onnxruntime import OnnxRuntimeSession
+from qwt2.engines.openvino import OpenVinoSession
 from qwt2.errors import Qwt2Error
-from qwt2.export import rewrite_onnx
-from qwt2.onnx_file import shared_quantizers, with_batch_size
-from qwt2.onnx_graph import OnnxGraph
-from qwt2.onnx_passes import normalize_rows, quantize_before_pooling, share_quantizers
-from qwt2.onnx_projections import split_projections
-from qwt2.onnx_windows import limit_masks, move_codes, repeat_masks
-from qwt2.torch_graph import TorchGraph
+from qwt2.onnx.export import rewrite_onnx
+from qwt2.onnx.file import shared_quantizers, with_batch_size
+from qwt2.onnx.graph import OnnxGraph
+from qwt2.onnx.passes import normalize_rows, quantize_before_pooling, share_quantizers
+from qwt2.onnx.passes.projections import split_projections
+from qwt2.onnx.passes.windowed_attention import limit_masks, move_codes, repeat_masks
+from qwt2.engines.interpreter import TorchGraph
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
@@ -32,7 +32,7 @@ def exported(request, tmp_path_factory):
     qwt2.compensate(qmodel, batches(), "cwac")
     folded = qwt2.fold(qmodel)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwt2.export.rewrite_for_engines", lambda *arguments, **options: None)
+        patch.setattr("qwt2.onnx.export.rewrite_for_engines", lambda *arguments, **options: None)
         plain = onnx.load(qwt2.export_onnx(folded, folder / "plain.onnx", images(1)))
     return name, plain, onnx.load(qwt2.export_onnx(folded, folder / "rewritten.onnx", images(1)))
 

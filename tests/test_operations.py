@@ -5,7 +5,7 @@ import pytest
 import tiny_models as tiny
 
 import qwt2
-from qwt2.operations import Operation, count_operations
+from qwt2.engines.operations import Operation, count_operations
 
 PRODUCTS = {
     "onnxruntime": ("Conv", "Gemm", "MatMul"),

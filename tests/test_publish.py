@@ -22,7 +22,7 @@ from pipeline import publish, resolve
 from pipeline.report import report
 from pipeline.runs import all_runs
 from qwt2.errors import Qwt2Error
-from qwt2.results import read_layers, read_rows
+from qwt2.report.results import read_layers, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "0" * 40

@@ -10,9 +10,9 @@ from torch import nn
 
 import qwt2
 from qwt2.errors import Qwt2Error
-from qwt2.modules import QuantizedMatmul, full_precision
-from qwt2.ptq import PTQ_METHODS
-from qwt2.quantization import quantized_layers
+from qwt2.quantization.layers import QuantizedMatmul, full_precision
+from qwt2.quantization.methods import PTQ_METHODS
+from qwt2.quantization.quantize import quantized_layers
 
 ALL_BITS = [(w, a) for w in range(2, 9) for a in range(3, 9)]
 

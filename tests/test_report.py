@@ -16,10 +16,11 @@ import yaml
 import synthetic
 from pipeline import readme
 from pipeline.report import collect, report
-from qwt2 import machine
+from qwt2.evaluation import machine
 from qwt2.errors import Qwt2Error
-from qwt2.report import Conditions, findings, render, render_model
-from qwt2.results import COLUMNS, Results, read_rows, write_rows
+from qwt2.report import findings
+from qwt2.report.page import Conditions, render, render_model
+from qwt2.report.results import COLUMNS, Results, read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 CONDITIONS = Conditions({"digits": None}, [256], {"batch_size": 1, "threads": 2}, [9], [synthetic.MACHINE])

@@ -14,7 +14,7 @@ import pytest
 
 import synthetic
 from pipeline.report import report
-from qwt2.report import render_model
+from qwt2.report.page import render_model
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (

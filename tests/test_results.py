@@ -7,7 +7,7 @@ import pytest
 
 import synthetic
 from qwt2.errors import Qwt2Error
-from qwt2.results import (
+from qwt2.report.results import (
     COLUMNS,
     LAYER_COLUMNS,
     LAYER_FIGURES,

@@ -241,7 +241,7 @@ def test_a_clock_that_jumps(project, tmp_path):
 
 
 def test_latency_is_measured_by_a_clock_that_does_not_jump(monkeypatch):
-    from qwt2.latency import measure_latency
+    from qwt2.evaluation.latency import measure_latency
 
     calls = iter(range(10**6))
     monkeypatch.setattr(time, "time", lambda: -next(calls) * 1e6)

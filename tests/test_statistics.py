@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwt2.statistics import ChannelMoments, GroupedRegression, decibel
+from qwt2.compensation.moments import ChannelMoments, GroupedRegression, decibel
 
 
 def paired(rows: int, channels: int, mean: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -7,11 +7,11 @@ from torch import nn
 import qwt2
 import tiny_models as tiny
 from oracles import full_precision_copy, record
-from qwt2.compensation.activations import ActivationStore
-from qwt2.compensation.streams import UnitStream, calibration_batches
-from qwt2.hooks import replaced_forward
-from qwt2.modules import QuantizedMatmul
-from qwt2.quantization import quantization_info
+from qwt2.compensation.activation_store import ActivationStore
+from qwt2.compensation.walk import UnitStream, calibration_batches
+from qwt2.capture.patching import replaced_forward
+from qwt2.quantization.layers import QuantizedMatmul
+from qwt2.quantization.quantize import quantization_info
 
 CHAINS = ["vit", "swin", "resnet", "mobilenet"]
 MULTIPATH = {"dense": tiny.dense, "pyramid": tiny.pyramid}

@@ -10,11 +10,11 @@ from tiny_models import BUILDERS, images, randomize
 from torch import nn
 
 import qwt2
-from qwt2.blocks import execution_units, find_blocks
+from qwt2.capture.blocks import execution_units, find_blocks
 from qwt2.errors import Qwt2Error
-from qwt2.modules import QuantizedMatmul, full_precision
-from qwt2.surgery import expose_operations, fold_batchnorms
-from qwt2.tracing import trace
+from qwt2.quantization.layers import QuantizedMatmul, full_precision
+from qwt2.capture.rewrite import expose_operations, fold_batchnorms
+from qwt2.capture.trace import trace
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

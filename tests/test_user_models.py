@@ -11,10 +11,10 @@ from torch import nn
 
 import qwt2
 from qwt2.engines import load_engine
-from qwt2.metrics import sqnr_db
-from qwt2.mismatch import engine_mismatch, record_modules
-from qwt2.modules import QuantizedModule, full_precision
-from qwt2.onnx_file import load_onnx
+from qwt2.evaluation.metrics import sqnr_db
+from qwt2.evaluation.mismatch import engine_mismatch, record_modules
+from qwt2.quantization.layers import QuantizedModule, full_precision
+from qwt2.onnx.file import load_onnx
 
 ENGINES = ("onnxruntime", "openvino", "torch_int8")
 

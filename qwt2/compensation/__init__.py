@@ -14,12 +14,9 @@ import torch
 from torch import nn
 
 from qwt2.errors import Qwt2Error
-from qwt2.quantization import quantization_info
+from qwt2.quantization.quantize import quantization_info
 from qwt2.registry import Registry
-from qwt2.results import QUANTILES
 
-# What stands for an infinite SQNR in JSON.
-EXACT_DB = 200.0
 COMPENSATIONS: Registry = Registry("compensation method", __name__)
 
 
@@ -51,30 +48,6 @@ class ModuleReport:
     output_rms: float = math.nan
     gate_before_db: float = math.nan
     gate_after_db: float = math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity or NaN: an exact output gets EXACT_DB, what is unknown ``None``.
-
-        alpha and beta are told by their quantiles over channels (QUANTILES), mean, deviation and root mean square.
-        """
-        decibels = ("sqnr_before_db", "sqnr_after_db", "gate_before_db", "gate_after_db")
-        figures = {name: min(max(getattr(self, name), -EXACT_DB), EXACT_DB) for name in decibels}
-        figures |= {"r2": self.r2, "output_rms": self.output_rms}
-        if self.alpha is not None:
-            figures |= {
-                "alpha_mean": float(self.alpha.mean()),
-                "alpha_std": float(self.alpha.std(correction=0)),
-                "beta_rms": float(self.beta.square().mean().sqrt()),
-                **_quantiles("alpha", self.alpha),
-                **_quantiles("beta", self.beta),
-            }
-        known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        return {"module": self.module, "kept": self.kept, "reason": self.reason, **known}
-
-
-def _quantiles(name: str, values: torch.Tensor) -> dict[str, float]:
-    points = values.quantile(torch.tensor(list(QUANTILES.values()), dtype=values.dtype, device=values.device))
-    return {f"{name}_{suffix}": float(point) for suffix, point in zip(QUANTILES, points)}
 
 
 @dataclass

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from qwt2.compensation import COMPENSATIONS, ModuleReport
-from qwt2.compensation.streams import UnitStream, calibration_batches
+from qwt2.compensation.walk import UnitStream, calibration_batches
 from qwt2.errors import Qwt2Error
-from qwt2.memory import give_back_after
-from qwt2.modules import AffineBlock, QuantizedLayer, full_precision
-from qwt2.quantization import block_channel_axis, quantization_info, quantized_layers, wrap_block
-from qwt2.statistics import ChannelMoments
+from qwt2.compensation.malloc import give_back_after
+from qwt2.quantization.layers import AffineBlock, QuantizedLayer, full_precision
+from qwt2.quantization.quantize import block_channel_axis, quantization_info, quantized_layers, wrap_block
+from qwt2.compensation.moments import ChannelMoments
 
 CHOICES = {
     "target": ("global", "local"),

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwt2.compensation import COMPENSATIONS, ModuleReport
-from qwt2.compensation.activations import ActivationStore
-from qwt2.compensation.streams import UnitStream, calibration_batches
+from qwt2.compensation.activation_store import ActivationStore
+from qwt2.compensation.walk import UnitStream, calibration_batches
 from qwt2.errors import Qwt2Error
-from qwt2.memory import give_back_after
-from qwt2.modules import CompensatedBlock, full_precision
-from qwt2.quantization import block_channel_axis, quantization_info, wrap_block
-from qwt2.statistics import GroupedRegression, decibel
+from qwt2.compensation.malloc import give_back_after
+from qwt2.quantization.layers import CompensatedBlock, full_precision
+from qwt2.quantization.quantize import block_channel_axis, quantization_info, wrap_block
+from qwt2.compensation.moments import GroupedRegression, decibel
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 

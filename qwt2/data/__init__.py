@@ -31,7 +31,7 @@ def open_dataset(
 ) -> Dataset:
     """Open a dataset that `write_dataset` stored in `folder`.
 
-    `model` is the model's configuration (see `qwt2.models.build_model`); `imagefolder` needs it, because
+    `model` is the model's configuration (see `qwt2.classification.models.build_model`); `imagefolder` needs it, because
     every timm model has its own input transform, the digits are stored as their models expect them. What detectors
     need is opened by `qwt2.data.coco.open_scenes`.
     """

@@ -75,7 +75,7 @@ def load_detector(detector: nn.Module, path: str | os.PathLike) -> None:
 
     Raises `Qwt2Error` naming the file and what does not fit.
     """
-    from qwt2.models import fit_weights, read_state
+    from qwt2.classification.models import fit_weights, read_state
 
     state = read_state(Path(path))
     if any(name.startswith("backbone.layers.") for name in state):

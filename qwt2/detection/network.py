@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
-from qwt2.hooks import replaced_forward
-from qwt2.inputs import Inputs
+from qwt2.capture.patching import replaced_forward
+from qwt2.capture.batch import Inputs
 
 PARTS = ("backbone", "neck", "heads")
 

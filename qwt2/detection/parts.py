@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten
 
 from qwt2.detection.network import Detector, box_heads, mask_heads
 from qwt2.errors import Qwt2Error
-from qwt2.hooks import replaced_forward
-from qwt2.inputs import Inputs
+from qwt2.capture.patching import replaced_forward
+from qwt2.capture.batch import Inputs
 
 DENSE = "dense"
 _REGIONS_AT_ONCE = 32  # engines are compiled for one number of regions; the last ones are filled up with zeros

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 
 from qwt2.errors import Qwt2Error
-from qwt2.onnx_file import load_onnx, with_batch_size
-from qwt2.operations import Operation
+from qwt2.onnx.file import load_onnx, with_batch_size
+from qwt2.engines.operations import Operation
 from qwt2.registry import Registry
 
 ENGINES: Registry = Registry("engine", __name__)

@@ -10,8 +10,8 @@ import onnx
 
 from qwt2.engines import ENGINES, load_package
 from qwt2.errors import Qwt2Error
-from qwt2.operations import Operation
-from qwt2.tensorrt import check
+from qwt2.engines.operations import Operation
+from qwt2.onnx.tensorrt_rules import check
 
 if TYPE_CHECKING:
     import tensorrt
@@ -22,7 +22,7 @@ class TensorRTSession:
     """See :class:`qwt2.engines.Session`; ``threads`` means nothing on a GPU.
 
     Raises:
-        Qwt2Error: TensorRT or a GPU is missing, the file breaks TensorRT's rules (:mod:`qwt2.tensorrt`),
+        Qwt2Error: TensorRT or a GPU is missing, the file breaks TensorRT's rules (:mod:`qwt2.onnx.tensorrt_rules`),
             or TensorRT refuses it all the same.
     """
 

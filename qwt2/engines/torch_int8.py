@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
-from qwt2.operations import Operation
+from qwt2.engines.operations import Operation
 
 # What TorchGraph moves as codes.
 KEEP_CODES = ("Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Expand")
@@ -14,14 +14,14 @@ KEEP_CODES = ("Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice
 
 @ENGINES.register("torch_int8")
 class TorchInt8Session:
-    """See :class:`qwt2.engines.Session`; :mod:`qwt2.torch_graph` says how it computes.
+    """See :class:`qwt2.engines.Session`; :mod:`qwt2.engines.interpreter` says how it computes.
 
     Args:
         device: "cpu" or "cuda".
     """
 
     def __init__(self, model: onnx.ModelProto, threads: int, device: str = "cpu"):
-        from qwt2.torch_graph import TorchGraph
+        from qwt2.engines.interpreter import TorchGraph
 
         self.graph, self.threads = TorchGraph(model, device), threads
 

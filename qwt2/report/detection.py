@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qwt2.report.findings import LATENCY_RATIO, Target, target
-from qwt2.results import Method, Results, Row
+from qwt2.report.results import Method, Results, Row
 
 FP32_AP = {"bbox_ap": 60.0, "segm_ap": 50.0}  # percent that a default detector must reach before it is quantized
 HARD_LOSS = 5.0  # points of box AP that plain PTQ loses where compensation is asked to help

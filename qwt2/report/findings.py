@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from qwt2.results import Method, Results, Row
+from qwt2.report.results import Method, Results, Row
 
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 ENGINE_NAMES = {"torch": "Simulation", **ENGINES}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from qwt2.report.findings import EASY_LOSS, ENGINE_DELTA, ENGINE_NAMES, HARD_LOSS, LATENCY_RATIO
-from qwt2.results import UNITS, Method, Results, Row, format_number
+from qwt2.report.results import UNITS, Method, Results, Row, format_number
 
 NOT_MEASURED = "–"
 COMPENSATION_NAMES = {"": "PTQ", "qwt": "PTQ + QwT", "cwac": "PTQ + CWAC"}

@@ -1,0 +1,1 @@
+"""Classifiers: building, loading, training and running them. The counterpart of `qwt2.detection`."""

@@ -1,0 +1,126 @@
+"""An exported ONNX file as a PyTorch graph in the quantize and dequantize operators that PyTorch's compilers know.
+
+Between the two of a pair nothing lies, as those compilers expect: values are clipped, not codes. Weights are int8 constants
+behind a dequantize operator, activations pass through quantize and dequantize, and biases are float32 (those compilers want
+them so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from qwt2.errors import Qwt2Error
+from qwt2.onnx.passes import clip_values
+from qwt2.engines.interpreter import OPS, Codes, TorchGraph
+
+OPERATORS = torch.ops.quantized_decomposed
+
+
+class QuantizedGraph(TorchGraph):
+    """See :class:`qwt2.engines.interpreter.TorchGraph`; traced, not run.
+
+    Attributes:
+        input_values: the graph's inputs.
+        inputs: their names.
+    """
+
+    def __init__(self, model: onnx.ModelProto):
+        model = onnx.ModelProto.FromString(model.SerializeToString())
+        clip_values(model)
+        super().__init__(model)
+        self.input_values = list(model.graph.input)
+        self.inputs = [value.name for value in self.input_values]
+        self._prepare_constants()
+
+    def _function(self, node: onnx.NodeProto, opsets: dict[str, int]) -> Callable[..., Any]:
+        own = {
+            "QuantizeLinear": self._quantize, "DequantizeLinear": self._dequantize, "Gemm": _gemm, "MatMul": _matmul, "Conv": _conv,
+        }  # fmt: skip
+        function = own.get(node.op_type) or OPS.get(node.op_type)
+        if function is None:
+            raise Qwt2Error(f"inductor has no {node.op_type}; run this file on another engine")
+        return function
+
+    def trace(self, inputs: list[Tensor]) -> fx.GraphModule:
+        """The graph for inputs of these shapes, in the order of :attr:`inputs`; it returns a tuple."""
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.run(dict(zip(self.inputs, tensors))).values())
+
+        with torch.no_grad():
+            traced = make_fx(run)(*inputs)
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+        return traced
+
+    def _prepare_constants(self) -> None:
+        """Weights (out, in), as nn.Linear has them, and biases in float32: computed here, not in the graph."""
+        dequantize = {node.output[0]: node for node in self.nodes if node.op_type == "DequantizeLinear"}
+        codes = [dequantize[node.input[1]].input[0] for node in self.nodes if node.op_type == "Gemm" and node.input[1] in dequantize]
+        for name in set(codes):
+            self.constants[name] = self.constants[name].t().contiguous()
+        for name, node in dequantize.items():
+            stored = self.constants.get(node.input[0])
+            if stored is not None and stored.dtype == torch.int32:
+                scale, zero_point = (self.constants[i] for i in node.input[1:])
+                self.constants[name] = Codes(stored, scale, zero_point, 0).dequantize()
+                self._drop(node)
+            elif stored is not None:
+                self.constants[node.input[2]] = self.constants[node.input[2]].long()
+
+    def _quantize(self, attributes, x, scale, zero_point):
+        return OPERATORS.quantize_per_tensor.default(x, *self._parameters(scale, zero_point))
+
+    def _dequantize(self, attributes, codes, scale, zero_point):
+        """Of a weight nothing yet: the layer that reads it knows its axis."""
+        if scale.dim():
+            return Codes(codes, scale, zero_point, attributes.get("axis", 1))
+        return OPERATORS.dequantize_per_tensor.default(codes, *self._parameters(scale, zero_point))
+
+    @staticmethod
+    def _parameters(scale: Tensor, zero_point: Tensor) -> tuple[float, int, int, int, torch.dtype]:
+        """Scale, zero point, smallest and largest code, type of the codes."""
+        limits = torch.iinfo(zero_point.dtype)
+        return float(scale), int(zero_point), limits.min, limits.max, zero_point.dtype
+
+    def _drop(self, node: onnx.NodeProto) -> None:
+        index = self.nodes.index(node)
+        for steps in (self.nodes, self.functions, self.attributes, self.released):
+            del steps[index]
+        self.released = [[name for name in names if name not in self.constants] for names in self.released]
+
+
+def _weight(weight: Codes | Tensor) -> Tensor:
+    """A dequantized weight whose first axis is the output channel."""
+    if isinstance(weight, Tensor):
+        return weight
+    return OPERATORS.dequantize_per_channel.default(
+        weight.codes, weight.scale, weight.zero_point, 0, -128, 127, torch.int8
+    )
+
+
+def _gemm(attributes, a, b, c=None):
+    if isinstance(b, Codes):
+        return F.linear(a, _weight(b), c)
+    y = (a.T if attributes.get("transA") else a) @ (b.T if attributes.get("transB") else b)
+    return y if c is None else y + c
+
+
+def _matmul(attributes, a, b):
+    return a @ b
+
+
+def _conv(attributes, x, weight, bias=None):
+    stride, dilation = (attributes.get(name, [1, 1]) for name in ("strides", "dilations"))
+    top, left, bottom, right = attributes.get("pads", [0, 0, 0, 0])
+    if (top, left) != (bottom, right):
+        x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+    return F.conv2d(x, _weight(weight), bias, stride, (top, left), dilation, attributes.get("group", 1))

@@ -1,0 +1,141 @@
+"""How far apart two executions of the same integer module are, in output steps (LSB).
+
+Whole-network outputs of low-bit models differ by rounding alone: a value that falls on the other
+side of a rounding boundary changes everything after it. Modules are therefore compared one by one,
+each fed with the same recorded input. A step is the scale of the quantizer at the module's output,
+or, where there is none, 1/255 of the output's range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from qwt2.engines import ENGINES
+from qwt2.onnx.file import slice_modules
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from qwt2.capture.batch import Inputs
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Difference of one module's two outputs.
+
+    Attributes:
+        steps: largest difference, in output steps.
+        fraction: share of elements that differ by half a step or more.
+    """
+
+    steps: float
+    fraction: float
+
+    @classmethod
+    def of(cls, actual: np.ndarray, expected: np.ndarray, step: float) -> "Mismatch":
+        difference = np.abs(actual.astype(np.float64) - expected) / step
+        return cls(float(difference.max()), float((difference >= 0.5).mean()))
+
+    @classmethod
+    def worst(cls, mismatches: "list[Mismatch]") -> "Mismatch":
+        """The largest of either figure over modules."""
+        return cls(max(m.steps for m in mismatches), max(m.fraction for m in mismatches))
+
+
+def record_modules(folded: "nn.Module", inputs: "Inputs") -> dict[str, np.ndarray]:
+    """Inputs and outputs of every integer module of a folded model on some images (of its first call there).
+
+    Returns:
+        Arrays named "<module>.input" (or ".a" and ".b" for products) and "<module>.result". Linear
+        layers are recorded with two dimensions.
+    """
+    import torch
+
+    from qwt2.capture.batch import call
+    from qwt2.folding.layers import IntegerLayer, IntegerLinear, IntegerMatmul
+
+    records: dict[str, np.ndarray] = {}
+
+    def hook(name: str):
+        def record(module, args, output):
+            flat = (lambda t: t.flatten(0, -2)) if isinstance(module, IntegerLinear) else (lambda t: t)
+            if f"{name}.result" in records:
+                return
+            roles = ("a", "b") if isinstance(module, IntegerMatmul) else ("input",)
+            for role, value in zip((*roles, "result"), (*args, output)):
+                # cloned: networks with in-place activations overwrite what a hook saw
+                records[f"{name}.{role}"] = flat(value).clone(memory_format=torch.contiguous_format).numpy()
+
+        return record
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in folded.named_modules()
+        if isinstance(module, (IntegerLayer, IntegerMatmul))
+    ]
+    try:
+        with torch.no_grad():
+            call(folded, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return records
+
+
+def engine_mismatch(
+    model: onnx.ModelProto, engine: str, records: dict[str, np.ndarray], threads: int = 1
+) -> dict[str, Mismatch]:
+    """Compare an engine with the simulation, module by module.
+
+    Args:
+        model: the exported model.
+        engine: a registered engine.
+        records: from :func:`record_modules` on the folded model that was exported.
+    """
+    inputs = {name: array for name, array in records.items() if not name.endswith(".result")}
+    sliced, slices = slice_modules(model, inputs)
+    outputs = ENGINES.get(engine)(sliced, threads)(inputs)
+    result = {}
+    for module, piece in slices.items():
+        expected = piece.expected(records[f"{module}.result"])
+        result[module] = Mismatch.of(outputs[piece.output], expected, piece.step(expected))
+    return result
+
+
+def fold_mismatch(qmodel: "nn.Module", folded: "nn.Module", inputs: "Inputs") -> dict[str, Mismatch]:
+    """Compare the folded integer modules with the unfolded fake-quantized ones, layer by layer.
+
+    Both get the inputs that the layer has in the unfolded model.
+    """
+    import torch
+
+    from qwt2.capture.batch import call
+    from qwt2.quantization.quantize import quantized_layers
+
+    result: dict[str, Mismatch] = {}
+
+    def hook(name: str):
+        def compare(layer, args, output):
+            expected = output.numpy()
+            step = float(expected.max() - expected.min()) / 255 or 1.0
+            if layer.output_quantizer is not None:
+                step = float(layer.output_quantizer.scale)
+            actual = folded.get_submodule(name)(args[0])
+            found = Mismatch.of(actual.numpy(), expected, step)
+            result[name] = Mismatch.worst([found, result.get(name, found)])
+
+        return compare
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in quantized_layers(qmodel).items()]
+    try:
+        with torch.no_grad():
+            call(qmodel, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result

@@ -1,0 +1,1 @@
+"""From a quantized, compensated model to the integer model that engines run; compensation is gone into its scales."""

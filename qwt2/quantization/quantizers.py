@@ -1,0 +1,177 @@
+"""Fake-quantizers: calibrate on the first tensor they see, then round to their grid and back."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qwt2.errors import Qwt2Error
+from qwt2.quantization.observers import QUANTILE_LIMIT, Grid, observe, quantiles
+
+SQRT2 = math.sqrt(2.0)
+
+
+class Quantizer(nn.Module):
+    """Base of all fake-quantizers.
+
+    A new quantizer is uncalibrated: its first forward pass chooses its parameters from the tensor
+    it sees, and already returns the quantized tensor, so that one forward pass calibrates a network
+    in execution order with everything upstream quantized (as RepQ-ViT and QwT do).
+
+    Attributes:
+        where: name of the module it belongs to, for error messages.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calibrated = False
+        self.where = ""
+
+    def calibrate(self, x: Tensor) -> None:
+        """Choose the parameters for values like ``x``; sets ``calibrated``."""
+        try:
+            self._choose(x.detach())
+        except Qwt2Error as error:
+            raise Qwt2Error(f"{self.where or type(self).__name__}: {error}") from None
+        self.calibrated = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.calibrated:
+            self.calibrate(x)
+        return self.quantize(x)
+
+    def _choose(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class UniformQuantizer(Quantizer):
+    """Uniform affine quantizer: y = (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale.
+
+    Args:
+        grid: the integer grid.
+        observer: name of the observer that chooses the range.
+        channel_axis: axis with one scale an entry; ``None`` for one scale in all.
+        rounds: False only clips to the grid's range, as OpenVINO computes a quantizer in front of an addition.
+
+    Attributes:
+        scale, zero_point: float tensors; shape () per tensor, (channels,) per channel. The zero
+            point is whole unless a method sets it otherwise (RepQ-ViT's published variant).
+    """
+
+    def __init__(self, grid: Grid, observer: str, channel_axis: int | None = None, rounds: bool = True):
+        super().__init__()
+        self.grid, self.observer, self.channel_axis, self.rounds = grid, observer, channel_axis, rounds
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def set_parameters(self, scale: Tensor, zero_point: Tensor, channel_axis: int | None = None) -> None:
+        """Set scale and zero point directly, and count as calibrated."""
+        self.scale, self.zero_point = scale.float(), zero_point.float()
+        self.channel_axis, self.calibrated = channel_axis, True
+
+    def _choose(self, x: Tensor) -> None:
+        if self.channel_axis is None:
+            scale, zero_point = observe(self.observer, x.reshape(1, -1), self.grid)
+            self.scale, self.zero_point = scale[0], zero_point[0]
+            if self.grid.zero_in_range:  # for integer engines
+                self.scale = without_ties(x, self.scale)
+        else:
+            rows = x.movedim(self.channel_axis, 0).reshape(x.shape[self.channel_axis], -1)
+            self.scale, self.zero_point = observe(self.observer, rows, self.grid)
+
+    def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point shaped to broadcast against ``x``."""
+        if self.channel_axis is None:
+            return self.scale, self.zero_point
+        shape = [1] * x.dim()
+        shape[self.channel_axis] = -1
+        return self.scale.reshape(shape), self.zero_point.reshape(shape)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.parameters_for(x)
+        if not self.rounds:
+            return torch.clamp(x, (self.grid.qmin - zero_point) * scale, (self.grid.qmax - zero_point) * scale)
+        return self.grid.fake_quantize(x, scale, zero_point)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The integer codes of ``x``, as an int32 tensor of its shape."""
+        scale, zero_point = self.parameters_for(x)
+        codes = torch.clamp(torch.round(x / scale) + zero_point, self.grid.qmin, self.grid.qmax)
+        return codes.to(torch.int32)
+
+    def extra_repr(self) -> str:
+        kind = "symmetric" if self.grid.symmetric else "affine"
+        axis = "" if self.channel_axis is None else f", channel_axis={self.channel_axis}"
+        rounds = "" if self.rounds else ", clips only"
+        return f"bits={self.grid.bits}, {kind}, observer={self.observer}{axis}{rounds}"
+
+
+class LogSqrt2Quantizer(Quantizer):
+    """Logarithmic quantizer of base sqrt(2) for attention probabilities (RepQ-ViT, section 3.3).
+
+    k = round(-2 log2(x / scale)), y = 2^(-k/2) * scale, 0 where k >= 2^bits. The scale is the upper
+    percentile of least squared error. Simulation only: no integer engine has this grid.
+
+    Args:
+        bits: bit width.
+        floor: smallest x / scale before the logarithm. QwT's code uses 1e-6; RepQ-ViT's has none,
+            so that exact zeros stay zero.
+    """
+
+    def __init__(self, bits: int, floor: float = 0.0):
+        super().__init__()
+        self.bits, self.floor = bits, floor
+        self.register_buffer("scale", torch.ones(()))
+
+    def _choose(self, x: Tensor) -> None:
+        if x.numel() == 0 or not torch.isfinite(x).all():
+            raise Qwt2Error("saw an empty or non-finite tensor in calibration; check weights and images")
+        values = x.reshape(-1).float()
+        # RepQ-ViT tries the percentiles in this order and keeps the first strict minimum.
+        candidates = [_upper_quantile(values, p) for p in (0.999, 0.9999, 0.99999)]
+        errors = [(values - self._quantize(values, c)).abs().square().mean() for c in candidates]
+        self.scale = candidates[int(torch.stack(errors).argmin())]
+
+    def _quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        ratio = x / scale
+        if self.floor:
+            ratio = ratio.clamp(min=self.floor)
+        k = torch.round(-2 * torch.log2(ratio))
+        levels = 2**self.bits
+        kept = k < levels
+        k = k.clamp(0, levels - 1)
+        odd = torch.where(k % 2 == 1, SQRT2, 1.0)
+        return torch.where(kept, 2.0 ** -torch.ceil(k / 2) * odd * scale, torch.zeros_like(x))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return self._quantize(x, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, floor={self.floor}"
+
+
+_TIE, _TIES = 2e-5, 2e-4  # distance in steps that counts as a tie; share of ties, five times what smooth values have
+
+
+def without_ties(x: Tensor, scale: Tensor) -> Tensor:
+    """``scale``, widened by a thousandth where many values lie exactly between two codes.
+
+    Values that were quantized before lie on a grid, and a range that ends on one of them makes steps of which they are
+    exact halves. ONNX rounds the quotient by the scale to even; engines that multiply by its inverse, or add the zero
+    point first, round many of them the other way.
+    """
+    for _ in range(4):
+        remainder = (x / scale).frac_().abs_().sub_(0.5).abs_()
+        if (remainder < _TIE).float().mean() <= _TIES:
+            break
+        scale = scale * 1.001
+    return scale
+
+
+def _upper_quantile(values: Tensor, p: float) -> Tensor:
+    return quantiles(values[None, :: -(-values.numel() // QUANTILE_LIMIT)], [p])[0, 0]

@@ -1,0 +1,188 @@
+"""The results as one self-contained HTML page: words, tables and charts, nothing loaded from anywhere.
+
+:func:`render` makes the page of the benchmark, :func:`render_model` that of one quantized model.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import vl_convert
+
+from qwt2.report import charts, detection, findings, modules, tables
+from qwt2.report.results import LAYER_FIGURES, Layer, Results, precision_order
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the figures were measured on and under, for the captions.
+
+    Args:
+        datasets: name of each dataset -> number of validation images, None for all there are.
+        calibration_images: numbers of images of one calibration seed, over the models.
+        latency: settings of the timing: ``batch_size``, ``threads``.
+        latency_repeats: numbers of timed runs, over the models.
+        machines: the different `qwt2.evaluation.machine.describe` records of the evaluated cells.
+    """
+
+    datasets: Mapping[str, int | None]
+    calibration_images: Sequence[int]
+    latency: Mapping[str, int]
+    latency_repeats: Sequence[int]
+    machines: Sequence[Mapping[str, Any]]
+
+
+def render(
+    results: Results,
+    layers: Sequence[Layer],
+    conditions: Conditions,
+    operations: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
+) -> str:
+    """The page. Equal arguments give equal bytes (of one Altair and vl-convert release).
+
+    Args:
+        operations: (model, precision) -> ``operations``, by engine what :func:`qwt2.engines.operations.count_operations` says,
+            and ``float_modules``, name -> reason.
+        pictures: PNG files of what detectors find, by the name of the cell.
+    """
+    classifiers, detectors = results.of_task("classification"), results.of_task("detection")
+    specs = _specs(results, classifiers.models)
+    compared = findings.comparisons(classifiers, "cwac")
+    module_table = modules.table(layers)
+    return _environment().get_template("page.html").render(
+        vega=vega_bundle(),
+        specs=specs,
+        modules=module_table,
+        module_chart=modules.chart(module_table["engines"]),
+        operations=_operation_lines(operations or {}),
+        headline=findings.headline(classifiers),
+        model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
+        compared=len(compared),
+        not_improved=findings.not_improved(compared),
+        targets=findings.targets(classifiers) if classifiers.rows else [],
+        detection=detection.lines(detectors),
+        detection_targets=detection.targets(detectors) if detectors.rows else [],
+        pictures={cell: base64.b64encode(file).decode() for cell, file in (pictures or {}).items()},
+        tables=[tables.build(results, model) for model in results.models],
+        precisions=sorted({row.precision for row in results.rows} - {"fp32"}, key=precision_order),
+        kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
+        seeds=sorted({row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}),
+        explanations=_explanations(results),
+        colours=[(tables.COMPENSATION_NAMES[name], colour) for name, colour in charts.COLOURS.items()],
+        conditions=conditions,
+    )
+
+
+def render_model(report: Mapping[str, Any]) -> str:
+    """The page of one quantized model, from the report that `python -m qwt2` writes as JSON."""
+    bits = report["precision"]
+    precision = f"W{bits['weight_bits']}A{bits['activation_bits']}"
+    method = report["method"] + ("" if report["compensation"] == "none" else f"+{report['compensation']}")
+    layers = [
+        Layer(
+            report["model"], precision, method, 0, record["module"], record["kind"], record.get("sqnr_before_db"),
+            record.get("sqnr_after_db"), record.get("kept"), record.get("reason", ""),
+            {name: record.get(name) for name in LAYER_FIGURES},
+            {engine: (m["steps"], m["fraction"]) for engine, m in record["mismatch"].items()},
+        )
+        for record in report["modules"]
+    ]  # fmt: skip
+    module_table = modules.table(layers)
+    return _environment().get_template("model.html").render(
+        vega=vega_bundle(),
+        report=report,
+        headline=_model_headline(report, precision),
+        modules=module_table,
+        module_chart=modules.chart(module_table["engines"]),
+        engine_names=findings.ENGINE_NAMES,
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
+    return environment
+
+
+def _model_headline(report: Mapping[str, Any], precision: str) -> list[str]:
+    """What was done and what came of it, in a few sentences."""
+    kinds = [record["kind"] for record in report["modules"]]
+    compensated = [record for record in report["modules"] if record.get("kept") is not None]
+    rejected = [record["module"] for record in compensated if not record["kept"]]
+    gains = [record["sqnr_after_db"] - record["sqnr_before_db"] for record in compensated
+             if record["sqnr_before_db"] is not None]  # fmt: skip
+    sentences = [
+        f"{report['method']} at {precision} on {len(report['calibration_images'])} images: {kinds.count('layer')} layers "
+        f"and {kinds.count('product')} products in integers, {len(report['float_modules']) or 'no'} "
+        f"module{'s' if len(report['float_modules']) != 1 else ''} left in float, a file of {report['file_bytes'] / 1e6:.1f} MB."
+    ]
+    if gains:
+        sentences.append(
+            f"{report['compensation'].upper() if report['compensation'] == 'cwac' else 'QwT'} raises the SQNR of "
+            f"{sum(gain > 0 for gain in gains)} of {len(compensated)} {'modules' if 'block' not in kinds else 'blocks'}, by "
+            f"{sum(gains) / len(gains):.2f} dB on average and {max(gains):.2f} dB at most; the gate rejected "
+            f"{', '.join(rejected[:3]) + (f' and {len(rejected) - 3} more' if len(rejected) > 3 else '') or 'none'}."
+        )
+    return sentences
+
+
+def _operation_lines(operations: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each model and engine that runs the same operations, with all precisions it does so at."""
+    lines: dict[tuple, list[str]] = {}
+    for (model, precision), facts in operations.items():
+        for engine, counts in facts["operations"].items():
+            texts = [", ".join(f"{n} {kind}" for kind, n in counts[part].items()) for part in ("integer", "float")]
+            left = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in facts["float_modules"].items())
+            lines.setdefault((model, findings.ENGINE_NAMES.get(engine, engine), *texts, left), []).append(precision)
+    return [
+        {"model": model, "precisions": ", ".join(precisions), "engine": engine, "integer": integer, "float": rest, "left": left}
+        for (model, engine, integer, rest, left), precisions in lines.items()
+    ]
+
+
+def _specs(results: Results, classifiers: Sequence[str]) -> dict[str, charts.Spec]:
+    """Every chart by the id of its element: ``accuracy-<model>``, ``latency-<engine>-<model>``, ``size-<model>``."""
+    specs = {f"accuracy-{model}": charts.accuracy(results, model) for model in classifiers}
+    for model in results.models:
+        for engine in results.engines(model):
+            if any((row.model, row.engine, row.metric) == (model, engine, "latency_ms") for row in results.rows):
+                specs[f"latency-{engine}-{model}"] = charts.latency(results, model, engine)
+        engine = _engine_of_files(results, model)
+        if engine is not None:
+            specs[f"size-{model}"] = charts.size(results, model, engine)
+    return specs
+
+
+def _engine_of_files(results: Results, model: str) -> str | None:
+    """All engines run the same file: its size is shown once."""
+    engines = [row.engine for row in results.rows if (row.model, row.metric) == (model, "file_bytes")]
+    return min(engines, default=None)
+
+
+def _explanations(results: Results) -> list[tuple[str, str]]:
+    """Heading and meaning of every metric that the tables show."""
+    present = {(row.engine == "torch", row.metric) for row in results.rows}
+    return [
+        *(texts for metric, texts in tables.HEADINGS.items() if {(True, metric), (False, metric)} & present),
+        *(texts for metric, texts in tables.FOLDING.items() if (True, metric) in present),
+    ]
+
+
+def vega_bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, in the release that Altair's specifications are written for."""
+    major, minor, *_ = alt.SCHEMA_VERSION.split(".")
+    bundle = vl_convert.javascript_bundle(vl_version=f"{major}.{minor}")
+    if "</script" in bundle.lower():
+        raise ValueError("the Vega bundle would end its own script element")
+    return bundle

@@ -1,0 +1,374 @@
+"""The results table: long format, one row a figure, checked when read and written in one fixed form.
+
+Two CSV formats live here: figures (`COLUMNS`; an evaluated cell's ``rows.csv`` and the project's
+``results/summary.csv``) and the per-module record of a compensation (`LAYER_COLUMNS`; ``layers.csv``).
+"""
+
+import csv
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwt2.errors import Qwt2Error
+from qwt2.io import write_csv, write_text
+
+COLUMNS = ("task", "dataset", "model", "precision", "method", "engine", "metric", "value", "std", "unit", "n")
+# Of alpha and beta over a module's channels, by the suffix of their names.
+# What stands for an infinite SQNR in JSON.
+EXACT_DB = 200.0
+QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+# What is known of a compensated module beside its SQNR; empty where the compensation has no such thing.
+LAYER_FIGURES = (
+    *("gate_before_db", "gate_after_db", "output_rms", "alpha_mean", "alpha_std", "beta_rms"),
+    *(f"{name}_{suffix}" for name in ("alpha", "beta") for suffix in QUANTILES),
+)
+# Behind these come, for each engine, `<engine>_steps` and `<engine>_fraction`.
+LAYER_COLUMNS = (
+    *("model", "precision", "method", "seed", "module", "kind", "sqnr_before_db", "sqnr_after_db", "kept", "reason"),
+    *LAYER_FIGURES,
+)
+MISMATCH_SUFFIXES = ("_steps", "_fraction")
+
+# The figure that stands for a task where there is room for one.
+HEADLINE = {"classification": "top1", "detection": "bbox_ap"}
+
+# Every metric and its only unit, in reading order.
+UNITS = {
+    "top1": "percent",
+    "top5": "percent",
+    "bbox_ap": "percent",
+    "bbox_ap50": "percent",
+    "segm_ap": "percent",
+    "agreement": "percent",
+    "logits_sqnr_db": "dB",
+    "engine_top1_delta": "points",
+    "engine_bbox_ap_delta": "points",
+    "engine_segm_ap_delta": "points",
+    "engine_mismatch_steps": "steps",
+    "engine_mismatch_fraction": "ratio",
+    "latency_ms": "ms",
+    "latency_ratio_to_ptq": "ratio",
+    "latency_cpu_ms": "ms",
+    "file_bytes": "bytes",
+    "extra_params": "count",
+    "extra_macs": "count",
+    "compensate_seconds": "s",
+    "peak_memory_mb": "MB",
+}
+
+
+class Row(NamedTuple):
+    """One figure. `std` is the standard deviation over the `n` calibration seeds, None where nothing varies."""
+
+    task: str
+    dataset: str
+    model: str
+    precision: str
+    method: str
+    engine: str
+    metric: str
+    value: float
+    std: float | None
+    unit: str
+    n: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the figure is of: all columns before `value`. Unique in a table, and its sort order."""
+        return self[:7]
+
+
+class Layer(NamedTuple):
+    """One quantized module or compensated block at one calibration seed.
+
+    `kind` is "layer", "product" or "block". SQNR of its output in dB, `kept` (whether the gate let the compensation
+    stand) and the figures of `LAYER_FIGURES` are None where they were not measured: a product has no compensation.
+    `mismatch` tells, for each engine, the largest difference from the simulation in output steps and the share of
+    elements that differ; it was measured at the first seed.
+    """
+
+    model: str
+    precision: str
+    method: str
+    seed: int
+    module: str
+    kind: str
+    sqnr_before_db: float | None
+    sqnr_after_db: float | None
+    kept: bool | None
+    reason: str
+    figures: dict[str, float | None]
+    mismatch: dict[str, tuple[float, float]]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its values by column, as in the file."""
+        measured = {e + suffix: v for e, values in self.mismatch.items() for suffix, v in zip(MISMATCH_SUFFIXES, values)}
+        return dict(zip(LAYER_COLUMNS, self)) | self.figures | measured
+
+
+class Method(NamedTuple):
+    """The parts of a method's name `<ptq>[_<variant>][+<compensation>]`; absent parts are empty."""
+
+    ptq: str
+    variant: str
+    compensation: str
+
+    @classmethod
+    def parse(cls, name: str) -> "Method":
+        quantizer, _, compensation = name.partition("+")
+        ptq, _, variant = quantizer.partition("_")
+        return cls(ptq, variant, compensation)
+
+    @property
+    def quantizer(self) -> str:
+        """The method's name without its compensation: the plain PTQ it is compared with."""
+        return f"{self.ptq}_{self.variant}" if self.variant else self.ptq
+
+
+class Results:
+    """A table of figures, looked up by what they are of."""
+
+    def __init__(self, rows: Iterable[Row]):
+        self.rows = sorted(rows, key=lambda row: row.key)
+        self._by_key = {row.key[2:]: row for row in self.rows}
+        self.models = _unique(row.model for row in self.rows)
+
+    def get(self, model: str, precision: str, method: str, engine: str, metric: str) -> Row | None:
+        """The figure, or None where it was not measured."""
+        return self._by_key.get((model, precision, method, engine, metric))
+
+    def of_task(self, task: str) -> "Results":
+        """The rows of one task alone."""
+        return Results(row for row in self.rows if row.task == task)
+
+    def fp32_top1(self, model: str) -> Row | None:
+        return self.get(model, "fp32", "fp32", "torch", "top1")
+
+    def precisions(self, model: str) -> list[str]:
+        """The quantized precisions of a model, from many bits to few."""
+        return sorted({row.precision for row in self.rows if row.model == model} - {"fp32"}, key=precision_order)
+
+    def methods(self, model: str, precision: str) -> list[str]:
+        """The methods of a cell: plain PTQ before compensated, default variants before others."""
+        names = {row.method for row in self.rows if (row.model, row.precision) == (model, precision)}
+        return sorted(names, key=method_order)
+
+    def engines(self, model: str | None = None) -> list[str]:
+        """Engines with figures (of one model); the torch simulation first."""
+        names = {row.engine for row in self.rows if model in (None, row.model)}
+        return sorted(names, key=lambda name: (name != "torch", name))
+
+
+def precision_order(name: str) -> tuple:
+    """Sort key: fp32, then weight and activation bits falling (w8a8, w4a4, w3a3, w2a4), then other names."""
+    bits = re.fullmatch(r"w(\d+)a(\d+)", name)
+    if name == "fp32":
+        return (0,)
+    return (1, -int(bits[1]), -int(bits[2]), name) if bits else (2, name)
+
+
+def method_order(name: str) -> tuple:
+    """Sort key: by PTQ, default variant first; within one quantizer plain, qwt, cwac, then the others by name."""
+    known = ("", "qwt", "cwac")
+    method = Method.parse(name)
+    rank = known.index(method.compensation) if method.compensation in known else len(known)
+    return (method.ptq, method.variant, rank, method.compensation)
+
+
+def read_rows(path: str | os.PathLike) -> list[Row]:
+    """Read and check a table of figures.
+
+    Raises:
+        Qwt2Error: the file is missing or has other columns; a value is not finite or not a number; a metric is
+            unknown or has another unit; a figure is there twice. The message names file, line and value.
+    """
+    rows = _read_csv(path, COLUMNS, _parse_row)
+    _refuse_duplicates(rows, path)
+    return rows
+
+
+def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+    """Write a table of figures, sorted by its columns, atomically and byte-identical for equal figures.
+
+    Raises:
+        Qwt2Error: as for `read_rows`; what it would refuse is never written.
+    """
+    rows = sorted(rows, key=lambda row: row.key)
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, f"{path}, row {number}")
+    _refuse_duplicates(rows, path)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(row._replace(value=format_number(row.value), std=format_number(row.std)) for row in rows)
+    write_text(path, buffer.getvalue())
+
+
+def read_layers(path: str | os.PathLike) -> list[Layer]:
+    """Read and check a per-module record, keeping its order (that of execution). Raises as `read_rows` does."""
+    return _read_csv(path, LAYER_COLUMNS, _parse_layer, more=MISMATCH_SUFFIXES)
+
+
+def write_layers(path: str | os.PathLike, records: Iterable[dict[str, Any]], engines: Sequence[str]) -> None:
+    """Write a per-module record, atomically.
+
+    Args:
+        records: dictionaries by column; what has no column is left out, what is missing or None stays empty.
+        engines: those whose mismatch the records hold.
+    """
+    columns = [*LAYER_COLUMNS, *(engine + suffix for engine in engines for suffix in MISMATCH_SUFFIXES)]
+    write_csv(path, records, columns)
+
+
+def format_number(value: float | None) -> str:
+    """The one way a figure is written: plain decimals, at most 4 of them, or 4 digits if below 1; '' for None."""
+    if value is None:
+        return ""
+    value = float(value) + 0.0  # turns -0.0 into 0.0
+    return np.format_float_positional(value, precision=4, fractional=abs(value) >= 1, trim="-")
+
+
+def _read_csv(
+    path: str | os.PathLike, columns: Sequence[str], parse: Callable[[dict[str, str], str], Any], more: Sequence[str] = ()
+) -> list:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Qwt2Error(f"{path} does not exist; run the stage that writes it with `dvc repro`.") from error
+    except UnicodeDecodeError as error:
+        raise Qwt2Error(f"{path} is not UTF-8 text; delete it and run its stage again.") from error
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    names = tuple(reader.fieldnames or ())
+    known, further = names[: len(columns)], names[len(columns) :]
+    if known != tuple(columns) or not all(name.endswith(tuple(more)) for name in further):
+        found = ",".join(reader.fieldnames or ()) or "nothing"
+        raise Qwt2Error(f"{path} must have the columns {','.join(columns)}, but has {found}; run its stage again.")
+    try:
+        return [parse(_whole(record, where), where) for record, where in _numbered(reader, path)]
+    except csv.Error as error:
+        raise Qwt2Error(f"{path}, line {reader.line_num}, is not CSV ({error}); run its stage again.") from error
+
+
+def _numbered(reader: csv.DictReader, path: str | os.PathLike) -> Iterable[tuple[dict[str, str], str]]:
+    for record in reader:
+        yield record, f"{path}, line {reader.line_num}"
+
+
+def _whole(record: dict[str, str], where: str) -> dict[str, str]:
+    if None in record or None in record.values():
+        raise Qwt2Error(f"{where}: has too many or too few fields; run its stage again.")
+    return record
+
+
+def _parse_row(record: dict[str, str], where: str) -> Row:
+    row = Row(
+        **{name: record[name] for name in (*COLUMNS[:7], "unit")},
+        value=_number(record, "value", where),
+        std=_number(record, "std", where, optional=True),
+        n=_integer(record, "n", where),
+    )
+    _check_row(row, where)
+    return row
+
+
+def _check_row(row: Row, where: str) -> None:
+    for name, text in zip(COLUMNS, row.key):
+        if not text:
+            raise Qwt2Error(f"{where}: {name} is empty; every figure says what it is of.")
+    if row.metric not in UNITS:
+        raise Qwt2Error(f"{where}: unknown metric {row.metric!r}; known: {', '.join(UNITS)}.")
+    if row.unit != UNITS[row.metric]:
+        raise Qwt2Error(f"{where}: {row.metric} is in {row.unit!r}, but must be in {UNITS[row.metric]!r}.")
+    if not math.isfinite(row.value):
+        raise Qwt2Error(f"{where}: {row.metric} is {row.value}; only finite figures are results.")
+    if row.std is not None and not (math.isfinite(row.std) and row.std >= 0):
+        raise Qwt2Error(f"{where}: std of {row.metric} is {row.std}; leave it empty or give a finite one from 0 up.")
+    if row.n < 1:
+        raise Qwt2Error(f"{where}: n of {row.metric} is {row.n}; a figure comes from at least one measurement.")
+
+
+def _refuse_duplicates(rows: Iterable[Row], path: str | os.PathLike) -> None:
+    seen = set()
+    for row in rows:
+        if row.key in seen:
+            raise Qwt2Error(f"{path} has the figure {', '.join(row.key)} twice; keep one.")
+        seen.add(row.key)
+
+
+def _parse_layer(record: dict[str, str], where: str) -> Layer:
+    if record["kept"].lower() not in ("true", "false", ""):
+        raise Qwt2Error(f"{where}: kept is {record['kept']!r}; write True, False or nothing.")
+    if record["kind"] not in ("layer", "product", "block"):
+        raise Qwt2Error(f"{where}: kind is {record['kind']!r}; write layer, product or block.")
+    optional = {name: _number(record, name, where, optional=True) for name in (*LAYER_FIGURES, *LAYER_COLUMNS[6:8])}
+    engines = [name.removesuffix(MISMATCH_SUFFIXES[0]) for name in record if name.endswith(MISMATCH_SUFFIXES[0])]
+    return Layer(
+        **{name: record[name] for name in ("model", "precision", "method", "module", "kind", "reason")},
+        seed=_integer(record, "seed", where),
+        sqnr_before_db=optional["sqnr_before_db"],
+        sqnr_after_db=optional["sqnr_after_db"],
+        kept=None if not record["kept"] else record["kept"].lower() == "true",
+        figures={name: optional[name] for name in LAYER_FIGURES},
+        mismatch={
+            engine: tuple(_number(record, engine + suffix, where) for suffix in MISMATCH_SUFFIXES)
+            for engine in engines
+            if record[engine + MISMATCH_SUFFIXES[0]]
+        },
+    )
+
+
+def _number(record: dict[str, str], name: str, where: str, optional: bool = False) -> float | None:
+    text = record[name]
+    if optional and not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise Qwt2Error(f"{where}: {name} is {text!r}, not a number; run its stage again.") from error
+    if not math.isfinite(value):
+        raise Qwt2Error(f"{where}: {name} is {text}; only finite figures are results.")
+    return value
+
+
+def _integer(record: dict[str, str], name: str, where: str) -> int:
+    try:
+        return int(record[name])
+    except ValueError as error:
+        raise Qwt2Error(f"{where}: {name} is {record[name]!r}, not a whole number; run its stage again.") from error
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def fit_record(fit: Any) -> dict[str, Any]:
+    """What compensation did to a module (:class:`qwt2.compensation.ModuleReport`), for JSON, which has no infinity or NaN.
+
+    An exact output gets EXACT_DB, what is unknown ``None``; alpha and beta are told by their quantiles over channels
+    (QUANTILES), mean, deviation and root mean square.
+    """
+    decibels = ("sqnr_before_db", "sqnr_after_db", "gate_before_db", "gate_after_db")
+    figures = {name: min(max(getattr(fit, name), -EXACT_DB), EXACT_DB) for name in decibels}
+    figures |= {"r2": fit.r2, "output_rms": fit.output_rms}
+    if fit.alpha is not None:
+        alpha, beta = (np.asarray(values.cpu(), np.float64) for values in (fit.alpha, fit.beta))
+        figures |= {
+            "alpha_mean": float(alpha.mean()),
+            "alpha_std": float(alpha.std()),
+            "beta_rms": float(np.sqrt(np.square(beta).mean())),
+            **_quantiles("alpha", alpha),
+            **_quantiles("beta", beta),
+        }
+    known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return {"module": fit.module, "kept": fit.kept, "reason": fit.reason, **known}
+
+
+def _quantiles(name: str, values: np.ndarray) -> dict[str, float]:
+    return {f"{name}_{suffix}": float(np.quantile(values, share)) for suffix, share in QUANTILES.items()}
