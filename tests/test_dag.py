@@ -104,7 +104,7 @@ def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
         ("qwt2/engines/openvino.py", {"fold", "evaluate", "trial"}),
         ("qwt2/compensation/cwac.py", {"compensate", "trial"}),
         ("qwt2/report/results.py", {"compensate", "evaluate", "report", "trial"}),
-        ("qwt2/report/page.css", {"report"}),
+        ("qwt2/report/templates/page.css", {"report"}),
         ("pipeline/ptq.py", {"ptq", "trial"}),
         ("pipeline/schema.py", {"trial"}),
         ("pipeline/dashboard.py", set()),

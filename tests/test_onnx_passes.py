@@ -21,7 +21,7 @@ from qwt2.onnx.graph import OnnxGraph
 from qwt2.onnx.passes import normalize_rows, quantize_before_pooling, share_quantizers
 from qwt2.onnx.passes.projections import split_projections
 from qwt2.onnx.passes.windowed_attention import limit_masks, move_codes, repeat_masks
-from qwt2.engines.interpreter import TorchGraph
+from qwt2.engines.interpreter.graph import TorchGraph
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))

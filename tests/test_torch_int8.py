@@ -13,7 +13,7 @@ import qwt2
 from qwt2.engines.torch_int8 import TorchInt8Session
 from qwt2.errors import Qwt2Error
 from qwt2.onnx.file import load_onnx
-from qwt2.engines.interpreter import TorchGraph, integer_conv2d, integer_matmul
+from qwt2.engines.interpreter.graph import TorchGraph, integer_conv2d, integer_matmul
 
 EXACT = settings(max_examples=60, deadline=None)
 TYPES = st.sampled_from([np.uint8, np.int8])
@@ -76,9 +76,9 @@ def test_products_run_in_integers(network, monkeypatch):
     _, path = tiny.exported(network, 8, "cwac")
     calls = []
     for name in ("integer_matmul", "integer_conv2d"):
-        original = getattr(__import__("qwt2.engines.interpreter", fromlist=["x"]), name)
+        original = getattr(__import__("qwt2.engines.interpreter.graph", fromlist=["x"]), name)
         monkeypatch.setattr(
-            f"qwt2.engines.interpreter.{name}", lambda *a, f=original, n=name: calls.append(n) or f(*a)
+            f"qwt2.engines.interpreter.graph.{name}", lambda *a, f=original, n=name: calls.append(n) or f(*a)
         )
     qwt2.load_engine(path, "torch_int8")(tiny.images(1).numpy())
     graph = onnx.load(path).graph

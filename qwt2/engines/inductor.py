@@ -21,14 +21,14 @@ _INTEGER_KERNELS = ("qlinear", "qconv", "_int_mm")
 
 @ENGINES.register("inductor")
 class InductorSession:
-    """See :class:`qwt2.engines.Session`; :mod:`qwt2.engines.qdq_graph` says what is given to Inductor.
+    """See :class:`qwt2.engines.Session`; :mod:`qwt2.engines.interpreter.qdq_graph` says what is given to Inductor.
 
     Linears and convolutions run in integers. Inductor has no integer kernel for products of two
     activations: their codes are multiplied as float32, which is exact up to sums of 2^24.
     """
 
     def __init__(self, model: onnx.ModelProto, threads: int):
-        from qwt2.engines.qdq_graph import QuantizedGraph
+        from qwt2.engines.interpreter.qdq_graph import QuantizedGraph
 
         self.graph, self.threads = QuantizedGraph(model), threads
         self._compiled: Callable[..., Any] | None = None

@@ -14,14 +14,14 @@ KEEP_CODES = ("Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice
 
 @ENGINES.register("torch_int8")
 class TorchInt8Session:
-    """See :class:`qwt2.engines.Session`; :mod:`qwt2.engines.interpreter` says how it computes.
+    """See :class:`qwt2.engines.Session`; :mod:`qwt2.engines.interpreter.graph` says how it computes.
 
     Args:
         device: "cpu" or "cuda".
     """
 
     def __init__(self, model: onnx.ModelProto, threads: int, device: str = "cpu"):
-        from qwt2.engines.interpreter import TorchGraph
+        from qwt2.engines.interpreter.graph import TorchGraph
 
         self.graph, self.threads = TorchGraph(model, device), threads
 

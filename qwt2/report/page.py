@@ -13,7 +13,7 @@ import altair as alt
 import jinja2
 import vl_convert
 
-from qwt2.report import charts, detection, findings, modules, tables
+from qwt2.report import charts, detection, findings, modules, tables, templates
 from qwt2.report.results import LAYER_FIGURES, Layer, Results, precision_order
 
 
@@ -105,7 +105,7 @@ def render_model(report: Mapping[str, Any]) -> str:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(templates.__file__).parent),
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

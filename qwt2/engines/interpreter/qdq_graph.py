@@ -19,13 +19,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qwt2.errors import Qwt2Error
 from qwt2.onnx.passes import clip_values
-from qwt2.engines.interpreter import OPS, Codes, TorchGraph
+from qwt2.engines.interpreter.graph import OPS, Codes, TorchGraph
 
 OPERATORS = torch.ops.quantized_decomposed
 
 
 class QuantizedGraph(TorchGraph):
-    """See :class:`qwt2.engines.interpreter.TorchGraph`; traced, not run.
+    """See :class:`qwt2.engines.interpreter.graph.TorchGraph`; traced, not run.
 
     Attributes:
         input_values: the graph's inputs.

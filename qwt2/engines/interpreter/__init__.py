@@ -1,0 +1,1 @@
+"""ONNX graphs run by PyTorch: what engines that have no ONNX reader of their own are made of."""

@@ -1,0 +1,1 @@
+"""Templates and what they include; imported so that whoever renders them depends on them."""
