@@ -7,7 +7,7 @@ from qwt2.errors import Qwt2Error
 
 if TYPE_CHECKING:
     from qwt2.checkpoint import load_quantized, save_quantized
-    from qwt2.compensation import compensate
+    from qwt2.compensation.compensate import compensate
     from qwt2.engines import load_engine
     from qwt2.folding.fold import fold
     from qwt2.onnx.export import export_onnx
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Precision": "qwt2.quantization.precision",
     "quantize": "qwt2.quantization.quantize",
-    "compensate": "qwt2.compensation",
+    "compensate": "qwt2.compensation.compensate",
     "fold": "qwt2.folding.fold",
     "export_onnx": "qwt2.onnx.export",
     "full_precision": "qwt2.quantization.layers",

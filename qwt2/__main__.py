@@ -58,11 +58,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from qwt2.compensation import COMPENSATIONS, compensate
+    from qwt2.compensation.compensate import compensate
+    from qwt2.compensation.methods import COMPENSATIONS
     from qwt2.engines import ENGINES
-    from qwt2.onnx.export import check_format, export_onnx
     from qwt2.folding.fold import fold
     from qwt2.io import write_json, write_text
+    from qwt2.onnx.export import check_format, export_onnx
     from qwt2.quantization.precision import Precision
     from qwt2.quantization.quantize import quantize
     from qwt2.report.page import render_model
@@ -95,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         "precision": vars(precision), "calibration_images": [str(file) for file in files],
         "file_bytes": arguments.output.stat().st_size, "quantized_layers": qmodel.quantization.layers,
         "quantized_products": qmodel.quantization.matmuls, "float_modules": qmodel.quantization.float_modules,
+        "float_macs": qmodel.quantization.float_macs, "total_macs": qmodel.quantization.total_macs,
         "modules": _describe_modules(qmodel.quantization.modules, fits, mismatches), "engines": engines,
     }  # fmt: skip
     progress.close()
@@ -217,10 +219,10 @@ def _check_engines(
     import torch
 
     from qwt2.engines import load_engine
+    from qwt2.engines.operations import count_operations
     from qwt2.evaluation.metrics import agreement_percent, sqnr_db
     from qwt2.evaluation.mismatch import engine_mismatch, record_modules
     from qwt2.onnx.file import load_onnx
-    from qwt2.engines.operations import count_operations
 
     with torch.no_grad():
         exact, simulated = model(images).numpy(), folded(images).numpy()
@@ -248,7 +250,8 @@ def _print_summary(output: Path, report_path: Path, report: dict[str, Any]) -> N
     print(f"{output}: {report['file_bytes'] / 1e6:.1f} MB, {len(report['quantized_layers'])} layers and "
           f"{len(report['quantized_products'])} products in integers")  # fmt: skip
     for name, reason in report["float_modules"].items():
-        print(f"in float: {name or 'the model itself'} ({reason})")
+        share = 100 * report["float_macs"].get(name, 0) / report["total_macs"]
+        print(f"in float: {name or 'the model itself'} ({reason}), {share:.1f} % of the multiply-accumulates")
     for name, figures in report["engines"].items():
         print(f"{name}: logits SQNR {figures['logits_sqnr_db']:.1f} dB against fp32 on {figures['images']} images; "
               f"modules within {figures['mismatch_steps']:.2f} steps of the simulation")  # fmt: skip

@@ -9,19 +9,30 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
-from qwt2.errors import Qwt2Error
 from qwt2.capture.batch import zeros
+from qwt2.capture.export import capture
+from qwt2.capture.graph import GraphModel
+from qwt2.compensation.blocks import (
+    AffineCompensation,
+    BlockCompensation,
+    LinearCompensation,
+    compensated_blocks,
+    put_behind,
+)
+from qwt2.errors import Qwt2Error
 from qwt2.io import atomic_path
-from qwt2.quantization.layers import AffineBlock, CompensatedBlock, QuantizedLayer
-from qwt2.quantization.quantize import QuantizationInfo, prepare, quantization_info, wrap_block
+from qwt2.quantization.info import QuantizationInfo, quantization_info
+from qwt2.quantization.layers import QuantizedLayer
+from qwt2.quantization.quantize import prepare
 from qwt2.quantization.quantizers import Quantizer, UniformQuantizer
 
 HEADER = "qwt2"
+_BEHIND_BLOCKS = {"linear": LinearCompensation, "affine": AffineCompensation}
 
 
-def save_quantized(qmodel: nn.Module, path: str | os.PathLike) -> None:
+def save_quantized(qmodel: GraphModel, path: str | os.PathLike) -> None:
     """Store a quantized model, compensated or not, atomically.
 
     The file holds the weights as calibration left them, every quantizer's parameters, and the
@@ -30,19 +41,19 @@ def save_quantized(qmodel: nn.Module, path: str | os.PathLike) -> None:
     header = {
         "quantization": quantization_info(qmodel).to_dict(),
         "axes": {n: m.channel_axis for n, m in qmodel.named_modules() if isinstance(m, UniformQuantizer)},
-        "wrappers": {n: _describe(m) for n, m in qmodel.named_modules() if isinstance(m, (CompensatedBlock, AffineBlock))},
-    }  # fmt: skip
+        "behind_blocks": {block: _describe(module) for block, module in compensated_blocks(qmodel).items()},
+    }
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in qmodel.state_dict().items()}
     data = save(tensors, metadata={HEADER: json.dumps(header, sort_keys=True)})
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
-def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+def load_quantized(model: nn.Module, path: str | os.PathLike) -> GraphModel:
     """Rebuild a stored quantized model.
 
     Args:
-        model: a float model of the architecture that was quantized; its weights do not matter.
+        model: a float model of the architecture that was quantized, or its captured graph; its weights do not matter.
         path: a file from :func:`save_quantized`.
 
     Raises:
@@ -50,16 +61,17 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """
     header, tensors = _read(path)
     info = QuantizationInfo.from_dict(header["quantization"])
+    example = zeros(info.input_shape)
     qmodel = prepare(
-        model, zeros(info.input_shape), info.method, info.precision, info.variant, info.blocks, info.sections, info.parts
+        capture(model, example), example, info.method, info.precision, info.variant, info.blocks, info.parts
     )
-    for name, settings in header["wrappers"].items():
-        wrap_block(qmodel, name, _wrapper(qmodel.get_submodule(name), settings, tensors, name))
-    _restore(qmodel, tensors, header["axes"], path)
+    for block, settings in header["behind_blocks"].items():
+        put_behind(qmodel, block, _behind_block(settings, tensors, f"{block}.compensation"))
+    _restore(qmodel, tensors, header["axes"], info, path)
     return qmodel
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -72,34 +84,31 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tens
         raise Qwt2Error(f"{path} is damaged ({error}); delete it and make it again") from error
 
 
-def _describe(wrapper: nn.Module) -> dict[str, Any]:
-    if isinstance(wrapper, AffineBlock):
-        return {"kind": "affine", "channel_axis": wrapper.channel_axis}
-    arithmetic = str(wrapper.arithmetic).removeprefix("torch.")
-    return {"kind": "linear", "stride": wrapper.stride, "groups": wrapper.groups, "arithmetic": arithmetic}
+def _describe(module: BlockCompensation) -> dict[str, Any]:
+    [kind] = [name for name, known in _BEHIND_BLOCKS.items() if type(module) is known]
+    return {"kind": kind, **module.settings()}
 
 
-def _wrapper(block: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor], name: str) -> nn.Module:
-    if settings["kind"] == "affine":
-        return AffineBlock(block, tensors[f"{name}.alpha"], tensors[f"{name}.beta"], settings["channel_axis"])
-    weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-    arithmetic = getattr(torch, settings["arithmetic"])
-    return CompensatedBlock(block, weight, bias, settings["stride"], settings["groups"], weight.dtype, arithmetic)
+def _behind_block(settings: dict[str, Any], tensors: dict[str, Tensor], name: str) -> BlockCompensation:
+    kind = _BEHIND_BLOCKS[settings["kind"]]
+    stored = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == name}
+    return kind(**stored, **{key: value for key, value in settings.items() if key != "kind"})
 
 
-def _restore(qmodel: nn.Module, tensors: dict[str, torch.Tensor], axes: dict[str, int | None], path) -> None:
+def _restore(
+    qmodel: GraphModel,
+    tensors: dict[str, Tensor],
+    axes: dict[str, int | None],
+    info: QuantizationInfo,
+    path: str | os.PathLike,
+) -> None:
     """Give every parameter and buffer its stored tensor, also those that calibration made anew."""
-    expected = set(qmodel.state_dict())
+    _check_names(qmodel, tensors, info, path)
     for name, module in qmodel.named_modules():
         if isinstance(module, Quantizer):
             module.calibrated = True
-            if isinstance(module, UniformQuantizer):
-                module.channel_axis = axes.get(name)
-        if isinstance(module, QuantizedLayer) and f"{name}.alpha" in tensors:
-            module.set_compensation(tensors[f"{name}.alpha"], tensors[f"{name}.beta"])
-    added = {n for n in tensors if n.rpartition(".")[2] in ("alpha", "beta", "bias")}
-    if missing := sorted((expected - set(tensors)) | (set(tensors) - expected - added)):
-        raise Qwt2Error(f"{path} belongs to another architecture: {missing[0]} is in only one of the two; build the model it was made from")
+        if isinstance(module, UniformQuantizer):
+            module.channel_axis = axes[name]
     for name, tensor in tensors.items():
         parent, _, attribute = name.rpartition(".")
         module = qmodel.get_submodule(parent)
@@ -107,3 +116,20 @@ def _restore(qmodel: nn.Module, tensors: dict[str, torch.Tensor], axes: dict[str
             module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[attribute] = tensor
+
+
+def _check_names(
+    qmodel: GraphModel, tensors: dict[str, Tensor], info: QuantizationInfo, path: str | os.PathLike
+) -> None:
+    expected, added = set(qmodel.state_dict()), set()
+    for name, module in qmodel.named_modules():
+        if isinstance(module, (QuantizedLayer, nn.LayerNorm)):  # compensation and re-parameterisation give them more
+            added |= {f"{name}.{attribute}" for attribute in ("alpha", "beta", "weight", "bias")}
+    differing = sorted((expected - set(tensors)) | (set(tensors) - expected - added))
+    if not differing:
+        return
+    if qmodel.quantization.structure == info.structure:
+        reason = f"{differing[0]} is in only one of the two"
+    else:
+        reason = f"the model is captured as another graph than it was, with PyTorch {torch.__version__} now"
+    raise Qwt2Error(f"{path} belongs to another architecture: {reason}; build the model it was made from")

@@ -6,6 +6,9 @@ they must share a tensor, as detectors do.
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +36,33 @@ def as_inputs(batch: Any) -> Inputs:
         if tensor.shape[0] == 0:
             raise Qwt2Error("a calibration batch is empty; give batches with at least one image")
     return inputs
+
+
+def model_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
+    """The inputs of each batch; entries of dictionaries that the model does not take (labels) are left out, and said once.
+
+    Raises:
+        Qwt2Error: it takes none of them.
+    """
+    parameters, said = inspect.signature(model.forward).parameters, set()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    for batch in batches:
+        inputs = as_inputs(batch)
+        if isinstance(inputs, dict) and not takes_any:
+            unknown = sorted(inputs.keys() - parameters.keys())
+            if len(unknown) == len(inputs):
+                raise Qwt2Error(
+                    f"a calibration batch is a dict; give tensors (N, ...), or names that {type(model).__name__}.forward "
+                    f"takes, which {unknown[0]!r} is not"
+                )
+            if set(unknown) - said:
+                said |= set(unknown)
+                warnings.warn(
+                    f"calibration batches hold {', '.join(unknown)}, which the model does not take: left out",
+                    stacklevel=3,
+                )
+            inputs = {name: tensor for name, tensor in inputs.items() if name in parameters}
+        yield inputs
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 import onnx
 
+from qwt2.engines.operations import Operation
 from qwt2.errors import Qwt2Error
 from qwt2.onnx.file import load_onnx, with_batch_size
-from qwt2.engines.operations import Operation
 from qwt2.registry import Registry
 
 ENGINES: Registry = Registry("engine", __name__)
@@ -56,23 +57,31 @@ class Engine:
         """The nodes that run, for the batch size that was met first; for one image if none was."""
         return self.session(next(iter(self._sessions), 1)).operations()
 
-    def __call__(self, images: np.ndarray) -> np.ndarray | list[np.ndarray]:
-        """Logits of a batch; of a model with several outputs a list, in the file's order.
+    def __call__(self, inputs: np.ndarray | Mapping[str, np.ndarray]) -> np.ndarray | dict[str, np.ndarray]:
+        """Logits of a batch; of a model with several outputs, arrays by name in the file's order.
 
         Args:
-            images: float32 (N, C, H, W), of the exported size.
+            inputs: images (N, C, H, W), of the exported size; of a model with several inputs, arrays by name.
 
         Raises:
-            Qwt2Error: another shape or type.
+            Qwt2Error: another name, shape or type.
         """
-        expected = [d.dim_value for d in self.input.type.tensor_type.shape.dim[1:]]
-        if images.dtype != np.float32 or list(images.shape[1:]) != expected or len(images) == 0:
-            raise Qwt2Error(
-                f"{self.name} got a {images.dtype} array of shape {images.shape}; "
-                f"the model takes float32 (N, {', '.join(map(str, expected))})"
-            )
-        outputs = list(self.session(len(images))({self.input.name: images}).values())
-        return outputs[0] if len(outputs) == 1 else outputs
+        feeds = dict(inputs) if isinstance(inputs, Mapping) else {self.input.name: inputs}
+        known = {value.name: value.type.tensor_type for value in self.model.graph.input}
+        if len(feeds) == len(known) == 1:  # there is nothing to mistake
+            feeds = dict(zip(known, feeds.values()))
+        if feeds.keys() != known.keys():
+            raise Qwt2Error(f"{self.name} got inputs {', '.join(feeds)}; the model takes {', '.join(known)}")
+        for name, array in feeds.items():
+            expected = [dim.dim_value for dim in known[name].shape.dim[1:]]
+            kind = onnx.helper.tensor_dtype_to_np_dtype(known[name].elem_type)
+            if array.dtype != kind or list(array.shape[1:]) != expected or len(array) == 0:
+                raise Qwt2Error(
+                    f"{self.name} got a {array.dtype} array of shape {array.shape}; "
+                    f"the model takes {kind} (N, {', '.join(map(str, expected))})"
+                )
+        outputs = self.session(len(next(iter(feeds.values()))))(feeds)
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
 
 def load_package(module: str, package: str) -> ModuleType:

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
+from qwt2.engines.operations import Operation
 from qwt2.errors import Qwt2Error
 from qwt2.io import quiet
-from qwt2.engines.operations import Operation
 
 if TYPE_CHECKING:
     from torch import Tensor, fx

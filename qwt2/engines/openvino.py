@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
+from qwt2.engines.operations import Operation
 from qwt2.onnx.file import VARIANT_KEY
 from qwt2.onnx.graph import OnnxGraph
-from qwt2.engines.operations import Operation
 
 _FUSED = ("Clip", "Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")  # computed in a convolution's kernel
 

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES, load_package
-from qwt2.errors import Qwt2Error
 from qwt2.engines.operations import Operation
+from qwt2.errors import Qwt2Error
 from qwt2.onnx.tensorrt_rules import check
 
 if TYPE_CHECKING:

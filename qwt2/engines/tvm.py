@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES, load_package
+from qwt2.engines.operations import Operation
 from qwt2.io import quiet
 from qwt2.onnx.file import with_constant_shapes
-from qwt2.engines.operations import Operation
 
 if TYPE_CHECKING:
     from tvm import IRModule, relax

@@ -18,7 +18,6 @@ from qwt2.engines import ENGINES
 from qwt2.onnx.file import slice_modules
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from qwt2.capture.batch import Inputs
@@ -115,7 +114,7 @@ def fold_mismatch(qmodel: "nn.Module", folded: "nn.Module", inputs: "Inputs") ->
     import torch
 
     from qwt2.capture.batch import call
-    from qwt2.quantization.quantize import quantized_layers
+    from qwt2.quantization.info import quantized_layers
 
     result: dict[str, Mismatch] = {}
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwt2.compensation.blocks import LinearCompensation
 from qwt2.quantization.layers import (
     QuantizedAdd,
     QuantizedConv2d,
@@ -187,21 +188,19 @@ class IntegerPooling(nn.Module):
 
 
 class WidenedCompensation(nn.Module):
-    """QwT's layer beside a block, computed in float32 from weights of their stored precision.
+    """QwT's layer behind a block, computed in float32 from weights of their stored precision.
 
     CPU engines have no half-precision kernels; the weights keep their two bytes in the file.
     """
 
-    def __init__(self, block: nn.Module, weight: Tensor, bias: Tensor, stride, groups: int):
+    def __init__(self, compensation: LinearCompensation):
         super().__init__()
-        self.block, self.stride, self.groups = block, stride, groups
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.stride, self.groups = compensation.stride, compensation.groups
+        self.register_buffer("weight", compensation.weight)
+        self.register_buffer("bias", compensation.bias)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         if weight.dim() == 2:
-            added = F.linear(x, weight, self.bias)
-        else:
-            added = F.conv2d(x, weight, self.bias, self.stride, weight.shape[-1] // 2, 1, self.groups)
-        return self.block(x, *args, **kwargs) + added  # in this order: the block may overwrite its input
+            return y + F.linear(x, weight, self.bias)
+        return y + F.conv2d(x, weight, self.bias, self.stride, weight.shape[-1] // 2, 1, self.groups)

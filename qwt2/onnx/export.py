@@ -6,26 +6,36 @@ import gc
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_unflatten
 
+from qwt2.capture.batch import Inputs, tensors
+from qwt2.capture.check import evaluation_mode
+from qwt2.capture.graph import GraphModel
 from qwt2.errors import Qwt2Error
-from qwt2.folding.layers import IntegerLayer, QuantizeDequantize, dequantize, quantize_dequantize
-from qwt2.onnx.int4 import pack_int4
+from qwt2.folding.layers import IntegerLayer, QuantizeDequantize
 from qwt2.io import quiet
 from qwt2.onnx.file import (
-    PRODUCER_KEY, VARIANT_KEY, load_onnx, save_onnx, set_shared_quantizers, shared_quantizers, stored_values,
+    PRODUCER_KEY,
+    VARIANT_KEY,
+    load_onnx,
+    save_onnx,
+    set_shared_quantizers,
+    shared_quantizers,
+    stored_values,
 )  # fmt: skip
+from qwt2.onnx.int4 import pack_int4
 from qwt2.onnx.passes import clip_values, rewrite_for_engines, rewrite_for_numbers
 from qwt2.onnx.tensorrt_rules import check as check_tensorrt
-from qwt2.capture.trace import evaluation_mode
 
 # In files of later opsets, ONNX Runtime 1.32 gives quantizers the wrong type when it moves them past other operations.
 OPSETS = (18, 19, 20)
@@ -39,11 +49,11 @@ _LOGGERS = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.
 def export_onnx(
     folded: nn.Module,
     path: str | os.PathLike,
-    example_input: Tensor,
+    example_input: Inputs,
     profile: str = "default",
     weight_storage: str = "int8",
     opset: int = OPSETS[-1],
-    output_names: Sequence[str] | None = ("logits",),
+    output_names: Sequence[str] | None = None,
 ) -> Path:
     """Write a folded model as an ONNX file with a dynamic batch dimension.
 
@@ -54,14 +64,15 @@ def export_onnx(
     Args:
         folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks).
         path: the file; written atomically.
-        example_input: one input batch.
+        example_input: one input batch; the file's inputs are called "images", or as in a dictionary.
         profile: "default" for CPU engines; "tensorrt" has float biases and nothing that breaks TensorRT's rules
             (:mod:`qwt2.onnx.tensorrt_rules`), for models quantized with variant="tensorrt".
         weight_storage: "int4" stores codes of at most 4 bits in half the bytes; :func:`qwt2.load_engine` makes
             the same int8 model of it. The file is of opset 21, the first one with INT4, and the model that is
             restored of ``opset``.
         opset: version of ONNX's operators, 18 to 20; the outputs are the same.
-        output_names: names of what the model returns, in order; ``None`` leaves them to the exporter.
+        output_names: names of what the model returns, in order; not given, "logits" for one tensor, the keys of a
+            dictionary, and else the exporter's.
 
     Returns:
         ``path``.
@@ -72,13 +83,12 @@ def export_onnx(
     """
     _refuse_unfolded(folded)
     check_format(profile, weight_storage, opset)
-    # A batch of one would be specialized to a constant.
-    example = example_input.expand(2, *example_input.shape[1:]) if len(example_input) == 1 else example_input
+    arguments, free = _example(example_input)
     with evaluation_mode(folded), quiet(*_LOGGERS), torch.no_grad(), _without_collection():
         try:
             program = torch.onnx.export(
-                folded, (example,), dynamo=True, opset_version=opset, input_names=["images"],
-                output_names=output_names and list(output_names), dynamic_shapes=({0: torch.export.Dim("batch")},),
+                folded, **arguments, dynamo=True, opset_version=opset, input_names=list(tensors(example_input)),
+                output_names=list(output_names or _output_names(folded)) or None, dynamic_shapes=free,
                 custom_translation_table=_translations(), verbose=False, optimize=False,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
@@ -96,6 +106,24 @@ def export_onnx(
     if profile == "tensorrt":
         _fit_tensorrt(model)
     return save_onnx(pack_int4(model) if weight_storage == "int4" else model, path)
+
+
+def _example(inputs: Inputs) -> tuple[dict[str, Any], Any]:
+    """The exporter's arguments for a model called with these inputs, and which axes are free: the first of each."""
+    # A batch of one would be specialized to a constant.
+    grown = {name: x.expand(2, *x.shape[1:]) if len(x) == 1 else x for name, x in tensors(inputs).items()}
+    batch = torch.export.Dim("batch")
+    if isinstance(inputs, dict):
+        return {"args": (), "kwargs": grown}, {name: {0: batch} for name in grown}
+    return {"args": tuple(grown.values())}, ({0: batch},)
+
+
+def _output_names(model: nn.Module) -> list[str]:
+    """Names of a captured model's outputs; none where they have no names."""
+    if not isinstance(model, GraphModel) or len(model.output.args[0]) == 1:
+        return ["logits"]
+    names = tree_unflatten(list(range(len(model.output.args[0]))), model.signature.out_spec)
+    return list(names) if isinstance(names, Mapping) and all(isinstance(v, int) for v in names.values()) else []
 
 
 @contextmanager
@@ -129,11 +157,11 @@ class Exporter:
     """Exports many models; one whose structure was exported before is written into a copy of that file.
 
     Args:
-        example_input, output_names: as in :func:`export_onnx`.
+        example_input: as in :func:`export_onnx`.
     """
 
-    def __init__(self, example_input: Tensor, output_names: Sequence[str] | None = ("logits",)):
-        self.example_input, self.output_names = example_input, output_names
+    def __init__(self, example_input: Inputs):
+        self.example_input = example_input
         self._templates: dict[str, Path] = {}
 
     def export(self, folded: nn.Module, path: str | os.PathLike) -> Path:
@@ -141,7 +169,7 @@ class Exporter:
         known = self._templates.get(structure(folded))
         if known is not None:
             return rewrite_onnx(known, folded, path)
-        return self.learn(export_onnx(folded, path, self.example_input, output_names=self.output_names))
+        return self.learn(export_onnx(folded, path, self.example_input))
 
     def learn(self, path: Path) -> Path:
         """Write models of the structure in a file that was exported elsewhere into copies of it; returns ``path``."""

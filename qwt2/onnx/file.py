@@ -14,9 +14,9 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from qwt2.errors import Qwt2Error
-from qwt2.onnx.int4 import widen_int4
 from qwt2.io import atomic_path
 from qwt2.onnx.graph import OnnxGraph
+from qwt2.onnx.int4 import widen_int4
 
 PRODUCER_KEY = "qwt2"
 VARIANT_KEY = "qwt2_variant"  # how the model was quantized
@@ -56,7 +56,7 @@ def with_batch_size(model: onnx.ModelProto, batch_size: int) -> onnx.ModelProto:
     """A copy with a fixed batch dimension; OpenVINO's integer passes need it before they read a model."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
-    batch = fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    batch = fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the same of all inputs
     for value in (*fixed.graph.input, *fixed.graph.output, *fixed.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if batch and dim.dim_param == batch:

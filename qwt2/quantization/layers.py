@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwt2.quantization.integer_rule import ChannelScales, channel_scales
 from qwt2.quantization.quantizers import Quantizer
 
 
@@ -22,6 +23,19 @@ class QuantizedModule(nn.Module):
     def __init__(self):
         super().__init__()
         self.quantized = True
+
+    def full_precision(self, *args: Tensor) -> Tensor:
+        """What the float operation gives."""
+        raise NotImplementedError
+
+    def calibrate(self, *runs: Sequence[Tensor]) -> None:
+        """Choose the ranges of activations from the values of several runs: one sequence per argument, and the outputs."""
+        raise NotImplementedError
+
+    def calibrate_on(self, *args: Tensor) -> Tensor:
+        """Choose the ranges from one run; returns what the quantized module then gives."""
+        self.calibrate(*([x] for x in args), [])
+        return self(*args)
 
     def quantizers(self) -> dict[str, Quantizer]:
         """Quantizers by their role."""
@@ -40,7 +54,7 @@ class QuantizedLayer(QuantizedModule):
         input_quantizer, weight_quantizer: fake-quantizers.
         output_quantizer: for engines whose integer kernel also needs a quantized output.
         integer_bias: round alpha * bias + beta to the grid on which integer engines add it
-            (:func:`bias_grid`), so that the simulation sees what they see.
+            (:mod:`qwt2.quantization.integer_rule`), so that the simulation sees what they see.
 
     Attributes:
         alpha, beta: float32, shape (C_out,), or ``None``.
@@ -78,10 +92,6 @@ class QuantizedLayer(QuantizedModule):
         """The float layer's output."""
         return self.op(x, self.weight, self.bias)
 
-    def uncompensated(self, x: Tensor) -> Tensor:
-        """The quantized layer's output before compensation: what a compensation is fitted on."""
-        return self.with_bias(self.products(x))
-
     def products(self, x: Tensor) -> Tensor:
         """op(Q(x), Q(weight)), which no compensation changes."""
         return self.op(self.input_quantizer(x), self.weight_quantizer(self.weight), None)
@@ -95,27 +105,28 @@ class QuantizedLayer(QuantizedModule):
         """alpha * (products + bias) + beta, in place of the products ``y``."""
         bias = self.bias
         if alpha is not None:
-            y = y.mul_(self._per_channel(alpha, y))
+            y = y.mul_(per_channel(alpha, y, self.channel_axis))
             bias = beta if bias is None else alpha * bias + beta
         if bias is None:
             return y
         # While RepQ-ViT calibrates, inputs have a scale a channel and no integer grid exists yet.
         if self.integer_bias and self.input_quantizer.channel_axis is None:
-            grid = bias_grid(self, alpha, bias).to(y)
-            bias = torch.round(bias / grid) * grid
-        return y.add_(self._per_channel(bias, y))
+            bias = self.integer_scales(alpha, bias).rounded(bias)
+        return y.add_(per_channel(bias, y, self.channel_axis))
 
     def calibrate(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Calibrate the activation quantizers on the inputs and outputs of several runs, instead of on the first."""
+        """Choose all ranges; of the output from what the quantized layer gives where there is one run."""
         self.input_quantizer.calibrate(_together(inputs, self.channel_axis))
+        self.weight_quantizer.calibrate(self.weight)
         if self.output_quantizer is not None:
+            outputs = outputs or [self.with_bias(self.products(x)) for x in inputs]
             self.output_quantizer.calibrate(_together(outputs, self.channel_axis))
 
-    def _per_channel(self, values: Tensor, output: Tensor) -> Tensor:
-        """Shape ``values`` (C_out,) to broadcast against an output of this layer."""
-        shape = [1] * output.dim()
-        shape[self.channel_axis] = -1
-        return values.reshape(shape)
+    def integer_scales(self, alpha: Tensor | None, bias: Tensor) -> ChannelScales:
+        """What an integer engine multiplies with, for a bias that holds beta already."""
+        weight = self.weight_quantizer
+        scale = weight.scale.double().expand(self.out_channels)
+        return channel_scales(scale, self.input_quantizer.scale, weight.grid.bits, alpha, bias)
 
     def set_compensation(self, alpha: Tensor | None, beta: Tensor | None) -> None:
         """Set alpha and beta, float32 (C_out,); ``None`` removes them."""
@@ -159,13 +170,15 @@ class QuantizedMatmul(QuantizedModule):
         self.a_quantizer, self.b_quantizer = a_quantizer, b_quantizer
 
     def calibrate(self, a: Sequence[Tensor], b: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Calibrate the operands' quantizers on several runs, instead of on the first."""
         self.a_quantizer.calibrate(_together(a, -1))
         self.b_quantizer.calibrate(_together(b, -1))
 
+    def full_precision(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self.quantized:
-            return a @ b
+            return self.full_precision(a, b)
         return self.a_quantizer(a) @ self.b_quantizer(b)
 
 
@@ -181,10 +194,12 @@ class QuantizedAdd(QuantizedModule):
         self.a_quantizer, self.b_quantizer = a_quantizer, b_quantizer
 
     def calibrate(self, a: Sequence[Tensor], b: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Calibrate the operands' quantizers on several runs, instead of on the first."""
         for name, runs in (("a_quantizer", a), ("b_quantizer", b)):
             if name in self.quantizers():
                 self.quantizers()[name].calibrate(_together(runs, 1))
+
+    def full_precision(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.quantized:
@@ -201,106 +216,26 @@ class QuantizedPooling(QuantizedModule):
         self.pooling, self.input_quantizer = pooling, input_quantizer
 
     def calibrate(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Calibrate the input's quantizer on several runs, instead of on the first."""
         self.input_quantizer.calibrate(_together(inputs, 1))
+
+    def full_precision(self, x: Tensor) -> Tensor:
+        return self.pooling(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pooling(self.input_quantizer(x) if self.quantized else x)
+
+
+def per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Shape ``values`` (C,) to broadcast along one axis of a tensor."""
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
 
 
 def _together(runs: Sequence[Tensor], axis: int) -> Tensor:
     """The values of several runs as (values, channels) where their channels agree, else in one row."""
     widths = {x.shape[axis] for x in runs}
     return torch.cat([x.movedim(axis, -1).reshape(-1, *([x.shape[axis]] if len(widths) == 1 else [])) for x in runs])
-
-
-class CompensatedBlock(QuantizedModule):
-    """A block with QwT's linear compensation beside it: y = block(x) + W x + b (arXiv 2411.13918).
-
-    Args:
-        block: the quantized block.
-        weight: (C_out, C_in) for token inputs (last axis is channels) or
-            (C_out, C_in / groups, k, k) for images.
-        bias: (C_out,).
-        stride, groups: of the convolution.
-        dtype: torch.float16 or torch.float32, of the stored weight.
-        arithmetic: what it multiplies in. torch.float16 does as the paper's code (half result
-            widened, float32 bias added); CPU engines have no such kernels and need torch.float32.
-    """
-
-    def __init__(self, block: nn.Module, weight: Tensor, bias: Tensor, stride=1, groups: int = 1,
-                 dtype: torch.dtype = torch.float16, arithmetic: torch.dtype = torch.float32):  # fmt: skip
-        super().__init__()
-        self.block, self.arithmetic = block, arithmetic
-        self.register_buffer("weight", weight.to(dtype))
-        self.register_buffer("bias", bias.float())
-        self.stride, self.groups = stride, groups
-
-    def compensation(self, x: Tensor) -> Tensor:
-        """The added term, (..., C_out) or (N, C_out, H', W')."""
-        x, weight = x.to(self.arithmetic), self.weight.to(self.arithmetic)
-        if weight.dim() == 2:
-            return F.linear(x, weight).float() + self.bias
-        padding = weight.shape[-1] // 2
-        y = F.conv2d(x, weight, None, self.stride, padding, 1, self.groups)
-        return y.float() + self.bias.reshape(1, -1, 1, 1)
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if not self.quantized:
-            return self.block(x, *args, **kwargs)
-        added = self.compensation(x)  # before the block, which may overwrite its input
-        return self.block(x, *args, **kwargs) + added
-
-
-class AffineBlock(QuantizedModule):
-    """A block with an affine map per channel of its output: y = alpha * block(x) + beta.
-
-    Args:
-        block: the quantized block.
-        alpha, beta: (C,).
-        channel_axis: the output's channel axis.
-    """
-
-    def __init__(self, block: nn.Module, alpha: Tensor, beta: Tensor, channel_axis: int):
-        super().__init__()
-        self.block, self.channel_axis = block, channel_axis
-        self.register_buffer("alpha", alpha)
-        self.register_buffer("beta", beta)
-
-    def forward(self, *args, **kwargs) -> Tensor:
-        y = self.block(*args, **kwargs)
-        if not self.quantized:
-            return y
-        shape = [1] * y.dim()
-        shape[self.channel_axis] = -1
-        return y * self.alpha.reshape(shape) + self.beta.reshape(shape)
-
-
-# An int32 accumulator holds the bias and the products; half of its range for either is far more
-# than a layer with 60,000 inputs needs.
-BIAS_LIMIT = 2**30
-
-
-def free_bits(bits: int) -> int:
-    """How far weight codes of ``bits`` bits may be shifted left inside int8, one bit kept for a sign flip.
-
-    The products stay exactly what they were if the scale is divided by the same power of two, but
-    the bias, which engines add on the grid s_x * s_w, gets a grid as fine as at 8 bits.
-    """
-    return max(0, 7 - bits)
-
-
-def bias_grid(layer: QuantizedLayer, alpha: Tensor | None, bias: Tensor) -> Tensor:
-    """The grid on which an integer engine adds the bias: s_x * |alpha| * s_w, float64 (C_out,).
-
-    Coarser where ``bias`` would leave int32 (tiny alpha, huge beta).
-    """
-    weight_scale = layer.weight_quantizer.scale.double() / 2 ** free_bits(layer.weight_quantizer.grid.bits)
-    grid = layer.input_quantizer.scale.double() * weight_scale.expand(layer.out_channels)
-    if alpha is not None:
-        grid = grid * alpha.double().abs()
-    smallest = torch.finfo(torch.float32).tiny
-    return torch.maximum(grid, bias.double().abs() / BIAS_LIMIT).clamp(min=smallest)
 
 
 @contextmanager

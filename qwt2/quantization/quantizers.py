@@ -1,4 +1,4 @@
-"""Fake-quantizers: calibrate on the first tensor they see, then round to their grid and back."""
+"""Fake-quantizers: calibrated on a tensor, they round others to their grid and back."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ SQRT2 = math.sqrt(2.0)
 class Quantizer(nn.Module):
     """Base of all fake-quantizers.
 
-    A new quantizer is uncalibrated: its first forward pass chooses its parameters from the tensor
-    it sees, and already returns the quantized tensor, so that one forward pass calibrates a network
-    in execution order with everything upstream quantized (as RepQ-ViT and QwT do).
+    A new quantizer is uncalibrated; :meth:`calibrate` chooses its parameters.
 
     Attributes:
         where: name of the module it belongs to, for error messages.
@@ -38,8 +36,6 @@ class Quantizer(nn.Module):
         self.calibrated = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.calibrated:
-            self.calibrate(x)
         return self.quantize(x)
 
     def _choose(self, x: Tensor) -> None:

@@ -1,12 +1,12 @@
-"""What a PTQ method decides."""
+"""The quantizer layout of a PTQ method, and how it is fitted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from qwt2.errors import Qwt2Error
+from qwt2.quantization.layers import QuantizedModule
+from qwt2.quantization.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,9 @@ class Recipe:
 
 @dataclass
 class PTQMethod:
-    """A PTQ method: one recipe per variant, and a step after calibration.
+    """A PTQ method: one recipe per variant, and how ranges are chosen.
 
-    Subclasses override :meth:`input_axis` and :meth:`after_calibration` where the method does more
-    than choosing ranges.
+    Subclasses override :meth:`fit` where the method does more than choosing ranges in execution order.
     """
 
     variants: dict[str, Recipe] = field(default_factory=dict)
@@ -77,9 +76,7 @@ class PTQMethod:
             )
         return self.variants[variant]
 
-    def input_axis(self, layer: str, norm_consumers: dict[str, list[str]]) -> int | None:
-        """Channel axis of a layer's input quantizer during calibration (``None``: per tensor)."""
-        return None
-
-    def after_calibration(self, model: nn.Module, norm_consumers: dict[str, list[str]], recipe: Recipe) -> None:
-        """Transform the calibrated model in place."""
+    def fit(self, walk: Walk, recipe: Recipe) -> None:
+        """Choose the ranges of every quantizer, each from values that everything before it has quantized already."""
+        for visit in walk.visits(QuantizedModule):
+            visit.calibrate()

@@ -11,8 +11,8 @@ import altair as alt
 
 from qwt2.report.charts import BEFORE_COLOUR, COLOURS, Spec, to_spec
 from qwt2.report.findings import ENGINE_NAMES
-from qwt2.report.tables import kind
 from qwt2.report.results import QUANTILES, Layer, method_order, precision_order
+from qwt2.report.tables import kind
 
 WORSE_COLOUR = "#dc2626"
 ENGINE_COLOURS = ("#3b82f6", "#d97706", "#a855f7", "#0f9d76", "#64748b", "#db2777")

@@ -258,7 +258,8 @@ def _slice(attributes, x, starts, ends, axes=None, steps=None):
     index = [slice(None)] * x.dim()
     for axis, start, end, step in zip(axes, starts.tolist(), ends.tolist(), steps):
         if step < 1:
-            raise Qwt2Error("torch_int8 cannot slice backwards; run this file on another engine")
+            x = x.index_select(axis, torch.tensor(range(x.shape[axis])[start:end:step], device=x.device))
+            continue
         size = x.shape[axis]
         index[axis] = slice(*(max(-size, min(bound, size)) for bound in (start, end)), step)
     return x[tuple(index)]
@@ -365,6 +366,12 @@ def _split(attributes, x, sizes=None):
 @_op("Pad")
 def _pad(attributes, x, pads, value=None, axes=None):
     pads, axes = pads.tolist(), list(range(x.dim())) if axes is None else axes.tolist()
+    mode = attributes.get("mode", b"constant").decode()
+    if mode != "constant":
+        widths = [(0, 0)] * x.dim()
+        for i, axis in enumerate(axes):
+            widths[axis] = pads[i], pads[i + len(axes)]
+        return torch.from_numpy(np.pad(x.cpu().numpy(), widths, mode)).to(x.device)
     sides = [0] * (2 * x.dim())
     for i, axis in enumerate(axes):  # torch counts from the last axis
         position = 2 * (x.dim() - 1 - axis % x.dim())
@@ -376,7 +383,7 @@ def _pad(attributes, x, pads, value=None, axes=None):
 def _gather(attributes, x, indices):
     axis = attributes.get("axis", 0)
     picked = x.index_select(axis, indices.reshape(-1).to(x.device) % x.shape[axis])
-    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return picked.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 @_op("GatherND")

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qwt2.engines.interpreter.graph import OPS, Codes, TorchGraph
 from qwt2.errors import Qwt2Error
 from qwt2.onnx.passes import clip_values
-from qwt2.engines.interpreter.graph import OPS, Codes, TorchGraph
 
 OPERATORS = torch.ops.quantized_decomposed
 

@@ -29,7 +29,10 @@ def fold_zero_points(model: onnx.ModelProto) -> None:
     bias; and zero points with which a bias would leave int32.
     """
     graph = OnnxGraph(model)
-    if [dequantize for dequantize in graph.nodes if _fold(dequantize, graph)]:
+    folded = 0
+    for dequantize in graph.nodes:
+        folded += _fold(dequantize, graph)
+    if folded:
         model.graph.initializer.append(numpy_helper.from_array(np.uint8(0), FOLDED))
 
 

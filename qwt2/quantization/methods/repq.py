@@ -13,24 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qwt2.quantization.info import quantization_info
 from qwt2.quantization.layers import QuantizedLinear
 from qwt2.quantization.methods import PTQ_METHODS
-from qwt2.quantization.recipe import PTQMethod, Recipe
 from qwt2.quantization.quantizers import UniformQuantizer
+from qwt2.quantization.recipe import PTQMethod, Recipe
+from qwt2.quantization.walk import Walk
 
 
 @dataclass
 class RepQ(PTQMethod):
-    def input_axis(self, layer: str, norm_consumers: dict[str, list[str]]) -> int | None:
-        return -1 if any(layer in consumers for consumers in norm_consumers.values()) else None
+    def fit(self, walk: Walk, recipe: Recipe) -> None:
+        def modules(names: list[str]) -> list[nn.Module]:
+            return [walk.model.get_submodule(name) for name in names]
 
-    def after_calibration(self, model: nn.Module, norm_consumers: dict[str, list[str]], recipe: Recipe) -> None:
-        for norm_name, names in norm_consumers.items():
-            linears = [model.get_submodule(name) for name in names]
-            linears = [m for m in linears if isinstance(m, QuantizedLinear)]
-            # A consumer left in float would see the moved scales too, so it must be moved along.
-            if len(linears) == len(names):
-                reparameterize(model.get_submodule(norm_name), linears, recipe)
+        consumers = quantization_info(walk.model).norm_consumers
+        for linear in (linear for names in consumers.values() for linear in modules(names)):
+            linear.input_quantizer.channel_axis = -1
+        super().fit(walk, recipe)
+        for norm, names in consumers.items():
+            reparameterize(walk.model.get_submodule(norm), modules(names), recipe)
 
 
 def reparameterize(norm: nn.LayerNorm, linears: list[QuantizedLinear], recipe: Recipe) -> None:

@@ -1,0 +1,93 @@
+"""Whether a graph computes what the model computes that it was captured from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from qwt2.capture.batch import Inputs, call
+from qwt2.capture.graph import GraphModel
+from qwt2.errors import Qwt2Error
+
+# Rounding alone keeps far more of float32's 24 bits.
+SAME_DB = 60.0
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in evaluation mode, and back in its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def check_captured(model: nn.Module, captured: GraphModel, inputs: Inputs) -> None:
+    """Refuse a graph that does not compute what the model computes.
+
+    Raises:
+        Qwt2Error: their outputs differ by more than rounding; the first module whose output does is named.
+    """
+    with torch.no_grad(), evaluation_mode(model):
+        exact, found = (tree_flatten(call(network, inputs))[0] for network in (model, captured))
+        if len(exact) == len(found) and all(map(_same, exact, found)):
+            return
+        name = _first_difference(model, captured, inputs)
+    raise Qwt2Error(
+        f"{type(model).__name__} computes something else when it is traced, first in {name or 'its own forward method'}; "
+        "random numbers, and branches on values, cannot be captured: leave them out in evaluation mode"
+    )
+
+
+def _same(exact: Any, found: Any) -> bool:
+    if not isinstance(exact, Tensor):
+        return exact == found
+    if exact.shape != found.shape or not exact.is_floating_point():
+        return exact.shape == found.shape and torch.equal(exact, found)
+    signal, error = exact.double().square().sum(), (exact.double() - found.double()).square().sum()
+    return bool(torch.allclose(exact, found, 0, 0, equal_nan=True) or error <= signal * 10 ** (-SAME_DB / 10))
+
+
+def _first_difference(model: nn.Module, captured: GraphModel, inputs: Inputs) -> str:
+    """The first module that gives one tensor which is not among what its part of the graph gives."""
+    given: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: (
+                given.setdefault(name, []).append(output) if isinstance(output, Tensor) else None
+            )
+        )
+        for name, module in model.named_modules()
+    ]
+    try:
+        call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    values: dict[str, list[Tensor]] = {}
+
+    def note(node, known):
+        value = captured.evaluate(node, known)
+        module = node.meta.get("module", "")
+        while isinstance(value, Tensor):  # what a module gives, one in it may have computed
+            values.setdefault(module, []).append(value)
+            if not module:
+                break
+            module = module.rpartition(".")[0]
+        return value
+
+    captured.walk(inputs, note)
+    for name, outputs in given.items():
+        if name in values and not any(
+            _same(outputs[0], value) for value in values[name] if value.dtype == outputs[0].dtype
+        ):
+            return name
+    return ""

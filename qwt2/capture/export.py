@@ -1,0 +1,223 @@
+"""Capturing a model: what it computes, as one graph of ATen operations."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from qwt2.capture.batch import Inputs, call, tensors
+from qwt2.capture.check import evaluation_mode
+from qwt2.capture.graph import GraphModel, OtherSizes, Signature
+from qwt2.capture.normalise import normalise
+from qwt2.errors import Qwt2Error
+
+_REPEATED = re.compile(r"@\d+")
+
+
+def capture(model: nn.Module, example: Inputs) -> GraphModel:
+    """The graph of a model in evaluation mode, for calls like the one with ``example``; the model stays as it is.
+
+    Args:
+        model: any module that ``torch.export`` can trace. One with a method ``capture_parts(example)`` is captured by
+            that: networks whose parts are joined by code that cannot be traced (detectors).
+        example: one batch; its first axis counts images and stays free.
+
+    Raises:
+        Qwt2Error: the model cannot run on the example, or cannot be traced; the line of its code is named.
+    """
+    if isinstance(model, GraphModel):
+        return model
+    captured = model.capture_parts(example) if hasattr(model, "capture_parts") else _captured(model, example)
+    captured.other_sizes = OtherSizes(lambda inputs: capture(model, inputs))
+    return captured.eval()
+
+
+def _captured(model: nn.Module, example: Inputs) -> GraphModel:
+    args, kwargs = ((), example) if isinstance(example, dict) else ((example,), {})
+    names = [*inspect.signature(model.forward).parameters]
+    # torch.export orders named inputs as the forward method does.
+    kwargs = dict(sorted(kwargs.items(), key=lambda item: names.index(item[0]) if item[0] in names else len(names)))
+    with evaluation_mode(model), torch.no_grad():
+        _try(model, example)
+        program = _program(model, args, kwargs)
+    signature = Signature.of(model.forward, args, kwargs, program.call_spec.out_spec)
+    graph_model = _graph_model(model, program, signature)
+    normalise(graph_model)
+    return graph_model
+
+
+def _try(model: nn.Module, example: Inputs) -> None:
+    try:
+        call(model, example)
+    except RuntimeError as error:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors(example).items()}
+        raise Qwt2Error(
+            f"{type(model).__name__} cannot run on {shapes} ({str(error).splitlines()[0]}); give images as it takes them"
+        ) from error
+
+
+def _program(model: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    # A batch of one would be specialized to a constant, and one tensor given twice taken for one input.
+    args, kwargs = torch.utils._pytree.tree_map(
+        lambda x: x.expand(2, *x.shape[1:]) if len(x) == 1 else x.clone(), (args, kwargs)
+    )
+    batch = torch.export.Dim("batch")
+    free = tuple({0: batch} for _ in args) or {name: {0: batch} for name in kwargs}
+    with _silence(), _traceable():
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=free, strict=False)
+            return program.run_decompositions({})  # in-place writes become values of their own
+        except Exception as error:  # whatever the model's code raises on a traced tensor
+            raise Qwt2Error(
+                f"{type(model).__name__} cannot be captured: {_reason(error)}; torch.export must be able to trace its "
+                "forward, which excludes branches on the values of tensors"
+            ) from error
+
+
+def _length(x: Any) -> int | torch.SymInt:
+    """Python's ``len`` makes a number of the batch, and the graph would take batches of that size only."""
+    return x.shape[0] if isinstance(x, Tensor) and x.dim() else _PYTHONS_LEN(x)
+
+
+_PYTHONS_LEN = len
+
+
+def _reason(error: Exception) -> str:
+    """The exception's first line, and the last line of code outside PyTorch that it came through."""
+    line, trace = "", error.__traceback__
+    if "Constraints violated (batch)" in str(error):
+        return "its code takes the number of images for a constant (int(x.shape[0]), or a reshape to a number of rows)"
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in file and "qwt2/capture" not in file:
+            line = f" at {file}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200] + line
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """torch.export tells about its work through warnings and loggers; a library must not."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Let PyTorch's own transformers take the way that consists of plain operations, and read no values of masks; let
+    ``len(x)`` be the batch's size, whatever it is."""
+    transformer = torch.nn.modules.transformer
+    fast, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
+    torch.backends.mha.set_fastpath_enabled(False)
+    # The mask is given in any case; that it is causal would only choose another kernel.
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    builtins.len = _length
+    try:
+        yield
+    finally:
+        builtins.len = _PYTHONS_LEN
+        torch.backends.mha.set_fastpath_enabled(fast)
+        transformer._detect_is_causal_mask = detect
+
+
+def _graph_model(model: nn.Module, program: torch.export.ExportedProgram, signature: Signature) -> GraphModel:
+    """The program with its parameters and buffers as ``get_attr`` nodes, and light metadata."""
+    _refuse_mutation(model, program)
+    first_names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    modules = {id(module): name for name, module in model.named_modules()}
+    graph, values, used = fx.Graph(), {}, {}
+    kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    for node in program.graph.nodes:
+        if (
+            node.op == "placeholder"
+            and kinds[node.name].kind == InputKind.USER_INPUT
+            and isinstance(node.meta["val"], Tensor)
+        ):
+            values[node] = graph.placeholder(node.name)
+            values[node].meta = _meta(node, "")
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            target = kinds[node.name].target
+            if target is None or not node.users:
+                continue
+            tensor = program.state_dict[target] if target in program.state_dict else program.constants[target]
+            name = first_names.get(id(tensor), target)
+            used[name] = _own(tensor)
+            values[node] = graph.get_attr(name)
+            values[node].meta = _meta(node, "")
+        elif node.op == "output":
+            outputs = [
+                arg for arg, spec in zip(node.args[0], program.graph_signature.output_specs)
+                if spec.kind == OutputKind.USER_OUTPUT
+            ]  # fmt: skip
+            graph.output([values.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in outputs])
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+            module = _module_path(model, modules, node)
+            values[node].meta = _meta(node, module) | {"call": _call_of(node), "leaf": _is_leaf(model, module)}
+    return GraphModel(graph, used, signature, type(model).__name__)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+
+
+def _refuse_mutation(model: nn.Module, program: torch.export.ExportedProgram) -> None:
+    for spec in program.graph_signature.output_specs:
+        if spec.kind == OutputKind.BUFFER_MUTATION:
+            raise Qwt2Error(
+                f"{type(model).__name__} writes its buffer {spec.target} in evaluation mode, so its calls depend on each other; leave that out"
+            )
+
+
+def _is_leaf(model: nn.Module, name: str) -> bool:
+    """Whether a module is one layer."""
+    module = model.get_submodule(name)
+    is_layer = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))  # parametrized ones have children
+    return bool(name) and (is_layer or not any(True for _ in module.children()))
+
+
+def _meta(node: fx.Node, module: str) -> dict[str, Any]:
+    value = node.meta.get("val")
+    shape = dtype = None
+    if isinstance(value, Tensor):
+        shape, dtype = tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype
+    return {"module": module, "shape": shape, "dtype": dtype, "leaf": False, "call": ""}
+
+
+def _stack(node: fx.Node) -> list[tuple[str, str]]:
+    """(key, name) of the modules that a node lies in, from the outermost."""
+    entries = [(key, value[0]) for key, value in (node.meta.get("nn_module_stack") or {}).items()]
+    return [] if entries and entries[0][0].startswith("_empty") else entries
+
+
+def _module_path(model: nn.Module, first_names: dict[int, str], node: fx.Node) -> str:
+    """The first name of the module that a node comes from."""
+    stack = _stack(node)
+    if not stack:
+        return ""
+    name = _REPEATED.sub("", stack[-1][1])
+    return first_names[id(model.get_submodule(name))]
+
+
+def _call_of(node: fx.Node) -> str:
+    """Names of the modules around a node as they were called, each with "@n" at its n-th further call, joined by "/"."""
+    return "/".join(key.removeprefix("L__self__") for key, _ in _stack(node))

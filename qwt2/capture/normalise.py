@@ -1,0 +1,501 @@
+"""Exact rewriting of a captured graph: a pass a function, and one ordered list of them.
+
+Every pass takes a :class:`GraphModel` and changes it in place; what the graph computes stays the same, up to rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from qwt2.capture.convolutions import as_convolution
+from qwt2.capture.einsum import as_product
+from qwt2.capture.graph import Container, GraphModel, Pooling, Product, Sum, insert, replace
+
+aten = torch.ops.aten
+
+_ASSERTIONS = ("_assert", "sym_constrain_range", "_guards_fn")
+_COPIES = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+}
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial", "poisson")
+_SMALL = 2**16  # numbers that may always be stored
+_TO_END = 2**62  # slices to the end have the largest integer
+
+
+def normalise(model: GraphModel) -> None:
+    """Apply every pass, in order."""
+    for rewrite in PASSES:
+        rewrite(model)
+        model.prune()
+    model.graph.lint()
+    model.recompile()
+
+
+def drop_assertions(model: GraphModel) -> None:
+    """Remove checks of shapes: they hold for every batch that the graph takes."""
+    for node in reversed(model.graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "__name__", str(node.target)).startswith(_ASSERTIONS):
+            model.graph.erase_node(node)
+
+
+def drop_identities(model: GraphModel) -> None:
+    """Remove copies, casts to the same type and slices of everything; views become reshapes, which take any layout."""
+    for node in list(model.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default
+        if _is_identity(node):
+            replace(node, node.args[0])
+
+
+def _is_identity(node: fx.Node) -> bool:
+    if node.target in _COPIES:
+        return True
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if source is None or node.meta["shape"] is None or source.meta["dtype"] != node.meta["dtype"]:
+        return False
+    if node.target in (aten._to_copy.default, aten.to.dtype, aten.type_as.default):
+        return True
+    if node.target is aten.slice.Tensor:
+        start, end, step = (*node.args[2:], None, None, None)[:3]
+        return (
+            start in (None, 0)
+            and end is not None
+            and not isinstance(end, fx.Node)
+            and end > _TO_END
+            and step in (None, 1)
+        )
+    if node.target in (aten.dropout.default, aten.native_dropout.default):
+        return node.args[2] is False
+    static = None not in node.meta["shape"][1:] and node.meta["shape"] == source.meta["shape"]
+    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
+        return not any(not isinstance(p, int) or p for p in node.args[1])
+    return static and node.target in (aten.expand.default,) and None not in node.meta["shape"]
+
+
+def compute_constants(model: GraphModel) -> None:
+    """Compute once what follows from parameters and numbers alone: weight norm, standardized weights, masks, positions."""
+    values: dict[fx.Node, Any] = {}
+    for node in model.graph.nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and _is_constant(node, values)):
+            values[node] = model.evaluate(node, values)
+    for node in [n for n in values if n.op != "get_attr" and any(user not in values for user in n.users)]:
+        if isinstance(values[node], Tensor) and _is_worth_storing(node, values):
+            replace(node, model.add_constant(node, values[node]))
+
+
+def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    name = str(node.target)
+    return all(source in values for source in node.all_input_nodes) and not any(word in name for word in _RANDOM)
+
+
+def _is_worth_storing(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    """Not where a large tensor follows from a small one (a bias of positions from its table): files would grow."""
+    if node.target is aten.expand.default:
+        return False
+    sources = [source for source in _sources(node) if source.op == "get_attr"]
+    return values[node].numel() <= max(_SMALL, 2 * sum(values[source].numel() for source in sources))
+
+
+def expand_attention(model: GraphModel) -> None:
+    """Replace ``scaled_dot_product_attention`` by the operations of its documentation."""
+    for node in _functions(model, aten.scaled_dot_product_attention.default):
+        _expand_one(model, node)
+
+
+def _expand_one(model: GraphModel, node: fx.Node) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args)) | dict(node.kwargs)
+    query, key, value, mask = (given.get(name) for name in names[:4])
+    graph, heads, width = node.graph, query.meta["shape"][:-2], query.meta["shape"][-1]
+    rows, columns = query.meta["shape"][-2], key.meta["shape"][-2]
+    if given.get("enable_gqa") and key.meta["shape"][-3] != query.meta["shape"][-3]:
+        times = query.meta["shape"][-3] // key.meta["shape"][-3]
+        key, value = (
+            insert(graph, node, aten.repeat_interleave.self_int, (x, times, -3), node, (*heads, *x.meta["shape"][-2:]))
+            for x in (key, value)
+        )
+    # Scaling the query costs less than scaling the scores, and folds into its projection.
+    scale = given.get("scale")
+    query = insert(
+        graph, node, aten.mul.Tensor, (query, width**-0.5 if scale is None else scale), node, query.meta["shape"]
+    )
+    flipped = (*key.meta["shape"][:-2], width, columns)
+    key = insert(graph, node, aten.transpose.int, (key, -2, -1), node, flipped)
+    scores_shape = (*heads, rows, columns)
+    scores = insert(graph, node, aten.matmul.default, (query, key), node, scores_shape)
+    if given.get("is_causal"):
+        ones = insert(graph, node, aten.ones.default, ([rows, columns],), node, (rows, columns), {"dtype": torch.bool})
+        ones.meta["dtype"] = torch.bool
+        mask = insert(graph, node, aten.tril.default, (ones,), ones)
+    blocked, fill = None, float("-inf")
+    if mask is not None and _may_block_rows(model, mask):  # such a row's weights are 0, not NaN
+        fill = torch.finfo(torch.float32).min
+    if mask is not None and mask.meta["dtype"] == torch.bool:
+        blocked = insert(graph, node, aten.logical_not.default, (mask,), mask)
+    elif mask is not None:
+        scores = insert(graph, node, aten.add.Tensor, (scores, mask), node, scores_shape)
+        blocked = None if fill == float("-inf") else insert(graph, node, aten.eq.Scalar, (mask, float("-inf")), mask)
+    if blocked is not None:
+        blocked.meta["dtype"] = torch.bool
+        scores = insert(graph, node, aten.masked_fill.Scalar, (scores, blocked, fill), node, scores_shape)
+    weights = insert(graph, node, aten.softmax.int, (scores, -1), node, scores_shape)
+    if fill != float("-inf"):
+        weights = insert(graph, node, aten.masked_fill.Scalar, (weights, blocked, 0.0), node, scores_shape)
+    replace(node, insert(graph, node, aten.matmul.default, (weights, value), node))
+
+
+def _may_block_rows(model: GraphModel, mask: fx.Node) -> bool:
+    """Whether a query may have no key that it sees: a mask of constants tells, any other may hold such a row."""
+    sources = _sources(mask)
+    if any(source.op == "placeholder" for source in sources):
+        return True
+    values: dict[fx.Node, Any] = {}
+    for node in [node for node in model.graph.nodes if node in sources]:
+        values[node] = model.evaluate(node, values)
+    seen = values[mask] if mask.meta["dtype"] == torch.bool else values[mask] > float("-inf")
+    return not bool(seen.any(-1).all())
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """A node and all that its value follows from."""
+    found, waiting = set(), [node]
+    while waiting:
+        if (current := waiting.pop()) not in found:
+            found.add(current)
+            waiting += current.all_input_nodes
+    return found
+
+
+def expand_products(model: GraphModel) -> None:
+    """Make plain ``matmul`` of einsum, bmm, mm, addmm and baddbmm of two operands."""
+    for node in _functions(model, aten.einsum.default):
+        as_product(node)
+    for node in _functions(model, aten.bmm.default, aten.mm.default):
+        node.target = aten.matmul.default
+    for node in _functions(model, aten.baddbmm.default, aten.addmm.default):
+        added, a, b = node.args[:3]
+        y = insert(node.graph, node, aten.matmul.default, (a, b), node)
+        for factor, name in ((node.kwargs.get("alpha", 1), "y"), (node.kwargs.get("beta", 1), "added")):
+            if factor != 1 and name == "y":
+                y = insert(node.graph, node, aten.mul.Tensor, (y, factor), node)
+            elif factor != 1:
+                added = insert(node.graph, node, aten.mul.Tensor, (added, factor), node, added.meta["shape"])
+        replace(
+            node, y if node.kwargs.get("beta", 1) == 0 else insert(node.graph, node, aten.add.Tensor, (y, added), node)
+        )
+
+
+def weights_to_linear(model: GraphModel) -> None:
+    """Make ``linear`` of products with a constant matrix, and give it the bias that is added right behind."""
+    for node in _functions(model, aten.matmul.default):
+        x, weight = node.args
+        if _is_tensor(x) and weight.op == "get_attr" and x.op != "get_attr" and len(weight.meta["shape"]) == 2:
+            new = model.add_constant(node, model.get_tensor(weight.target).t())
+            bias, last = _added_bias(node)
+            replace(last, insert(node.graph, last, aten.linear.default, (x, new, bias), node))
+            if last is not node:
+                model.graph.erase_node(node)
+
+
+def _added_bias(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """A constant of one value per output channel that alone is added to a product, and the addition."""
+    [reader] = node.users if len(node.users) == 1 else [None]
+    if reader is None or reader.target is not aten.add.Tensor or reader.kwargs:
+        return None, node
+    other = next((a for a in reader.args if a is not node), None)
+    is_bias = isinstance(other, fx.Node) and other.op == "get_attr" and other.meta["shape"] == node.meta["shape"][-1:]
+    return (other, reader) if is_bias else (None, node)
+
+
+def unify_convolutions(model: GraphModel) -> None:
+    """Make ``conv2d`` with numbers for padding of one-dimensional and transposed convolutions, and of padding="same"."""
+    for node in _functions(model, *_CONVOLUTIONS):
+        if all(
+            argument is None or argument.op == "get_attr" for argument in node.args[1:3] if argument is not node.args[0]
+        ):
+            as_convolution(model, node)
+
+
+_CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+)  # fmt: skip
+
+
+def name_layers(model: GraphModel) -> None:
+    """Call modules for layers with constant weights: linear, conv2d and layer_norm."""
+    makers = {aten.linear.default: _linear, aten.conv2d.default: _conv2d, aten.layer_norm.default: _layer_norm}
+    made: dict[tuple, str] = {}
+    kinds: dict[str, set[str]] = {}
+    nodes = [n for n in _functions(model, *makers) if _has_constant_weights(n)]
+    for node in nodes:
+        kinds.setdefault(node.meta["module"], set()).add(_weight(node).target if _weight(node) is not None else "")
+    for node in nodes:
+        key = (node.meta["module"], node.target, str(node.args[1:]), str(node.kwargs))
+        if key not in made:
+            made[key] = _layer_name(model, node, alone=len(kinds[node.meta["module"]]) == 1)
+            model.set_module(made[key], makers[node.target](model, node))
+        replace(node, insert(model.graph, node, made[key], (node.args[0],), node))
+    _separate_tied(model)
+
+
+def _weight(node: fx.Node) -> fx.Node | None:
+    args = (*node.args, *[None] * 4)
+    return args[2] if node.target is aten.layer_norm.default else args[1]
+
+
+def _has_constant_weights(node: fx.Node) -> bool:
+    if not _is_tensor(node.args[0]) or node.args[0].op == "get_attr":
+        return False
+    rest = [argument for argument in node.args[1:] if isinstance(argument, fx.Node)]
+    if node.target is aten.layer_norm.default and len(node.args[1]) != 1:
+        return False
+    return all(argument.op == "get_attr" for argument in rest)
+
+
+def _layer_name(model: GraphModel, node: fx.Node, alone: bool) -> str:
+    """The name of the module that a layer's weight belongs to; of other layers the module's that calls it, and a number."""
+    weight, module = _weight(node), node.meta["module"]
+    owner = weight.target.rpartition(".")[0] if weight is not None and weight.target.endswith(".weight") else module
+    if alone and node.meta["leaf"]:
+        owner = module
+    elif weight is None or not weight.target.endswith(".weight"):
+        owner = ""
+    taken = isinstance(_submodule(model, owner), (nn.Linear, nn.Conv2d, nn.LayerNorm)) if owner else True
+    return model.free_name(module, node.target.__name__.partition(".")[0]) if taken else owner
+
+
+def _submodule(model: GraphModel, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _linear(model: GraphModel, node: fx.Node) -> nn.Linear:
+    weight, bias = _tensors(model, *(*node.args[1:], None)[:2])
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    return _with(layer, weight, bias)
+
+
+def _conv2d(model: GraphModel, node: fx.Node) -> nn.Conv2d:
+    defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+    weight, bias, stride, padding, dilation, groups = (*node.args, *defaults[len(node.args) :])[1:]
+    weight, bias = _tensors(model, weight, bias)
+    stride, padding, dilation = (tuple(v) * (2 // len(v)) for v in (stride, padding, dilation))
+    layer = nn.Conv2d(
+        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), stride, padding, dilation, groups,
+        bias is not None, device="meta",
+    )  # fmt: skip
+    return _with(layer, weight, bias)
+
+
+def _layer_norm(model: GraphModel, node: fx.Node) -> nn.LayerNorm:
+    size, weight, bias, eps = (*node.args[1:], *(None, None, 1e-5)[len(node.args) - 2 :])[:4]
+    weight, bias = _tensors(model, weight, bias)
+    layer = nn.LayerNorm(size, eps, weight is not None, bias is not None, device="meta")
+    return _with(layer, weight, bias)
+
+
+def _tensors(model: GraphModel, *nodes: fx.Node | None) -> list[Tensor | None]:
+    return [None if node is None else model.get_tensor(node.target) for node in nodes]
+
+
+def _with(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            setattr(layer, name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
+    return layer.eval()
+
+
+def _separate_tied(model: GraphModel) -> None:
+    """Give what else reads a layer's weight a copy: quantization changes the layer's. Tensors that are no layer's own,
+    but lie where a layer or an operation took their module's place, go too."""
+    model.prune()
+    for node in [n for n in model.graph.nodes if n.op == "get_attr"]:
+        owner = _submodule(model, node.target.rpartition(".")[0])
+        if isinstance(owner, (nn.Linear, nn.Conv2d, nn.LayerNorm, Pooling)):
+            replace(node, model.add_constant(node, model.get_tensor(node.target)))
+    for name in model.calls((nn.Linear, nn.Conv2d, nn.LayerNorm, Pooling)):
+        module = model.get_submodule(name)
+        for store in (module._parameters, module._buffers):
+            for other in [key for key in store if key not in ("weight", "bias")]:
+                del store[other]
+
+
+def name_operations(model: GraphModel) -> None:
+    """Call modules for products of activations, sums of activations of one shape, and means over positions."""
+    counts: dict[tuple[str, str, str], int] = {}
+    names: dict[tuple, str] = {}
+    for node in list(model.graph.nodes):
+        for kind, (matches, make) in _OPERATIONS.items():
+            if node.op == "call_function" and matches(node):
+                module, operands = node.meta["module"], 1 if kind == "pool" else 2
+                place = (module, node.meta.get("call", ""), kind)
+                counts[place] = counts.get(place, 0) + 1
+                # The calls of one module share its operations, if they do the same with them.
+                key = (module, kind, counts[place], str(node.args[operands:]), str(node.kwargs))
+                if key not in names:
+                    names[key] = _operation_name(model, node, kind, counts[place])
+                    model.set_module(names[key], make(node))
+                replace(node, insert(model.graph, node, names[key], tuple(node.args[:operands]), node))
+                break
+    _separate_tied(model)
+
+
+def _operation_name(model: GraphModel, node: fx.Node, kind: str, number: int) -> str:
+    """The module's own for a pooling that is all of it; else below it, numbered, where nothing has that name."""
+    module = node.meta["module"]
+    if kind == "pool" and node.meta["leaf"] and isinstance(_submodule(model, module), (Container, type(None))):
+        return module
+    name = f"{module}.{kind}{number}".lstrip(".")
+    return name if _submodule(model, name) is None else model.free_name(module, kind)
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target is aten.matmul.default and all(_is_activation(a) for a in node.args)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    if node.target is not aten.add.Tensor or node.kwargs or not all(_is_activation(a) for a in node.args):
+        return False
+    a, b = (argument.meta["shape"] for argument in node.args)
+    return a == b and a is not None
+
+
+def _is_pooling(node: fx.Node) -> bool:
+    x = node.args[0] if node.args else None
+    if not _is_activation(x) or len(x.meta["shape"] or ()) != 4:
+        return False
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return list(node.args[1]) == [1, 1]
+    return node.target is aten.mean.dim and sorted(d % 4 for d in node.args[1] or ()) == [2, 3]
+
+
+_OPERATIONS = {
+    "matmul": (_is_product, lambda node: Product()),
+    "add": (_is_sum, lambda node: Sum()),
+    "pool": (_is_pooling, lambda node: Pooling(node.target, node.args[1:], node.kwargs)),
+}
+
+
+def fold_batchnorms(model: GraphModel) -> None:
+    """Fold every BatchNorm that alone reads a layer's output into that layer, at all of the layer's calls."""
+    for name, calls in model.calls((nn.Linear, nn.Conv2d)).items():
+        layer = model.get_submodule(name)
+        norms = [_only_norm(node, isinstance(layer, nn.Linear)) for node in calls]
+        if None in norms or len({str(norm.args[1:]) for norm in norms}) > 1:
+            continue
+        weight, bias, mean, variance = _tensors(model, *norms[0].args[1:5])
+        fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+        layer.weight, layer.bias = fuse(layer.weight, layer.bias, mean, variance, norms[0].args[6], weight, bias)
+        layer.requires_grad_(False)
+        for node, norm in zip(calls, norms):
+            for reader in list(norm.users):
+                replace(reader, node)
+            model.graph.erase_node(norm)
+
+
+def _only_norm(node: fx.Node, is_linear: bool) -> fx.Node | None:
+    [reader] = node.users if len(node.users) == 1 else [None]
+    if (
+        reader is None
+        or reader.target is not aten._native_batch_norm_legit_no_training.default
+        or reader.args[0] is not node
+    ):
+        return None
+    constant = all(argument is None or argument.op == "get_attr" for argument in reader.args[1:5])
+    used = all(user.target is operator.getitem and user.args[1] == 0 for user in reader.users)
+    # A Linear's channels are its last axis, a BatchNorm's the second.
+    axes = 2 if is_linear else 4
+    return reader if constant and used and len(node.meta["shape"]) == axes else None
+
+
+def group_calls(model: GraphModel) -> None:
+    """Let the calls of one module follow each other where none needs another's result (a head on a pyramid's levels)."""
+    order: list[fx.Node] = []
+    placed: set[fx.Node] = set()
+
+    def place(node: fx.Node) -> None:
+        waiting = [node]
+        while waiting:
+            current = waiting[-1]
+            missing = [source for source in current.all_input_nodes if source not in placed]
+            if missing:
+                waiting += missing
+                continue
+            waiting.pop()
+            if current not in placed:
+                placed.add(current)
+                order.append(current)
+
+    siblings = {node: calls for calls in model.calls(nn.Module).values() if len(calls) > 1 for node in calls}
+    for node in model.graph.nodes:
+        if node not in placed and node in siblings:
+            group = [call for call in siblings[node] if not _depends(call, node)]
+            for source in [s for call in group for s in call.all_input_nodes]:
+                place(source)
+            for call in group:
+                place(call)
+        place(node)
+    _reorder(model.graph, order)
+
+
+def _depends(node: fx.Node, on: fx.Node) -> bool:
+    seen, waiting = set(), [node] if node is not on else []
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source is on:
+                return True
+            if source not in seen:
+                seen.add(source)
+                waiting.append(source)
+    return False
+
+
+def _reorder(graph: fx.Graph, order: list[fx.Node]) -> None:
+    last = next(iter(order))
+    for node in order[1:]:
+        last.append(node)
+        last = node
+
+
+def _functions(model: GraphModel, *targets: Any) -> list[fx.Node]:
+    return [node for node in model.graph.nodes if node.op == "call_function" and node.target in targets]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.meta["shape"] is not None
+
+
+def _is_activation(value: Any) -> bool:
+    return _is_tensor(value) and value.op != "get_attr"
+
+
+# The order matters: constants are known before weights are looked for, products are plain before they are named.
+PASSES = (
+    drop_assertions,
+    drop_identities,
+    compute_constants,
+    expand_attention,
+    expand_products,
+    compute_constants,
+    weights_to_linear,
+    unify_convolutions,
+    compute_constants,
+    name_layers,
+    name_operations,
+    group_calls,
+)

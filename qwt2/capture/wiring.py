@@ -1,0 +1,199 @@
+"""Questions to a captured graph's edges: who reads what. No answer depends on the name of a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from qwt2.capture.batch import Inputs
+from qwt2.capture.graph import GraphModel, Pooling, Product, Sum
+
+aten = torch.ops.aten
+
+LAYER_TYPES = (nn.Linear, nn.Conv2d)
+
+# Move values without changing them; the last axis stays the last axis where `_keeps_last_axis` says so.
+_MOVES = {
+    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.roll.default, aten.clone.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default,
+    aten.flatten.using_ints, aten.unflatten.int,
+}  # fmt: skip
+# Integer engines compute these on a convolution's quantized output, or merge them into its kernel.
+_MERGES = {aten.relu.default, aten.hardtanh.default, aten.max_pool2d.default}
+_SOFTMAX = {aten.softmax.int, aten._softmax.default}
+# Keep probabilities what they are.
+_CASTS = {aten._to_copy.default, aten.reshape.default, aten.clone.default, aten.expand.default, aten.type_as.default}
+
+
+def layers(model: GraphModel) -> list[str]:
+    """Names of the Linear and Conv2d modules in the order of their first call."""
+    return list(model.calls(LAYER_TYPES))
+
+
+def norm_consumers(model: GraphModel) -> dict[str, list[str]]:
+    """LayerNorm -> the Linears that alone read its output, its last axis intact, and read nothing else."""
+    order, found = layers(model), {}
+    for norm, calls in model.calls(nn.LayerNorm).items():
+        readers = [reader for call in calls for reader in _readers(call, _keeps_last_axis)]
+        names = {reader.target for reader in readers if isinstance(model.module_of(reader), nn.Linear)}
+        if readers and all(reader.op == "call_module" and reader.target in names for reader in readers):
+            if sum(len(model.calls(nn.Linear)[name]) for name in names) == len(set(readers)):
+                found[norm] = sorted(names, key=order.index)
+    return found
+
+
+def escaping(model: GraphModel) -> set[str]:
+    """Convolutions whose output, activated or not, something else than a layer reads."""
+    readers = {name: _conv_readers(calls) for name, calls in model.calls(nn.Conv2d).items()}
+    return {n for n, found in readers.items() if not all(isinstance(model.module_of(r), LAYER_TYPES) for r in found)}
+
+
+def layer_readers(model: GraphModel) -> dict[str, list[str]]:
+    """Of the other convolutions, the layers that read their output."""
+    outside = escaping(model)
+    calls = model.calls(nn.Conv2d)
+    return {name: [r.target for r in _conv_readers(calls[name])] for name in calls if name not in outside}
+
+
+def output_layers(model: GraphModel) -> set[str]:
+    """Layers whose output, activated or not, is an output of the network."""
+    sources = [_source(node, lambda n: _is_merge(n) or _is_move(n)) for node in model.output.all_input_nodes]
+    return {source.target for source in sources if isinstance(model.module_of(source), LAYER_TYPES)}
+
+
+def residual_sums(model: GraphModel) -> dict[str, tuple[str | None, str | None]]:
+    """Sum -> the convolutions whose outputs, activated or not, are its operands; those of which one is."""
+    found = {}
+    for name, calls in model.calls(Sum).items():
+        makers = {tuple(_maker(model, operand) for operand in call.args) for call in calls}
+        if len(makers) == 1 and any(found_makers := makers.pop()):
+            found[name] = found_makers
+    return found
+
+
+def kernel_poolings(model: GraphModel) -> list[str]:
+    """Poolings that alone read what a convolution's kernel computes: its output or a residual sum, activated or not."""
+    residual = residual_sums(model)
+    found = []
+    for name, calls in model.calls(Pooling).items():
+        sources = [_source(call.args[0], _is_merge) for call in calls]
+        if all(
+            (isinstance(model.module_of(s), nn.Conv2d) or s.target in residual)
+            and len(list(_readers(s, _is_merge))) == 1
+            for s in sources
+        ):
+            found.append(name)
+    return found
+
+
+def softmax_products(model: GraphModel) -> set[str]:
+    """Products whose first operand is a softmax's output."""
+    return {
+        name for name, calls in model.calls(Product).items()
+        if all(_source(call.args[0], _keeps_probabilities).target in _SOFTMAX for call in calls)
+    }  # fmt: skip
+
+
+def _keeps_probabilities(node: fx.Node) -> bool:
+    return node.target in _CASTS or (node.target is aten.masked_fill.Scalar and node.args[2] == 0)
+
+
+def repeated(model: GraphModel, kind: Any = nn.Module) -> set[str]:
+    """Modules of a kind that run several times in one pass."""
+    return {name for name, calls in model.calls(kind).items() if len(calls) > 1}
+
+
+def _readers(node: fx.Node, passes: Any) -> Iterator[fx.Node]:
+    for user in node.users:
+        if user.args and user.args[0] is node and passes(user):
+            yield from _readers(user, passes)
+        else:
+            yield user
+
+
+def _conv_readers(calls: list[fx.Node]) -> list[fx.Node]:
+    return [reader for call in calls for reader in _readers(call, _is_merge)]
+
+
+def _source(node: fx.Node, passes: Any) -> fx.Node:
+    while passes(node):
+        node = node.args[0]
+    return node
+
+
+def _maker(model: GraphModel, node: fx.Node) -> str | None:
+    source = _source(node, _is_merge)
+    return source.target if isinstance(model.module_of(source), nn.Conv2d) else None
+
+
+def _is_merge(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _MERGES
+
+
+def _is_move(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _MOVES
+
+
+def _keeps_last_axis(node: fx.Node) -> bool:
+    """Whether a node moves values, and each row of the last axis as a whole."""
+    if not _is_move(node):
+        return False
+    before, after = node.args[0].meta["shape"], node.meta["shape"]
+    if not before or not after or before[-1] != after[-1] or before[-1] is None:
+        return False
+    last = len(before) - 1
+    touched = {
+        aten.permute.default: lambda: node.args[1][-1] % len(before) != last,
+        aten.transpose.int: lambda: last in (node.args[1] % len(before), node.args[2] % len(before)),
+        aten.roll.default: lambda: len(node.args) < 3 or last in [axis % len(before) for axis in node.args[2]],
+    }
+    return not touched.get(node.target, lambda: False)()
+
+
+def float_operations(model: GraphModel) -> dict[str, str]:
+    """Products and convolutions that are no layers, by the module they come from, and why they stay in float."""
+    found: dict[str, list[str]] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_function" and (reason := _reason(node)):
+            reasons = found.setdefault(node.meta["module"], [])
+            reasons += [reason] if reason not in reasons else []
+    return {name: ", ".join(reasons) + " stays in float" for name, reasons in found.items()}
+
+
+_ARITHMETIC = (
+    "linear", "matmul", "einsum", "bilinear", "conv", "deform_conv", "lstm", "gru", "rnn", "addmv", "mv", "dot", "baddbmm",
+    "addbmm", "addmm", "bmm", "mm", "tensordot", "inner", "chain_matmul",
+)  # fmt: skip
+
+
+def _reason(node: fx.Node) -> str:
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    if not name.startswith(_ARITHMETIC):
+        return ""
+    constant = [argument for argument in node.all_input_nodes if argument.op == "get_attr"]
+    if name == "matmul" and constant:
+        return "matmul with a constant that is no matrix behind it"
+    if name.startswith("conv_transpose"):
+        return f"{name} with dilation or of images of free size"
+    return name
+
+
+def multiply_accumulates(model: GraphModel, example: Inputs) -> dict[fx.Node, int]:
+    """Multiply-accumulate operations of the nodes that have some, for a batch."""
+    found: dict[fx.Node, int] = {}
+    counter = FlopCounterMode(display=False)
+
+    def count(node: fx.Node, values: dict) -> Any:
+        before = counter.get_total_flops()
+        value = model.evaluate(node, values)
+        if work := counter.get_total_flops() - before:
+            found[node] = work // 2
+        return value
+
+    with torch.no_grad(), counter:
+        model.walk(example, count)
+    return found

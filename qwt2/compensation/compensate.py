@@ -1,0 +1,71 @@
+"""Compensation of quantization error in closed form."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwt2.capture.batch import model_inputs
+from qwt2.capture.graph import GraphModel
+from qwt2.compensation.methods import COMPENSATIONS
+from qwt2.compensation.report import CompensationReport
+from qwt2.errors import Qwt2Error
+from qwt2.quantization.checks import check_batches
+from qwt2.quantization.info import quantization_info
+from qwt2.quantization.methods import PTQ_METHODS
+from qwt2.quantization.walk import Walk
+
+
+def compensate(
+    qmodel: GraphModel, calibration: Iterable[Any], method: str = "cwac", offload_dir: str | None = None,
+    memory_limit: int = 0, **options: Any,
+) -> CompensationReport:  # fmt: skip
+    """Compensate a quantized model's error, in place.
+
+    The calibration set is walked through the graph once, module by module. What is kept per calibration image are the
+    values that are alive where the walk stands, in memory or on disk, once for the quantized network and
+    once more where the target is the full-precision network's own activation.
+
+    Args:
+        qmodel: a model from :func:`qwt2.quantize`.
+        calibration: batches as in :func:`qwt2.quantize`; gone through once, in order.
+        method: a registered compensation ("cwac", "qwt").
+        offload_dir: existing folder for these values, which go into a temporary folder inside it;
+            ``None`` keeps them in memory.
+        memory_limit: bytes per network that stay in memory before the folder is used.
+        options: settings of the method (:class:`qwt2.compensation.methods.cwac.CWAC`,
+            :class:`qwt2.compensation.methods.qwt.QwT`).
+
+    Raises:
+        Qwt2Error: unknown method, option or option value, a missing folder, a model that is not
+            quantized, an empty calibration set, or NaN/infinity in an activation (the module is named).
+    """
+    started = time.perf_counter()
+    info = quantization_info(qmodel)
+    settings = COMPENSATIONS.get(method)
+    known = [setting.name for setting in fields(settings)]
+    if unknown := [name for name in options if name not in known]:
+        raise Qwt2Error(f"{method}: unknown option {unknown[0]!r}; use some of: {', '.join(known)}")
+    compensation = settings(**options)
+    batches = list(model_inputs(qmodel, calibration))
+    check_batches(batches, info.input_shape, qmodel)
+    with torch.no_grad(), _temporary_folder(offload_dir) as folder:
+        walk = Walk(qmodel, batches, folder, memory_limit)
+        modules = compensation.fit(walk, PTQ_METHODS.get(info.method).recipe(info.variant))
+    return CompensationReport(method, modules, time.perf_counter() - started)
+
+
+def _temporary_folder(parent: str | None) -> AbstractContextManager[str | None]:
+    """A folder of this run alone, so that runs can share ``parent`` and an error leaves nothing behind."""
+    if parent is None:
+        return nullcontext()
+    if not Path(parent).is_dir():
+        raise Qwt2Error(f"{parent} is no folder; make it first, or leave out offload_dir to work in memory")
+    return tempfile.TemporaryDirectory(prefix="qwt2-", dir=parent)

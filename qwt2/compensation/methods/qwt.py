@@ -1,0 +1,169 @@
+"""QwT: a linear layer beside each block (arXiv 2411.13918, CVPR 2025).
+
+y = block_q(x) + W x + b, with (W, b) the least-squares solution of block_f(x) - block_q(x) on
+[x, 1]. For blocks that work on images, W is a grouped convolution with the block's stride. A block
+whose regression explains nothing (R^2 <= 0) is left as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwt2.capture.blocks import is_inside
+from qwt2.compensation.blocks import LinearCompensation, put_behind, visits_behind_blocks
+from qwt2.compensation.methods import COMPENSATIONS
+from qwt2.compensation.moments import decibel
+from qwt2.compensation.regression import Regression
+from qwt2.compensation.report import ModuleReport
+from qwt2.errors import Qwt2Error
+from qwt2.quantization.info import channel_axis, quantization_info
+from qwt2.quantization.recipe import Recipe
+from qwt2.quantization.walk import Visit, Walk
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@COMPENSATIONS.register("qwt")
+@dataclass
+class QwT:
+    """Settings of QwT.
+
+    Args:
+        target: "local", the full-precision block on the quantized network's input (the paper);
+            "global", the full-precision network's own output of the block.
+        dtype: "float16" (the paper) or "float32" for the added layer's weight. Where integer engines
+            can run the model, the simulation widens it to float32 as they do; else it multiplies in it.
+        kernel_size: of the convolution beside image blocks, odd.
+        channels_per_group: input channels that one group of that convolution sees, at least.
+        damping: share of the Gram matrix' mean diagonal that is added to its diagonal.
+        r2: "pooled" measures R^2 about each channel's mean; "positional" about the mean of each
+            channel and position, as the public ResNet code does (it can reject good blocks).
+    """
+
+    target: str = "local"
+    dtype: str = "float16"
+    kernel_size: int = 1
+    channels_per_group: int = 16
+    damping: float = 1e-6
+    r2: str = "pooled"
+
+    def __post_init__(self):
+        for name, choices in {
+            "target": ("local", "global"),
+            "dtype": tuple(DTYPES),
+            "r2": ("pooled", "positional"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise Qwt2Error(f"qwt: unknown {name} {getattr(self, name)!r}; use one of: {', '.join(choices)}")
+        if not isinstance(self.kernel_size, int) or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise Qwt2Error(f"qwt: kernel_size is {self.kernel_size!r}; use an odd number")
+        if self.damping < 0 or self.channels_per_group < 1:
+            raise Qwt2Error("qwt: damping must be at least 0 and channels_per_group at least 1")
+
+    def fit(self, walk: Walk, recipe: Recipe) -> list[ModuleReport]:
+        """Fit and apply, in place; see :func:`qwt2.compensate`."""
+        if not quantization_info(walk.model).blocks:
+            raise Qwt2Error("qwt: the model has no blocks to put a layer beside; name them with quantize(blocks=[...])")
+        return [self._fit_block(visit, block, recipe) for visit, block in visits_behind_blocks(walk)]
+
+    def _fit_block(self, visit: Visit, name: str, recipe: Recipe) -> ModuleReport:
+        """Fit one block and put its layer behind it."""
+        info = quantization_info(visit.walk.model)
+        if {layer for layer in info.layers if is_inside(layer, name)} <= set(info.repeated):
+            return ModuleReport(name, math.nan, math.nan, math.nan, False, "the block runs several times in one pass")
+        rows = self._rows_of(visit, name)
+        regression, signal, error = None, 0.0, 0.0
+        for _, (x, y_q), (_, y_f) in visit.block_outputs(name, self.target):
+            if not rows.fits(x, y_q):
+                return ModuleReport(name, math.nan, math.nan, math.nan, False, "input and output positions differ")
+            signal += float(y_f.double().square().sum())
+            error += float((y_f - y_q).double().square().sum())
+            if not math.isfinite(error):
+                raise Qwt2Error(f"{name} gives NaN or infinity on the calibration images; check its weights")
+            sums = Regression.of(rows.of_input(x), rows.of_output(y_f - y_q))
+            regression = sums if regression is None else regression + sums
+        weight, bias = regression.solve(self.damping)
+        r2 = rows.positional_r2(regression, weight, error) if self.r2 == "positional" else regression.r2(weight)
+        before, kept = decibel(signal, error), r2 > 0
+        if kept:
+            # What goes to an engine is simulated in the arithmetic that engines have.
+            arithmetic = "float32" if recipe.exportable else self.dtype
+            stored, bias = rows.layer(weight, bias)
+            layer = LinearCompensation(stored.to(DTYPES[self.dtype]), bias, rows.stride, rows.groups, arithmetic)
+            put_behind(visit.walk.model, name, layer)
+        after = decibel(signal, regression.residual(weight)) if kept else before
+        return ModuleReport(name, before, after, r2, kept, "" if kept else "R^2 is not positive")
+
+    def _rows_of(self, visit: Visit, name: str) -> Tokens | Patches:
+        if channel_axis(visit.walk.model, name) == 1:
+            return Patches(*(node.meta["shape"] for node in visit.calls[0].args), self)
+        return Tokens()
+
+
+class Tokens:
+    """Rows of the regression where channels are the last axis: one linear map."""
+
+    stride, groups = 1, 1
+
+    def fits(self, x: Tensor, y: Tensor) -> bool:
+        return x.shape[:-1] == y.shape[:-1]
+
+    def of_input(self, x: Tensor) -> Tensor:
+        """(..., C) -> (1, n, C)."""
+        return x.flatten(0, -2)[None]
+
+    of_output = of_input
+
+    def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return weight[0].T.float(), bias[0].float()
+
+    def positional_r2(self, regression: Regression, weight: Tensor, power: float) -> float:
+        return regression.r2(weight)
+
+
+class Patches:
+    """Rows of the regression on image patches: a grouped convolution.
+
+    Args:
+        x, y: shapes of the block's input and output, (N, C, H, W).
+    """
+
+    def __init__(self, x: tuple, y: tuple, settings: QwT):
+        self.kernel = settings.kernel_size
+        self.stride = tuple(max(1, math.ceil(x[d] / y[d])) for d in (2, 3))
+        wanted = max(x[1] // settings.channels_per_group, 1)
+        self.groups = math.gcd(wanted, math.gcd(x[1], y[1]))
+        self.channels = x[1]
+        self.samples, self.position_sum = 0, 0.0
+
+    def fits(self, x: Tensor, y: Tensor) -> bool:
+        pad = self.kernel // 2
+        size = [(x.shape[d] + 2 * pad - self.kernel) // s + 1 for d, s in zip((2, 3), self.stride)]
+        return size == list(y.shape[2:])
+
+    def of_input(self, x: Tensor) -> Tensor:
+        return self._rows(F.unfold(x, self.kernel, padding=self.kernel // 2, stride=self.stride))
+
+    def of_output(self, error: Tensor) -> Tensor:
+        self.samples += error.shape[0]
+        self.position_sum = self.position_sum + error.double().sum(0)
+        return self._rows(error.flatten(2))
+
+    def _rows(self, values: Tensor) -> Tensor:
+        """(N, G * d, positions) -> (G, N * positions, d)."""
+        n, _, positions = values.shape
+        return values.reshape(n, self.groups, -1, positions).permute(1, 0, 3, 2).reshape(self.groups, n * positions, -1)
+
+    def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        kernel = weight.transpose(1, 2).reshape(-1, self.channels // self.groups, self.kernel, self.kernel)
+        return kernel.float(), bias.reshape(-1).float()
+
+    def positional_r2(self, regression: Regression, weight: Tensor, power: float) -> float:
+        """As the public ResNet code measures it: about the mean of each channel and position."""
+        total = power - float((self.position_sum.square() / self.samples).sum())
+        return 1 - regression.residual(weight) / total if total > 0 else -math.inf

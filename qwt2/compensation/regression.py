@@ -1,0 +1,78 @@
+"""Least squares of targets on inputs, streaming and in float64: QwT's regression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Centred sums of independent regressions, one per channel group; those of two sets are added with ``+``.
+
+    Attributes:
+        count: rows.
+        mean_x, mean_t: (groups, d) and (groups, o).
+        gram: sum of centred x x', (groups, d, d).
+        cross: sum of centred x t', (groups, d, o).
+        power: sum of centred t^2, (groups, o).
+    """
+
+    count: int
+    mean_x: Tensor
+    mean_t: Tensor
+    gram: Tensor
+    cross: Tensor
+    power: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, target: Tensor) -> "Regression":
+        """Of rows ``x`` (groups, n, d) and ``target`` (groups, n, o)."""
+        x, target = x.double(), target.double()
+        mean_x, mean_t = x.mean(1), target.mean(1)
+        x, target = x - mean_x[:, None], target - mean_t[:, None]
+        return cls(
+            x.shape[1], mean_x, mean_t, x.transpose(1, 2) @ x, x.transpose(1, 2) @ target, target.square().sum(1)
+        )
+
+    def __add__(self, other: "Regression") -> "Regression":
+        total = self.count + other.count
+        weight, share = self.count * other.count / total, other.count / total
+        gap_x, gap_t = other.mean_x - self.mean_x, other.mean_t - self.mean_t
+        return Regression(
+            total,
+            self.mean_x + gap_x * share,
+            self.mean_t + gap_t * share,
+            self.gram + other.gram + weight * gap_x[:, :, None] * gap_x[:, None, :],
+            self.cross + other.cross + weight * gap_x[:, :, None] * gap_t[:, None, :],
+            self.power + other.power + weight * gap_t.square(),
+        )
+
+    def solve(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Coefficients (groups, d, o) and intercepts (groups, o).
+
+        The Gram matrix gets ``damping`` times its mean diagonal added before the Cholesky
+        factorisation; inputs with constant or collinear channels (a Swin stage's first block reads
+        a LayerNorm's output) have no unique solution without it.
+        """
+        diagonal = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
+        eye = torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
+        while True:
+            factor, failed = torch.linalg.cholesky_ex(self.gram + damping * diagonal[:, None, None] * eye)
+            if not failed.any():
+                break
+            damping = max(damping * 10, 1e-14)
+        weight = torch.cholesky_solve(self.cross, factor)
+        return weight, self.mean_t - (self.mean_x[:, None] @ weight)[:, 0]
+
+    def residual(self, weight: Tensor) -> float:
+        """Sum of squared residuals of the centred data under coefficients (groups, d, o)."""
+        explained = 2 * (weight * self.cross).sum() - (weight * (self.gram @ weight)).sum()
+        return float((self.power.sum() - explained).clamp(min=0))
+
+    def r2(self, weight: Tensor) -> float:
+        """1 - SS_res / SS_tot about each output channel's mean; -inf for a constant target."""
+        total = float(self.power.sum())
+        return 1 - self.residual(weight) / total if total > 0 else float("-inf")

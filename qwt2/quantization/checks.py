@@ -1,0 +1,75 @@
+"""What a model and its calibration set must be like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwt2.capture.batch import Inputs, first, image_count, joined, model_inputs, shapes, tensors
+from qwt2.errors import Qwt2Error
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that cannot be quantized as they are.
+
+    Raises:
+        Qwt2Error: half-precision or non-finite weights; the parameter is named.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise Qwt2Error(f"{name} is {parameter.dtype}; convert the model with model.float() before quantizing")
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise Qwt2Error(f"{name} holds NaN or infinity; load a sound checkpoint")
+
+
+def check_images(model: nn.Module, inputs: Inputs) -> None:
+    """Refuse images that the model cannot take.
+
+    Raises:
+        Qwt2Error: they are not float32, or not on the device of the model's parameters (one is named).
+    """
+    images = next(iter(tensors(inputs).values()))
+    if images.dtype != torch.float32:
+        raise Qwt2Error(f"the calibration images are {images.dtype}; convert them to float32 and normalize them")
+    for name, parameter in model.named_parameters():
+        if parameter.device != images.device:
+            raise Qwt2Error(
+                f"the calibration images are on {images.device}, but {name} is on {parameter.device}; move one to the other"
+            )
+
+
+def check_batches(batches: list[Inputs], shape: tuple[int, ...] | dict[str, tuple[int, ...]], model: nn.Module) -> None:
+    """Refuse calibration batches that a quantized model was not captured for.
+
+    Args:
+        shape: of one image's inputs, as the model was quantized with; named inputs may be of other sizes.
+
+    Raises:
+        Qwt2Error: no batches, another shape, or NaN or infinity; the batch is told by its number.
+    """
+    if not batches:
+        raise Qwt2Error("the calibration set is empty; give at least one batch of images")
+    for number, batch in enumerate(batches):
+        check_images(model, batch)
+        if isinstance(batch, dict) != isinstance(shape, dict) or (isinstance(shape, tuple) and shapes(batch) != shape):
+            raise Qwt2Error(
+                f"calibration batch {number} holds images of shape {shapes(batch)}, but the model was quantized "
+                f"with {shape}; resize them to that"
+            )
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(batch).values()):
+            raise Qwt2Error(f"calibration batch {number} holds NaN or infinity; check the images and their transform")
+
+
+def first_inputs(model: nn.Module, calibration: Iterable[Any], count: int) -> Inputs:
+    """The inputs of the first ``count`` images of the calibration set in one batch (fewer if it is smaller)."""
+    collected: list[Inputs] = []
+    for inputs in model_inputs(model, calibration):
+        collected.append(inputs)
+        if sum(map(image_count, collected)) >= count:
+            break
+    if not collected:
+        raise Qwt2Error("the calibration set is empty; give at least one batch of images")
+    return first(joined(collected), count)

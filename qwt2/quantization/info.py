@@ -1,0 +1,90 @@
+"""What was quantized, how, and what stayed in float."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from qwt2.capture.blocks import is_inside
+from qwt2.capture.graph import GraphModel
+from qwt2.errors import Qwt2Error
+from qwt2.quantization.layers import QuantizedConv2d, QuantizedLayer
+from qwt2.quantization.precision import Precision
+
+
+@dataclass
+class QuantizationInfo:
+    """What was quantized how; an attribute ``quantization`` of every quantized model.
+
+    Attributes:
+        layers: quantized Linear and Conv2d modules in execution order.
+        matmuls: quantized products of activations.
+        additions: residual additions with quantized operands.
+        poolings: poolings of quantized values.
+        modules: layers and products in execution order, and which of the two each is ("layer", "product").
+        first_last_layers: the first layer and the last ones, which have bits of their own.
+        blocks: the blocks that compensation works on.
+        parts: the modules that were to be quantized; ``None``, all.
+        float_modules: module name -> why it stays in float.
+        float_macs: module name -> multiply-accumulates of one image that stay in float there.
+        total_macs: multiply-accumulates of one image.
+        exportable: whether integer engines can run the quantizers.
+        input_shape: shape of one calibration image, or of each of its inputs by name.
+        norm_consumers: LayerNorm -> the quantized Linears that alone read its output.
+        repeated: layers that run several times in one pass.
+        structure: digest of the captured graph, by which a stored model knows its own.
+    """
+
+    method: str
+    variant: str
+    precision: Precision
+    layers: list[str] = field(default_factory=list)
+    matmuls: list[str] = field(default_factory=list)
+    modules: dict[str, str] = field(default_factory=dict)
+    first_last_layers: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
+    parts: list[str] | None = None
+    float_modules: dict[str, str] = field(default_factory=dict)
+    float_macs: dict[str, int] = field(default_factory=dict)
+    total_macs: int = 0
+    exportable: bool = True
+    input_shape: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
+    norm_consumers: dict[str, list[str]] = field(default_factory=dict)
+    repeated: list[str] = field(default_factory=list)
+    additions: list[str] = field(default_factory=list)
+    poolings: list[str] = field(default_factory=list)
+    structure: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "QuantizationInfo":
+        shape = values["input_shape"]
+        shape = {n: tuple(s) for n, s in shape.items()} if isinstance(shape, dict) else tuple(shape)
+        values = dict(values, precision=Precision(**values["precision"]), input_shape=shape)
+        return cls(**values)
+
+
+def quantization_info(qmodel: nn.Module) -> QuantizationInfo:
+    info = getattr(qmodel, "quantization", None)
+    if info is None:
+        raise Qwt2Error(f"{type(qmodel).__name__} is not a quantized model; call qwt2.quantize on it first")
+    return info
+
+
+def quantized_layers(qmodel: GraphModel) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by name, in execution order.
+
+    Raises:
+        Qwt2Error: the model was not made by :func:`qwt2.quantize`.
+    """
+    return {name: qmodel.get_submodule(name) for name in quantization_info(qmodel).layers}
+
+
+def channel_axis(qmodel: GraphModel, block: str) -> int:
+    """Channel axis of a block's input and output: 1 if it starts with a convolution, else the last."""
+    first = next(name for name in quantization_info(qmodel).layers if is_inside(name, block))
+    return 1 if isinstance(qmodel.get_submodule(first), QuantizedConv2d) else -1
