@@ -13,11 +13,12 @@ def main(cfg, cell: Cell) -> None:
 
     task = open_task(cfg, cell)
     network = task.baseline(cell)
+    captured = task.captured(network)
 
     def compensate_one(run: tuple[str, int, str]) -> dict:
         variant, seed, name = run
         options = dict(cfg["compensation"][name])
-        qmodel = load_quantized(network, cell.quantized(variant, "ptq", seed))
+        qmodel = load_quantized(captured, cell.quantized(variant, "ptq", seed))
         batches = list(task.calibration(network, seed))
         with PeakMemory() as memory:
             report = compensate(qmodel, batches, options.pop("method"), **options)
@@ -29,7 +30,7 @@ def main(cfg, cell: Cell) -> None:
     def predict_one(run: tuple[str, int, str]) -> None:
         variant, seed, name = run
         path = cell.quantized(variant, name, seed)
-        task.predict(load_quantized(network, path), path)
+        task.predict(load_quantized(captured, path), path)
 
     # Equally long pieces side by side: the last ones then end about together.
     runs = [(v, s, name) for name in cfg["compensation"] for v in cfg["ptq"]["variants"] for s in cfg["seeds"]]

@@ -12,12 +12,13 @@ from torch import nn
 
 from pipeline.stage import Cell
 from pipeline.tasks import Task, calibration_size
+from qwt2.capture.batch import Inputs
+from qwt2.capture.graph import GraphModel
 from qwt2.data.coco import open_scenes
 from qwt2.detection.models import build_detector, detector_config
-from qwt2.detection.network import Detector, parts, regions, sections
-from qwt2.detection.parts import padded
+from qwt2.detection.network import Detector, parts, regions
+from qwt2.detection.parts import padded, running_on, simulation_runs
 from qwt2.detection.scenes import Batches, build_dataset, detect, draw_calibration, score, shown
-from qwt2.capture.batch import Inputs
 from qwt2.io import read_json, write_json
 
 PICTURES = 6  # validation scenes in the report
@@ -41,14 +42,24 @@ class Detection(Task):
     def baseline(self, cell: Cell) -> nn.Module:
         for _ in self.validation:  # kept, so that the processes of a stage share it
             pass
-        return Detector(build_detector({**self.cfg["model"], "checkpoint": cell.baseline / "model.safetensors"}))
+        self.network = Detector(build_detector({**self.cfg["model"], "checkpoint": cell.baseline / "model.safetensors"}))
+        return self.network
 
     def weights(self, network: nn.Module) -> dict[str, Any]:
         return network.detector.state_dict()
 
     def predict(self, network: nn.Module, path: Path) -> None:
-        """Average precision, and what is found in the first scenes, `.json`."""
-        write_json(path.with_suffix(".json"), self.measure(network.detector))
+        """Average precision, and what is found in the first scenes, `.json`.
+
+        A quantized network computes the parts of the detector, as engines do.
+        """
+        if isinstance(network, GraphModel):
+            sized = network.of_size(list(self.example(self.network).values()))
+            with running_on(self.network, simulation_runs(sized), self.largest_image) as detector:
+                found = self.measure(detector)
+        else:
+            found = self.measure(network.detector)
+        write_json(path.with_suffix(".json"), found)
 
     def measure(self, detector: nn.Module) -> dict[str, Any]:
         """Average precision of a detector on the validation set, and what it finds in the first scenes."""
@@ -75,13 +86,17 @@ class Detection(Task):
         """The training images, as a detector is tested with them."""
         return build_dataset(self.config, self.scenes, "train")
 
-    def structure(self, network: nn.Module) -> dict[str, Any]:
-        detector = network.detector
-        return {"sections": sections(detector), "parts": parts(detector, self.cfg["model"]["parts"])}
+    def parts(self, network: nn.Module) -> list[str]:
+        return parts(network.detector, self.cfg["model"]["parts"])
+
+    def example(self, network: nn.Module) -> Inputs:
+        return self._first_scenes(network, 2)
 
     def mismatch_inputs(self, network: nn.Module) -> Inputs:
+        return self._first_scenes(network, self.cfg["evaluate"]["mismatch_images"])
+
+    def _first_scenes(self, network: nn.Module, count: int) -> Inputs:
         """Of the size of the largest validation image, which is what files are exported for."""
-        count = self.cfg["evaluate"]["mismatch_images"]
         dataset = self.validation.dataset
         [batch] = Batches(self.config, dataset, count, np.arange(min(count, len(dataset))))
         inputs = self._with_regions(network, *batch)

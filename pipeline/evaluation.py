@@ -14,12 +14,12 @@ from pipeline.parallel import each
 from pipeline.stage import Cell
 from qwt2.data import open_dataset
 from qwt2.engines import Engine, load_engine
-from qwt2.io import load_arrays, read_array, read_json
+from qwt2.engines.operations import count_operations
 from qwt2.evaluation.latency import measure_latency
 from qwt2.evaluation.metrics import agreement_percent, sqnr_db, topk_percent
 from qwt2.evaluation.mismatch import Mismatch, engine_mismatch
+from qwt2.io import load_arrays, read_array, read_json
 from qwt2.onnx.file import load_onnx
-from qwt2.engines.operations import count_operations
 from qwt2.report.results import UNITS, Row
 
 Figures = dict[str, float]  # metric -> value

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
-
-from qwt2.onnx.export import Exporter, structure
 from qwt2.capture.batch import Inputs
+from qwt2.capture.graph import GraphModel
+from qwt2.onnx.export import Exporter, structure
 
 
 class FileExporter:
@@ -20,18 +19,18 @@ class FileExporter:
     def __init__(self, example_input: Inputs):
         self.exporter = Exporter(example_input)
 
-    def export(self, folded: nn.Module, path: Path) -> Path:
+    def export(self, folded: GraphModel, path: Path) -> Path:
         return self.exporter.export(folded, path)
 
     def learn(self, path: Path) -> None:
         """Write files of its structure into copies of a file that another process exported."""
         self.exporter.learn(path)
 
-    def structure(self, folded: nn.Module) -> str:
+    def structure(self, folded: GraphModel) -> str:
         """The same for networks whose files differ in stored numbers alone."""
         return structure(folded)
 
-    def holds(self, folded: nn.Module, module: str) -> bool:
+    def holds(self, module: str) -> bool:
         """Whether the file holds a module of the network."""
         return True
 
@@ -41,31 +40,39 @@ class PartExporter(FileExporter):
 
     Args:
         name: of the part.
-        example_input: what the part is called with.
+        inputs: of the whole detector.
+        example_input: what the part is called with then.
+        heads: names of the parts that are heads.
     """
 
-    def __init__(self, name: str, example_input):
-        self.name, self.exporter = name, Exporter(example_input, output_names=None)
+    def __init__(self, name: str, inputs: Inputs, example_input: Inputs, heads: list[str]):
+        super().__init__(example_input)
+        self.name, self.inputs, self.heads = name, inputs, heads
 
-    def export(self, folded: nn.Module, path: Path) -> Path:
-        return self.exporter.export(self._part(folded), path)
+    def export(self, folded: GraphModel, path: Path) -> Path:
+        return super().export(self._part(folded), path)
 
-    def structure(self, folded: nn.Module) -> str:
-        return structure(self._part(folded))
+    def structure(self, folded: GraphModel) -> str:
+        return super().structure(self._part(folded))
 
-    def holds(self, folded: nn.Module, module: str) -> bool:
-        return self._part(folded).holds(module)
+    def holds(self, module: str) -> bool:
+        inside = [head for head in self.heads if module.startswith(f"{head}.")]
+        return inside == ([self.name] if self.name in self.heads else [])
 
-    def _part(self, folded: nn.Module) -> nn.Module:
-        from qwt2.detection.parts import Part
+    def _part(self, folded: GraphModel) -> GraphModel:
+        from qwt2.detection.parts import split
 
-        return Part(folded, self.name)
+        return split(folded.of_size(list(self.inputs.values())))[self.name]
 
 
-def file_exporters(network: nn.Module, inputs: Inputs) -> dict[str, FileExporter]:
+def file_exporters(captured: GraphModel, inputs: Inputs) -> dict[str, FileExporter]:
     """One for every file of an exported model, by its name in `Cell.onnx`; a detector's inputs have names."""
     if not isinstance(inputs, dict):
         return {"": FileExporter(inputs)}
-    from qwt2.detection.parts import part_inputs
+    from qwt2.detection.parts import DENSE, part_inputs
 
-    return {name: PartExporter(name, example) for name, example in part_inputs(network, inputs).items()}
+    examples = part_inputs(captured.of_size(list(inputs.values())), inputs)
+    return {
+        name: PartExporter(name, inputs, example, [n for n in examples if n != DENSE])
+        for name, example in examples.items()
+    }

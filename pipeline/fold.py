@@ -8,19 +8,20 @@ def main(cfg, cell: Cell) -> None:
     from pipeline.files import file_exporters
     from pipeline.tasks import open_task
     from qwt2 import fold, load_quantized
-    from qwt2.evaluation.costs import multiply_accumulates, stored_numbers
     from qwt2.capture.batch import first
-    from qwt2.io import save_arrays, write_json
+    from qwt2.evaluation.costs import multiply_accumulates, stored_numbers
     from qwt2.evaluation.mismatch import Mismatch, fold_mismatch, record_modules
+    from qwt2.io import save_arrays, write_json
 
     task = open_task(cfg, cell)
     network = task.baseline(cell)
+    captured = task.captured(network)
     inputs = task.mismatch_inputs(network)
-    exporters = file_exporters(network, inputs)
+    exporters = file_exporters(captured, inputs)
     methods, first_seed = ["ptq", *cfg["exported"]], cfg["seeds"][0]
 
     def quantized(method: str, seed: int):
-        return load_quantized(network, cell.quantized("default", method, seed))
+        return load_quantized(captured, cell.quantized("default", method, seed))
 
     def export_new(run: tuple[str, str]) -> None:
         part, method = run
@@ -37,7 +38,7 @@ def main(cfg, cell: Cell) -> None:
             records = record_modules(folded, inputs)
             for part, exporter in exporters.items():
                 path = cell.onnx(method, seed, part).with_suffix(".records.safetensors")
-                save_arrays(path, {name: array for name, array in records.items() if exporter.holds(folded, name)})
+                save_arrays(path, {name: array for name, array in records.items() if exporter.holds(name)})
         worst = Mismatch.worst(list(fold_mismatch(qmodel, folded, inputs).values()))
         costs = {
             "stored_numbers": stored_numbers(folded),

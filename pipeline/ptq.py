@@ -10,25 +10,26 @@ def main(cfg, cell: Cell) -> None:
 
     task = open_task(cfg, cell)
     network = task.baseline(cell)
+    captured = task.captured(network)
     precision = Precision(**{k: v for k, v in cfg["precision"].items() if k != "name"})
 
     def quantize_one(run: tuple[str, int]) -> None:
         variant, seed = run
         qmodel = quantize(
-            network,
+            captured,
             task.calibration(network, seed),
             method=cfg["ptq"]["method"],
             precision=precision,
             variant=variant,
             observer_images=cfg["calibration"]["observer_images"],
-            **task.structure(network),
+            parts=task.parts(network),
         )
         save_quantized(qmodel, cell.quantized(variant, "ptq", seed))
 
     def predict_one(run: tuple[str, int]) -> None:
         variant, seed = run
         path = cell.quantized(variant, "ptq", seed)
-        task.predict(load_quantized(network, path), path)
+        task.predict(load_quantized(captured, path), path)
 
     runs = [(variant, seed) for variant in cfg["ptq"]["variants"] for seed in cfg["seeds"]]
     each("quantize", quantize_one, runs, cfg["workers"], then=predict_one)

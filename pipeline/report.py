@@ -7,8 +7,8 @@ from typing import Any
 from pipeline.stage import OUT, RESULTS, Cell, run_stage
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
-from qwt2.report.page import Conditions, render, vega_bundle
 from qwt2.report.detection import Line, lines
+from qwt2.report.page import Conditions, render, vega_bundle
 from qwt2.report.results import HEADLINE, UNITS, Layer, Results, Row, read_layers, read_rows, write_rows
 
 _NEEDED = {"classification": ("top1", "top5"), "detection": ("bbox_ap", "bbox_ap50")}

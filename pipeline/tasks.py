@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from pipeline.stage import Cell, task_of
-from qwt2.errors import Qwt2Error
 from qwt2.capture.batch import Inputs
+from qwt2.capture.graph import GraphModel
+from qwt2.errors import Qwt2Error
 from qwt2.io import read_array, write_array
 
 
@@ -54,9 +55,19 @@ class Task(ABC):
     def calibration(self, network: nn.Module, seed: int) -> Iterable[Inputs]:
         """The calibration set of one seed in batches; `network` is the full-precision one."""
 
-    def structure(self, network: nn.Module) -> dict[str, Any]:
-        """Arguments of `qwt2.quantize` that say how the network is to be taken apart."""
-        return {}
+    def captured(self, network: nn.Module) -> GraphModel:
+        """The graph of the full-precision network, captured once for all that a stage does with it."""
+        from qwt2.capture.export import capture
+
+        return capture(network, self.example(network))
+
+    @abstractmethod
+    def example(self, network: nn.Module) -> Inputs:
+        """Inputs of the size of a validation image."""
+
+    def parts(self, network: nn.Module) -> list[str] | None:
+        """Names of the modules to quantize; ``None``, all."""
+        return None
 
     @abstractmethod
     def mismatch_inputs(self, network: nn.Module) -> Inputs:
@@ -125,6 +136,10 @@ class Classification(Task):
 
     def calibration(self, network: nn.Module, seed: int) -> list[Inputs]:
         return calibration_batches(self.cfg, self.dataset, seed)
+
+    def example(self, network: nn.Module) -> Inputs:
+        images, _ = next(self.dataset.batches("val", 2))
+        return images
 
     def mismatch_inputs(self, network: nn.Module) -> Inputs:
         images, _ = next(self.dataset.batches("val", self.cfg["evaluate"]["mismatch_images"]))

@@ -2,7 +2,8 @@
 
 A two-stage detector chooses the regions that its heads look at from its own outputs, so the full-precision and the
 quantized network look at different ones, and their outputs do not pair up. Here the regions are inputs: those that the
-full-precision network chose (:func:`regions`).
+full-precision network chose (:func:`regions`). The dense part and each head are captured by themselves; between them
+stands mmdet's own extraction of a region's features, which cannot be traced.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten
 
-from qwt2.errors import Qwt2Error
-from qwt2.capture.patching import replaced_forward
 from qwt2.capture.batch import Inputs
+from qwt2.capture.check import evaluation_mode
+from qwt2.capture.export import capture
+from qwt2.capture.graph import GraphModel, Signature
+from qwt2.detection.patching import replaced_forward
+from qwt2.errors import Qwt2Error
 
 PARTS = ("backbone", "neck", "heads")
+REGIONS = "_regions"  # behind a head's name: the module that takes its regions out of the features
 
 
 class Detector(nn.Module):
@@ -44,12 +50,42 @@ class Detector(nn.Module):
         if boxes is not None:
             extractors = stages(self.detector.roi_head.bbox_roi_extractor)
             for stage, (extract, head) in enumerate(zip(extractors, box_heads(self.detector).values())):
-                outputs.append(head(_region_features(extract, features, boxes[:, stage])))
+                outputs.append(head(RegionFeatures(extract, stage)(boxes, *features)))
         if mask_boxes is not None:
             extractors = stages(self.detector.roi_head.mask_roi_extractor)
             for extract, head in zip(extractors, mask_heads(self.detector).values()):
-                outputs.append(head(_region_features(extract, features, mask_boxes)))
+                outputs.append(head(RegionFeatures(extract)(mask_boxes, *features)))
         return outputs
+
+    def capture_parts(self, example: Inputs) -> GraphModel:
+        """One graph of the parts, joined by calls of :class:`RegionFeatures`; see :func:`qwt2.capture.export.capture`."""
+        images = example["images"]
+        extraction = self._extraction(example)
+        with torch.no_grad(), evaluation_mode(self):
+            features = self.detector.extract_feat(images)
+            regions = {name: module(boxes, *features) for name, (module, boxes) in extraction.items()}
+            outputs = self(**example)
+        join = _Join(self, example)
+        dense = join.add(capture(DensePart(self), images), join.inputs["images"])
+        levels, found = dense[: len(features)], dense[len(features) :]
+        for name, (module, _) in extraction.items():
+            node = join.extract(name, module, levels, regions[name])
+            found += join.add(capture(HeadPart(self, name), regions[name]), node)
+        return join.finish(found, tree_flatten(outputs)[1])
+
+    def _extraction(self, example: Inputs) -> dict[str, tuple["RegionFeatures", Tensor]]:
+        """For every head its features' module, and the regions that it gets."""
+        found = {}
+        for key, heads, kind in (
+            ("boxes", box_heads, "bbox_roi_extractor"),
+            ("mask_boxes", mask_heads, "mask_roi_extractor"),
+        ):
+            if example.get(key) is None:
+                continue
+            extractors = stages(getattr(self.detector.roi_head, kind))
+            for stage, (extract, name) in enumerate(zip(extractors, heads(self.detector))):
+                found[name] = RegionFeatures(extract, stage if key == "boxes" else None), example[key]
+        return found
 
     def dense_head(self, features: tuple[Tensor, ...], images: Tensor) -> Any:
         """What is computed at every position, or by a transformer for the whole image."""
@@ -57,6 +93,92 @@ class Detector(nn.Module):
             return self.detector.bbox_head(**self.detector.forward_transformer(features, _whole_images(images)))
         head = getattr(self.detector, "rpn_head", None) or self.detector.bbox_head
         return head(features)
+
+
+class DensePart(nn.Module):
+    """Backbone, neck and dense head: images (N, 3, H, W) to the features of every level, then the head's outputs."""
+
+    def __init__(self, network: Detector):
+        super().__init__()
+        self.detector, self.dense_head = network.detector, network.dense_head
+
+    def forward(self, images: Tensor) -> list[Any]:
+        features = self.detector.extract_feat(images)
+        return [*features, *tree_flatten(self.dense_head(features, images))[0]]
+
+
+class HeadPart(nn.Module):
+    """One head, its modules named as in the network: features of regions (K, C, h, w) to every output in order."""
+
+    def __init__(self, network: Detector, name: str):
+        super().__init__()
+        self.name, holder = name, self
+        *parents, child = name.split(".")
+        for parent in parents:
+            holder.add_module(parent, nn.Module())
+            holder = holder.get_submodule(parent)
+        holder.add_module(child, network.get_submodule(name))
+
+    def forward(self, regions: Tensor) -> list[Any]:
+        return tree_flatten(self.get_submodule(self.name)(regions))[0]
+
+
+class RegionFeatures(nn.Module):
+    """Features (N * K, C, h, w) of regions (N, K, 4), or of those of one stage (N, stages, K, 4).
+
+    Args:
+        extract: mmdet's extractor.
+    """
+
+    def __init__(self, extract: nn.Module, stage: int | None = None):
+        super().__init__()
+        self.extract, self.stage = extract, stage
+
+    def forward(self, boxes: Tensor, *features: Tensor) -> Tensor:
+        boxes = boxes if self.stage is None else boxes[:, self.stage]
+        numbers = torch.arange(len(boxes), dtype=boxes.dtype, device=boxes.device).repeat_interleave(boxes.shape[1])
+        return self.extract(features[: self.extract.num_inputs], torch.cat([numbers[:, None], boxes.flatten(0, 1)], 1))
+
+
+class _Join:
+    """Puts graphs of parts into one."""
+
+    def __init__(self, network: Detector, example: Inputs):
+        self.network, self.example = network, example
+        self.graph, self.parts, self.extractions = fx.Graph(), [], {}
+        self.inputs = {name: self._input(name, tensor) for name, tensor in example.items()}
+
+    def _input(self, name: str, tensor: Tensor) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta = {"module": "", "shape": (None, *tensor.shape[1:]), "dtype": tensor.dtype, "leaf": False, "call": ""}
+        return node
+
+    def add(self, part: GraphModel, source: fx.Node) -> list[fx.Node]:
+        """The part's outputs when it reads a node."""
+        self.parts.append(part)
+        return list(self.graph.graph_copy(part.graph, {part.inputs[0]: source}))
+
+    def extract(self, head: str, module: RegionFeatures, levels: list[fx.Node], like: Tensor) -> fx.Node:
+        boxes = self.inputs["boxes" if module.stage is not None else "mask_boxes"]
+        self.extractions[f"{head}{REGIONS}"] = module
+        node = self.graph.call_module(f"{head}{REGIONS}", (boxes, *levels))
+        node.meta = levels[0].meta | {"module": "", "call": "", "shape": (None, *like.shape[1:])}
+        return node
+
+    def finish(self, outputs: list[fx.Node], out_spec: TreeSpec) -> GraphModel:
+        self.graph.output(outputs)
+        signature = Signature.of(self.network.forward, (), self.example, out_spec)
+        joined = GraphModel(self.graph, {}, signature, type(self.network.detector).__name__)
+        for part in self.parts:
+            for node in part.graph.nodes:
+                if node.op == "get_attr":
+                    joined.set_tensor(node.target, part.get_tensor(node.target))
+            for name in part.calls(nn.Module):
+                joined.set_module(name, part.get_submodule(name))
+        for name, module in self.extractions.items():
+            joined.set_module(name, module)
+        joined.prune()
+        return joined
 
 
 def stages(module: nn.Module) -> list[nn.Module]:
@@ -74,13 +196,6 @@ def mask_heads(detector: nn.Module) -> dict[str, nn.Module]:
     return _heads(detector, "mask_head")
 
 
-def sections(detector: nn.Module) -> list[str]:
-    """Names of the modules that are compensated as a whole: neck and heads."""
-    dense = ["neck", "rpn_head"] if hasattr(detector, "roi_head") else ["neck", "bbox_head"]
-    named = [f"detector.{name}" for name in dense if getattr(detector, name, None) is not None]
-    return [*named, *box_heads(detector), *mask_heads(detector)]
-
-
 def parts(detector: nn.Module, names: list[str]) -> list[str]:
     """Names of the modules to quantize for some of :data:`PARTS`; what is neither backbone nor neck is a head.
 
@@ -90,7 +205,9 @@ def parts(detector: nn.Module, names: list[str]) -> list[str]:
     if unknown := set(names) - set(PARTS) or (not names and {""}):
         raise Qwt2Error(f"model.parts names {sorted(unknown)[0]!r}; choose some of {', '.join(PARTS)}")
     layers = (nn.Linear, nn.Conv2d)
-    children = {name for name, child in detector.named_children() if any(isinstance(m, layers) for m in child.modules())}
+    children = {
+        name for name, child in detector.named_children() if any(isinstance(m, layers) for m in child.modules())
+    }
     members = {"backbone": ["backbone"], "neck": ["neck"], "heads": sorted(children - {"backbone", "neck"})}
     return [f"detector.{child}" for name in PARTS if name in names for child in members[name] if child in children]
 
@@ -156,12 +273,6 @@ def _by_image(rois: Tensor, images: int, count: int, fallback: Tensor | None = N
     return torch.stack(result)
 
 
-def _region_features(extract: nn.Module, features: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
-    """Features (N * K, C, h, w) of regions (N, K, 4)."""
-    numbers = torch.arange(len(boxes), dtype=boxes.dtype).repeat_interleave(boxes.shape[1])[:, None]
-    return extract(features[: extract.num_inputs], torch.cat([numbers, boxes.flatten(0, 1)], 1))
-
-
 def _heads(detector: nn.Module, kind: str) -> dict[str, nn.Module]:
     head = getattr(getattr(detector, "roi_head", None), kind, None)
     if head is None:
@@ -171,8 +282,8 @@ def _heads(detector: nn.Module, kind: str) -> dict[str, nn.Module]:
 
 
 def _whole_images(images: Tensor) -> list[Any]:
-    """Data samples that say that no image of the batch is padded."""
+    """Data samples that say that no image of the batch is padded; one tells it of all, whatever their number."""
     from mmdet.structures import DetDataSample
 
     size = tuple(images.shape[-2:])
-    return [DetDataSample(metainfo={"batch_input_shape": size, "img_shape": size}) for _ in images]
+    return [DetDataSample(metainfo={"batch_input_shape": size, "img_shape": size})]

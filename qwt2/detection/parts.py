@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import Tensor, fx, nn
 
-from qwt2.detection.network import Detector, box_heads, mask_heads
-from qwt2.errors import Qwt2Error
-from qwt2.capture.patching import replaced_forward
 from qwt2.capture.batch import Inputs
+from qwt2.capture.graph import GraphModel
+from qwt2.detection.network import REGIONS, Detector, RegionFeatures, box_heads, mask_heads
+from qwt2.detection.patching import replaced_forward
+from qwt2.errors import Qwt2Error
 
 DENSE = "dense"
 _REGIONS_AT_ONCE = 32  # engines are compiled for one number of regions; the last ones are filled up with zeros
@@ -27,67 +27,71 @@ _REGIONS_AT_ONCE = 32  # engines are compiled for one number of regions; the las
 Run = Callable[[np.ndarray], Any]
 
 
-class Part(nn.Module):
-    """One part of a network, its modules named as in the network. A head is held without the rest of the network, which
-    would take seconds to export along with it.
-
-    Args:
-        network: the whole.
-        name: `DENSE`, or the name of a head.
-    """
-
-    def __init__(self, network: Detector, name: str):
-        super().__init__()
-        self.name, self.heads = name, part_names(network)[1:]
-        if name == DENSE:
-            self.detector, self.dense_head = network.detector, network.dense_head
-        else:
-            *parents, child = name.split(".")
-            _containers(self, parents).add_module(child, network.get_submodule(name))
-        self.quantization = getattr(network, "quantization", None)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images (N, 3, H, W), or features of regions (K, C, h, w), to every output in order."""
-        if self.name != DENSE:
-            return tuple(tree_flatten(self.get_submodule(self.name)(x))[0])
-        features = self.detector.extract_feat(x)
-        outputs = tree_flatten(self.dense_head(features, x))[0]
-        return (*features, *outputs) if _is_two_stage(self.detector) else tuple(outputs)
-
-    def holds(self, module: str) -> bool:
-        """Whether a module of the network is run by this part."""
-        if self.name == DENSE:
-            return not any(module.startswith(head + ".") for head in self.heads)
-        return module.startswith(self.name + ".")
-
-
-def _containers(root: nn.Module, names: list[str]) -> nn.Module:
-    """The innermost of new empty modules, each the child of the one before it."""
-    for name in names:
-        root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root
-
-
 def part_names(network: Detector) -> list[str]:
     """The names of a network's parts, the dense one first."""
     return [DENSE, *box_heads(network.detector), *mask_heads(network.detector)]
 
 
-def part_inputs(network: Detector, inputs: Inputs) -> dict[str, Tensor]:
-    """The parts of a network, and what each is called with when the network is called with ``inputs``."""
+def split(model: GraphModel) -> dict[str, GraphModel]:
+    """A captured detector's parts by name, the dense one first; each takes one tensor and gives a tuple.
+
+    The dense part gives the features of every level, if there are heads, and then what the dense head gives.
+    """
+    regions = model.calls(RegionFeatures)
+    sources = {name.removesuffix(REGIONS): call for name, [call] in regions.items()}
+    outputs: dict[str, list[fx.Node]] = {DENSE: [], **{name: [] for name in sources}}
+    for [call] in list(regions.values())[:1]:
+        outputs[DENSE] += call.args[1:]
+    for node in model.output.args[0]:
+        outputs[_head_of(node, sources)].append(node)
+    starts = {DENSE: model.inputs[0], **sources}
+    return {name: model.between(starts[name], nodes) for name, nodes in outputs.items()}
+
+
+def _head_of(node: fx.Node, sources: dict[str, fx.Node]) -> str:
+    """Which part computes a node."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        for name, source in sources.items():
+            if current is source:
+                return name
+        new = [other for other in current.all_input_nodes if other not in seen]
+        seen.update(new)
+        waiting += new
+    return DENSE
+
+
+def part_inputs(model: GraphModel, inputs: Inputs) -> dict[str, Tensor]:
+    """The parts of a captured detector, and what each is called with when the whole is called with ``inputs``."""
     seen = {DENSE: inputs["images"]}
-    handles = [
-        network.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
-        for name in part_names(network)[1:]
-    ]
-    try:
-        with torch.no_grad():
-            network(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def note(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        value = model.evaluate(node, values)
+        if isinstance(model.module_of(node), RegionFeatures):
+            seen[node.target.removesuffix(REGIONS)] = value
+        return value
+
+    with torch.no_grad():
+        model.walk(inputs, note)
     return seen
+
+
+def simulation_runs(model: GraphModel) -> dict[str, Run]:
+    """What computes each part of a captured detector, as an engine does: arrays in, arrays by number out."""
+
+    def run_of(part: GraphModel) -> Run:
+        def run(x: np.ndarray) -> dict[int, np.ndarray]:
+            with torch.inference_mode():
+                return {number: y.numpy() for number, y in enumerate(part(torch.from_numpy(x)))}
+
+        return run
+
+    return {name: run_of(part) for name, part in split(model).items()}
+
+
+def _arrays(outputs: Any) -> list[np.ndarray]:
+    return list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
 
 
 @contextmanager
@@ -144,7 +148,7 @@ class _Dense:
                 f"an image of {_times(images.shape[-2:])} pixels does not have the exported size {_times(self.size)}; "
                 "resize all images to one size, without keeping their ratio"
             )
-        outputs = [torch.from_numpy(array) for array in self.run(padded(images, self.size).numpy())]
+        outputs = [torch.from_numpy(array) for array in _arrays(self.run(padded(images, self.size).numpy()))]
         levels = len(outputs) // 3 if _is_two_stage(self.detector) else 0
         self.outputs = outputs[levels:]
         return tuple(outputs[:levels])
@@ -173,10 +177,11 @@ def _times(size: Sequence[int]) -> str:
 def _on_regions(run: Run) -> Callable[[Tensor], Any]:
     def forward(x: Tensor) -> Any:
         filled = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % _REGIONS_AT_ONCE)).numpy()
-        pieces = [run(np.ascontiguousarray(piece)) for piece in np.split(filled, len(filled) // _REGIONS_AT_ONCE)]
-        if isinstance(pieces[0], np.ndarray):
-            return torch.from_numpy(np.concatenate(pieces)[: len(x)])
-        return tuple(torch.from_numpy(np.concatenate(arrays)[: len(x)]) for arrays in zip(*pieces))
+        pieces = [
+            _arrays(run(np.ascontiguousarray(piece))) for piece in np.split(filled, len(filled) // _REGIONS_AT_ONCE)
+        ]
+        outputs = tuple(torch.from_numpy(np.concatenate(arrays)[: len(x)]) for arrays in zip(*pieces))
+        return outputs[0] if len(outputs) == 1 else outputs
 
     return forward
 
