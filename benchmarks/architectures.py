@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from pipeline.resources import PeakMemory
 from qwt2 import compensate, export_onnx, fold, load_engine, quantize
-from qwt2.evaluation import machine
-from qwt2.io import write_csv
-from qwt2.evaluation.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
 from qwt2.classification.models import build_model
+from qwt2.evaluation import machine
+from qwt2.evaluation.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
+from qwt2.io import write_csv
 from qwt2.onnx.file import load_onnx
 from qwt2.quantization.precision import Precision
 

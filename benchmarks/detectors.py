@@ -18,12 +18,12 @@ from pipeline.files import file_exporters
 from pipeline.resolve import CONF, compose_cell
 from pipeline.resources import PeakMemory
 from qwt2 import compensate, fold, quantize
-from qwt2.evaluation import machine
-from qwt2.detection.models import build_detector
-from qwt2.detection.network import Detector, parts, regions, sections
 from qwt2.capture.batch import Inputs
-from qwt2.io import write_csv
+from qwt2.detection.models import build_detector
+from qwt2.detection.network import Detector, parts, regions
+from qwt2.evaluation import machine
 from qwt2.evaluation.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
+from qwt2.io import write_csv
 from qwt2.onnx.file import load_onnx
 
 RESULT = Path("results/benchmarks/detectors.csv")
@@ -49,13 +49,13 @@ def measure(name: str) -> dict:
     method = cfg["ptq"]["method"]
     network = Detector(build_detector(cfg["model"] | {"checkpoint": None})).eval()
     batches = [calibration_batch(network, seed) for seed in range(2)]
-    structure = {"sections": sections(network.detector), "parts": parts(network.detector, cfg["model"]["parts"])}
+    wanted = parts(network.detector, cfg["model"]["parts"])
     seconds: dict[str, float] = {}
     with PeakMemory() as memory, tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        qmodel = timed(seconds, "quantize", lambda: quantize(network, batches, method, PRECISION, observer_images=2, **structure))
+        qmodel = timed(seconds, "quantize", lambda: quantize(network, batches, method, PRECISION, observer_images=2, parts=wanted))
         timed(seconds, "compensate", lambda: compensate(qmodel, batches, "cwac"))
         folded = timed(seconds, "fold", lambda: fold(qmodel))
-        exporters = file_exporters(network, batches[0])
+        exporters = file_exporters(qmodel, batches[0])
         files = {part: Path(folder) / f"{part}.onnx" for part in exporters}
         timed(seconds, "export", lambda: [exporter.export(folded, files[part]) for part, exporter in exporters.items()])
         row = {
@@ -68,7 +68,7 @@ def measure(name: str) -> dict:
         row |= figures("fold", Mismatch.worst(list(fold_mismatch(qmodel, folded, batches[0]).values())))
         records = record_modules(folded, batches[0])
         of_part = {
-            part: {key: array for key, array in records.items() if exporter.holds(folded, key)}
+            part: {key: array for key, array in records.items() if exporter.holds(key)}
             for part, exporter in exporters.items()
         }
         del qmodel, folded, network

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from benchmarks import tiny_chain
 from benchmarks.table import machine_file, versions_text
-from qwt2.evaluation import machine
 from qwt2.errors import Qwt2Error, guarded
+from qwt2.evaluation import machine
 from qwt2.io import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,9 +33,9 @@ from pipeline.readme import read_dicts
 from pipeline.resources import PeakMemory
 from qwt2 import Precision, compensate, export_onnx, fold, quantize
 from qwt2.evaluation import machine
-from qwt2.io import write_csv
 from qwt2.evaluation.latency import measure_latency
 from qwt2.evaluation.metrics import agreement_percent, sqnr_db
+from qwt2.io import write_csv
 from qwt2.onnx.file import with_batch_size
 
 # timm name -> our PTQ method, the same as in conf/model
