@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from qwt2.capture.blocks import ends, is_inside
+from qwt2.capture.graph import GraphModel
 from qwt2.quantization.layers import QuantizedLayer, QuantizedModule, full_precision
 
 
@@ -67,14 +69,28 @@ def layer_pairs(qmodel: nn.Module, reference: nn.Module, name: str, batches, tar
 
 
 @torch.no_grad()
-def block_triples(qmodel: nn.Module, reference: nn.Module, name: str, batches, target: str):
-    """(x, y_q, y_f) of a block, one triple a batch."""
-    arguments, y_q = record(qmodel, name, batches)
+def block_triples(qmodel: GraphModel, reference: GraphModel, name: str, batches, target: str):
+    """(x, y_q, y_f) of a block, one triple a batch, from whole passes through the graph."""
+    x, y = ends(qmodel, name)
+    quantized = [values_of(qmodel, (x, y), batch) for batch in batches]
     if target == "global":
-        y_f = record(reference, name, batches)[1]
+        exact = [values_of(reference, ends(reference, name), batch)[1] for batch in batches]
     else:
-        y_f = [reference.get_submodule(name)(*(a.clone() for a in args), **kwargs) for args, kwargs in arguments]
-    return [(args[0], q, f) for (args, _), q, f in zip(arguments, y_q, y_f)]
+        block = reference.between(*(lambda x, y: (x, [y]))(*ends(reference, name)))
+        exact = [block(x)[0] for x, _ in quantized]
+    return [(x, q, f) for (x, q), f in zip(quantized, exact)]
+
+
+def values_of(model: GraphModel, nodes, batch) -> list[torch.Tensor]:
+    """What some nodes of a graph give on a batch."""
+    seen = {}
+
+    def note(node, values):
+        seen[node] = model.evaluate(node, values)
+        return seen[node]
+
+    model.walk(batch, note)
+    return [batch if node.op == "placeholder" else seen[node] for node in nodes]
 
 
 def rows(tensors, axis: int) -> np.ndarray:
@@ -111,26 +127,26 @@ def decibel(signal: np.ndarray, noise: np.ndarray) -> float:
 
 
 class Stored:
-    """QwT and CWAC as published code goes about it: of each block, every image's outputs are kept, full-precision and
+    """QwT and CWAC as published code goes about it: every image's outputs of a block or layer are kept, full-precision and
     quantized, and the normal equations are solved by an explicit inverse.
 
-    For networks whose blocks are a chain, each reading nothing but the output of the one before. What is fitted is applied
-    to ``qmodel`` and kept in ``fitted``, by name: (W, b) or (alpha, beta).
+    What is fitted is applied to ``qmodel`` and kept in ``fitted``, by name: (W, b) or (alpha, beta).
     """
 
-    def __init__(self, qmodel: nn.Module, batches):
+    def __init__(self, qmodel: GraphModel, batches):
         self.qmodel, self.batches, self.fitted = qmodel, batches, {}
         self.info = qmodel.quantization
 
     @torch.no_grad()
     def qwt(self) -> dict:
-        """Target "local": the full-precision block on the quantized network's input; float32 weights."""
-        inputs = [args[0] for args in self.inputs_of(self.qmodel, self.info.blocks[0])]
-        for name in list(self.info.blocks):
-            block = self.qmodel.get_submodule(name)
-            with full_precision(block):
-                y_f = [block(x) for x in inputs]
-            y_q = [block(x) for x in inputs]
+        """Target "local": the full-precision block on the quantized network's input; float32 weights. Blocks are a chain."""
+        parts = {name: self.qmodel.between(x, [y]) for name in self.info.blocks for x, y in [ends(self.qmodel, name)]}
+        start = ends(self.qmodel, self.info.blocks[0])[0]
+        inputs = [values_of(self.qmodel, [start], batch)[0] for batch in self.batches]
+        for name, part in parts.items():
+            with full_precision(part):
+                y_f = [part(x)[0] for x in inputs]
+            y_q = [part(x)[0] for x in inputs]
             x, error = torch.cat(inputs).flatten(0, -2), (torch.cat(y_f) - torch.cat(y_q)).flatten(0, -2)
             solution = inverse_regression(x, error)
             self.fitted[name] = solution[:-1].T, solution[-1]
@@ -139,27 +155,29 @@ class Stored:
 
     @torch.no_grad()
     def cwac(self) -> dict:
-        """Target "global", every layer after those before it, no gate."""
-        inputs: dict[bool, list] = {}
-        for unit in self.info.units:
-            is_block = unit in self.info.blocks
-            if not is_block or not inputs:  # a layer outside the blocks: nothing is known but the whole network
-                for reference in (False, True):
-                    with full_precision(self.qmodel) if reference else nullcontext():
-                        inputs[reference] = [args[0] for args in self.inputs_of(self.qmodel, unit)]
-            module = self.qmodel.get_submodule(unit)
-            layers = [name for name in self.info.layers if name == unit or name.startswith(unit + ".")]
-            for name in layers:
-                y_q = self.outputs_of(module, name, inputs[False])
+        """Target "global", every layer after those before it, no gate; a unit is a block, or a layer outside of them."""
+        for unit in self.units():
+            start = self.input_of(unit)
+            inputs = {}
+            for reference in (False, True):
+                with full_precision(self.qmodel) if reference else nullcontext():
+                    inputs[reference] = [values_of(self.qmodel, [start], batch)[0] for batch in self.batches]
+            for name in [layer for layer in self.info.layers if is_inside(layer, unit)]:
+                y_q = self.outputs_of(start, name, inputs[False])
                 with full_precision(self.qmodel):
-                    y_f = self.outputs_of(module, name, inputs[True])
+                    y_f = self.outputs_of(start, name, inputs[True])
                 self.set_affine(name, torch.cat(y_q), torch.cat(y_f))
-            inputs[False] = [module(x) for x in inputs[False]]
-            with full_precision(self.qmodel):
-                inputs[True] = [module(x) for x in inputs[True]]
-            if not is_block:
-                inputs = {}
         return self.fitted
+
+    def units(self) -> list[str]:
+        units = [next((b for b in self.info.blocks if is_inside(layer, b)), layer) for layer in self.info.layers]
+        return list(dict.fromkeys(units))
+
+    def input_of(self, unit: str):
+        if unit in self.info.blocks:
+            return ends(self.qmodel, unit)[0]
+        [call] = self.qmodel.calls(type(self.qmodel.get_submodule(unit)))[unit]
+        return call.args[0]
 
     def set_affine(self, name: str, y_q: torch.Tensor, y_f: torch.Tensor) -> None:
         layer = self.qmodel.get_submodule(name)
@@ -170,25 +188,13 @@ class Stored:
         self.fitted[name] = solution[:, 0, 0], solution[:, 1, 0]
         layer.set_compensation(*(values.float() for values in self.fitted[name]))
 
-    def inputs_of(self, model: nn.Module, name: str) -> list[tuple]:
-        """Positional arguments of a module over whole-network passes."""
-        found: list[tuple] = []
-        hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args))
-        for batch in self.batches:
-            model(batch)
-        hook.remove()
-        return found
-
-    def outputs_of(self, module: nn.Module, name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def outputs_of(self, start, name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """A layer's outputs before quantization of the output, one entry for each of its unit's inputs."""
-        layer, outputs = self.qmodel.get_submodule(name), []
-        hook = layer.register_forward_pre_hook(
-            lambda _, args: outputs.append(layer.uncompensated(args[0]) if layer.quantized else layer.full_precision(args[0]))
-        )
-        for x in inputs:
-            module(x)
-        hook.remove()
-        return outputs
+        layer = self.qmodel.get_submodule(name)
+        [call] = self.qmodel.calls(type(layer))[name]
+        part = self.qmodel.between(start, [call.args[0]])
+        seen = [part(x)[0] for x in inputs]
+        return [layer.with_bias(layer.products(x)) if layer.quantized else layer.full_precision(x) for x in seen]
 
 
 def inverse_regression(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

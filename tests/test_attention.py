@@ -1,15 +1,15 @@
 """`nn.MultiheadAttention` in the ways that people call it: same function, and every product quantized."""
 
-import copy
-
 import pytest
 import torch
+from graphs import assert_same
 from tiny_models import batches, images, randomize
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 import qwt2
-from qwt2.capture.attention import ExplicitAttention, make_attention_explicit
+from qwt2.capture import wiring
+from qwt2.capture.export import capture
 from qwt2.quantization.layers import full_precision
 
 
@@ -66,12 +66,27 @@ def uses_weights_per_head(attention, x, context):
     return y + weights[:, 1].var(1).unsqueeze(-1) * x
 
 
+def padding_mask(attention, x, context):
+    return attention(x, x, x, key_padding_mask=x[:, :, 0] < -1)[0]
+
+
+def padding_mask_without_weights(attention, x, context):
+    return attention(x, x, x, key_padding_mask=x[:, :, 0] < -1, need_weights=False)[0]
+
+
+def called_in_two_ways(attention, x, context):
+    return attention(attention(x, x, x)[0], x, x)[0]
+
+
 CALLS = [
     (self_attention, {"batch_first": True}), (self_attention, {"batch_first": True, "bias": False}),
     (without_weights, {"batch_first": True}), (cross, {"batch_first": True}),
     (cross, {"batch_first": True, "kdim": 6, "vdim": 6}), (sequence_first, {}),
     (additive_mask, {"batch_first": True}), (boolean_mask, {"batch_first": True}), (mask_per_head, {"batch_first": True}),
     (uses_weights, {"batch_first": True}), (uses_weights_per_head, {"batch_first": True}),
+    (self_attention, {"batch_first": True, "add_bias_kv": True}), (self_attention, {"batch_first": True, "add_zero_attn": True}),
+    (padding_mask, {"batch_first": True}), (padding_mask_without_weights, {"batch_first": True}),
+    (called_in_two_ways, {"batch_first": True}),
 ]  # fmt: skip
 
 
@@ -80,14 +95,17 @@ CALLS = [
 def test_it_computes_the_same_and_can_be_quantized(call, settings):
     model = randomize(Tokens(call, **settings))
     expected = model(images(4))
-    explicit = copy.deepcopy(model)
-    assert not make_attention_explicit(explicit, images(1))
-    assert isinstance(explicit.attention, ExplicitAttention)
-    assert torch.allclose(explicit(images(4)), expected, atol=1e-5)
-    assert explicit.attention.fused == (call is not cross)
+    graph = capture(model, images(2))
+    assert_same(graph, model, images(4), atol=1e-5)
     qmodel = qwt2.quantize(model, batches())
-    assert {"attention.matmul1", "attention.matmul2"} <= set(qmodel.quantization.matmuls)
-    assert "attention.proj" in qmodel.quantization.layers
+    info = qmodel.quantization
+    assert info.matmuls == ["attention.matmul1", "attention.matmul2"] and not info.float_modules
+    assert wiring.softmax_products(graph) == {"attention.matmul2"}
+    # One projection where query, key and value are of one tensor, three where they are not; the output's bears its name.
+    projections = [name for name in info.layers if name.startswith("attention.")]
+    fused, apart = ["attention.linear1"], ["attention.linear1", "attention.linear2", "attention.linear3"]
+    expected_projections = {cross: apart, called_in_two_ways: [*fused, *apart[1:]]}.get(call, fused)
+    assert sorted(projections) == [*expected_projections, "attention.out_proj"]
     assert torch.allclose(qmodel(images(4)), expected, atol=0.1 * expected.abs().max())
     with full_precision(qmodel):
         assert torch.allclose(qmodel(images(4)), expected, atol=1e-5)
@@ -137,21 +155,3 @@ def whole_chain(model: nn.Module, blocks: int, tmp_path) -> None:
     for engine in ("onnxruntime", "openvino"):
         logits = qwt2.load_engine(path, engine)(images(4).numpy())
         assert abs(logits - expected.numpy()).max() < 0.2 * expected.abs().max()
-
-
-@pytest.mark.parametrize(
-    "call, settings, reason",
-    [
-        (self_attention, {"batch_first": True, "add_bias_kv": True}, "bias_k"),
-        (self_attention, {"batch_first": True, "add_zero_attn": True}, "add_zero_attn"),
-        (lambda a, x, c: a(x, x, x, key_padding_mask=torch.zeros(len(x), 16, dtype=torch.bool))[0], {"batch_first": True},
-         "key_padding_mask"),
-        (lambda a, x, c: a(a(x, x, x)[0], x, x)[0], {"batch_first": True}, "called in different ways"),
-    ],
-)  # fmt: skip
-def test_calls_that_are_not_covered_stay_in_float_with_their_reason(call, settings, reason):
-    model = randomize(Tokens(call, **settings))
-    qmodel = qwt2.quantize(model, batches())
-    assert reason in qmodel.quantization.float_modules["attention"]
-    with torch.no_grad(), full_precision(qmodel):
-        assert torch.allclose(qmodel(images(4)), model(images(4)), atol=1e-5)

@@ -15,8 +15,8 @@ from tiny_models import vit
 
 import qwt2
 from qwt2.__main__ import main
-from qwt2.report.results import QUANTILES
 from qwt2.onnx.tensorrt_rules import check
+from qwt2.report.results import QUANTILES
 
 FACTORY = "import tiny_models\n\ndef make():\n    return tiny_models.vit()\n\ndef number():\n    return 3\n"
 

@@ -1,22 +1,36 @@
 """CWAC and QwT against whole-network passes, hooks and numpy's least squares."""
 
 import copy
+import functools
 import json
 import math
 import time
 
 import numpy as np
 import pytest
+import tiny_models as tiny
 import torch
+from oracles import (
+    Stored,
+    affine,
+    block_triples,
+    decibel,
+    full_precision_copy,
+    layer_pairs,
+    patches,
+    record,
+    rows,
+    squared_error,
+)
 from torch import nn
 
 import qwt2
-import tiny_models as tiny
-from oracles import Stored, affine, block_triples, decibel, full_precision_copy, layer_pairs, patches, record, rows, squared_error
+from qwt2.compensation.blocks import AffineCompensation, LinearCompensation, compensated_blocks, put_behind
+from qwt2.quantization.info import quantized_layers
+from qwt2.quantization import walk
+from qwt2.quantization.activation_store import ActivationStore
+from qwt2.quantization.layers import QuantizedModule
 from qwt2.report.results import fit_record
-from qwt2.compensation import cwac
-from qwt2.quantization.layers import AffineBlock, CompensatedBlock, QuantizedModule
-from qwt2.quantization.quantize import quantized_layers
 
 NETWORKS = ["vit", "swin", "resnet", "mobilenet", "dense", "pyramid", "overwriting"]
 
@@ -40,6 +54,11 @@ def overwriting() -> nn.Module:
 
 
 def quantized(name: str, bits: int = 4) -> nn.Module:
+    return copy.deepcopy(_quantized(name, bits))
+
+
+@functools.cache
+def _quantized(name: str, bits: int) -> nn.Module:
     if name in tiny.BUILDERS:
         return tiny.quantized(name, bits, bits)
     build = {"dense": tiny.dense, "pyramid": tiny.pyramid, "mlp": tiny.mlp, "overwriting": overwriting}[name]
@@ -107,11 +126,9 @@ class TestCWACAgainstWholeNetworks:
             triples = block_triples(twin, reference, module.module, batches, target)
             q, f = (rows(outputs, axis) for outputs in list(zip(*triples))[1:])
             assert_same_parameters(module, *affine(q, f))
-            parent, _, child = module.module.rpartition(".")
-            wrapper = AffineBlock(twin.get_submodule(module.module), module.alpha.float(), module.beta.float(), axis)
             if order == "sequential":
-                setattr(twin.get_submodule(parent), child, wrapper)
-            assert isinstance(qmodel.get_submodule(module.module), AffineBlock)
+                put_behind(twin, module.module, AffineCompensation(module.alpha.float(), module.beta.float(), axis))
+            assert isinstance(compensated_blocks(qmodel)[module.module], AffineCompensation)
         if order == "sequential":
             assert_same_outputs(qmodel, twin)
 
@@ -190,21 +207,9 @@ class TestGate:
         assert qwt2.compensate(quantized("vit"), [tiny.images()], "cwac", gate="none").modules
 
 
-class _Seen(Exception):
-    pass
-
-
 def held_out_power(qmodel: nn.Module, batches, holdout: float) -> float:
-    """Power of the first layer's outputs on held-out batches, as its gate sees it."""
-    with pytest.MonkeyPatch.context() as patch:
-
-        def solve(fit):
-            raise _Seen(float(fit.held_out.var_f.sum()))
-
-        patch.setattr(cwac._Fit, "solve", solve)
-        with pytest.raises(_Seen) as seen:
-            qwt2.compensate(qmodel, batches, "cwac", holdout=holdout)
-    return seen.value.args[0]
+    """What the gate of the first layer sees: its SQNR on held-out batches, without compensation."""
+    return qwt2.compensate(copy.deepcopy(qmodel), batches, "cwac", holdout=holdout).modules[0].gate_before_db
 
 
 class TestCWAC:
@@ -251,18 +256,20 @@ class TestCWAC:
             assert_same_state(once, twice)
 
     def test_local_target_stores_no_reference_activations(self, monkeypatch):
-        from qwt2.compensation import walk as streams
-
-        started = []
-        original = streams.UnitStream.__init__
-        monkeypatch.setattr(
-            streams.UnitStream, "__init__",
-            lambda self, *args, reference, **kwargs: (started.append(reference), original(self, *args, reference=reference, **kwargs))[1],
-        )  # fmt: skip
+        stored = stores_used(monkeypatch)
         qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", target="local")
-        assert started == [False]
+        assert stored == {"quantized"}
         qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", target="global")
-        assert sorted(started[1:]) == [False, True]
+        assert stored == {"quantized", "reference"}
+
+
+def stores_used(monkeypatch) -> set[str]:
+    """Names of the networks whose values are stored from now on."""
+    own, used = ActivationStore.__setitem__, set()
+    monkeypatch.setattr(
+        ActivationStore, "__setitem__", lambda self, *item: (used.add(self.prefix), own(self, *item))[1]
+    )
+    return used
 
 
 class TestQwT:
@@ -276,7 +283,7 @@ class TestQwT:
         assert [m.module for m in report.modules] == blocks
         for module in report.modules:
             assert module.kept and module.alpha is None
-            layer: CompensatedBlock = qmodel.get_submodule(module.module)
+            layer: LinearCompensation = compensated_blocks(qmodel)[module.module]
             triples = block_triples(twin, reference, module.module, batches, target)
             x, q, f = (rows(values, -1) for values in zip(*triples))
             best = f - q - _residual(x, f - q, damping)
@@ -286,7 +293,7 @@ class TestQwT:
             assert module.sqnr_after_db == pytest.approx(decibel(f, q + best - f), abs=1e-3)
             error = f - q
             assert module.r2 == pytest.approx(1 - ((error - best) ** 2).sum() / ((error - error.mean(0)) ** 2).sum(), abs=1e-5)
-            _wrap(twin, module.module, layer)
+            put_behind(twin, module.module, copy.deepcopy(layer))
         assert_same_outputs(qmodel, twin)
 
     @pytest.mark.parametrize("kernel", [1, 3])
@@ -300,7 +307,7 @@ class TestQwT:
         strides = {"layer1.0": 1, "layer2.0": 2, "layer3.0": 2, "layer4.0": 2}
         for module, group_count in zip(report.modules, groups, strict=True):
             assert module.kept
-            layer: CompensatedBlock = qmodel.get_submodule(module.module)
+            layer: LinearCompensation = compensated_blocks(qmodel)[module.module]
             assert layer.groups == group_count and max(layer.stride) == strides[module.module] and layer.weight.shape[-1] == kernel
             triples = block_triples(twin, reference, module.module, batches, "local")
             x, q, f = (torch.cat(values).double().numpy() for values in zip(*triples))
@@ -314,7 +321,7 @@ class TestQwT:
                 weight = layer.weight[mine].double().numpy().reshape(width_out, -1)
                 found = columns @ weight.T + layer.bias[mine].double().numpy()
                 np.testing.assert_allclose(found, best, atol=1e-5 * np.abs(best).max(), err_msg=module.module)
-            _wrap(twin, module.module, layer)
+            put_behind(twin, module.module, copy.deepcopy(layer))
         assert_same_outputs(qmodel, twin)
 
     @pytest.mark.parametrize("name", ["vit", "resnet"])
@@ -325,16 +332,16 @@ class TestQwT:
         qwt2.compensate(half, tiny.batches(), "qwt")
         qwt2.compensate(single, tiny.batches(), "qwt", dtype="float32")
         block = single.quantization.blocks[0]  # later ones are fitted on different networks
-        layer, exact = half.get_submodule(block), single.get_submodule(block)
+        layer, exact = compensated_blocks(half)[block], compensated_blocks(single)[block]
         assert layer.weight.dtype == torch.float16 and layer.bias.dtype == torch.float32
         assert exact.weight.dtype == torch.float32
         assert torch.equal(layer.weight, exact.weight.half()) and torch.equal(layer.bias, exact.bias)
-        [((x,), _)], [y] = record(half, block, [tiny.images(4)])
+        [((x, bare), _)], [y] = record(half, f"{block}.compensation", [tiny.images(4)])
         operation = nn.functional.linear if name == "vit" else nn.functional.conv2d
         geometry = [] if name == "vit" else [None, layer.stride, 0, 1, layer.groups]
         added = operation(x.to(arithmetic), layer.weight.to(arithmetic), *geometry).float()
         bias = layer.bias if name == "vit" else layer.bias.reshape(1, -1, 1, 1)
-        torch.testing.assert_close(y, layer.block(x.clone()) + added + bias)
+        torch.testing.assert_close(y, bare + added + bias)
 
     def test_a_block_without_error_is_left_alone(self):
         """R^2 of nothing to explain is not positive."""
@@ -346,8 +353,7 @@ class TestQwT:
         assert [m.kept for m in modules] == [True, False, True]
         assert modules[1].reason == "R^2 is not positive" and modules[1].r2 == -math.inf
         assert modules[1].sqnr_before_db == modules[1].sqnr_after_db == math.inf
-        kinds = [isinstance(qmodel.get_submodule(m.module), CompensatedBlock) for m in modules]
-        assert kinds == [True, False, True]
+        assert list(compensated_blocks(qmodel)) == [m.module for m in modules if m.kept]
 
     def test_positional_r2_rejects_what_pooled_keeps(self):
         """On copies of one image the error has no variance about its position's mean."""
@@ -357,7 +363,7 @@ class TestQwT:
         qmodel = quantized("resnet")
         positional = qwt2.compensate(qmodel, same, "qwt", r2="positional").modules[0]
         assert not positional.kept and positional.r2 <= 0 and positional.reason == "R^2 is not positive"
-        assert not isinstance(qmodel.get_submodule(positional.module), CompensatedBlock)
+        assert positional.module not in compensated_blocks(qmodel)
 
     def test_positional_r2_in_closed_form(self):
         qmodel, batches = quantized("resnet"), tiny.batches(16, 8)
@@ -366,14 +372,14 @@ class TestQwT:
         qwt2.compensate(qmodel, batches, "qwt", dtype="float32")  # the same regression, whatever the gate says
         x, q, f = (torch.cat(v) for v in zip(*block_triples(twin, reference, module.module, batches, "local")))
         error = (f - q).double()
-        left = error - qmodel.get_submodule(module.module).compensation(x).double()
+        left = error - compensated_blocks(qmodel)[module.module].added(x).double()
         total = (error - error.mean(0)).square().sum()
         assert module.r2 == pytest.approx(float(1 - left.square().sum() / total), abs=1e-5)
 
     def test_blocks_that_change_the_number_of_positions_are_left_with_a_reason(self):
         class Pooling(tiny.MLPBlock):
             def forward(self, x):
-                return super().forward(x)[:, ::2]
+                return super().forward(x).unflatten(1, (-1, 2)).mean(2)
 
         class Valid(nn.Module):
             """Two convolutions without padding."""
@@ -395,7 +401,7 @@ class TestQwT:
             modules = qwt2.compensate(qmodel, tiny.batches(8), "qwt").modules
             assert [m.kept for m in modules] == [True, False, True]
             assert modules[1].reason == "input and output positions differ"
-            assert not isinstance(qmodel.get_submodule(modules[1].module), CompensatedBlock)
+            assert modules[1].module not in compensated_blocks(qmodel)
 
     def test_needs_blocks(self):
         qmodel = qwt2.quantize(tiny.vit(), [tiny.images()], "minmax", blocks=[])
@@ -412,15 +418,6 @@ def _residual(x: np.ndarray, y: np.ndarray, damping: float) -> np.ndarray:
     return y - y.mean(0) - centred @ weight
 
 
-def _wrap(model: nn.Module, name: str, layer: CompensatedBlock) -> None:
-    """Put the fitted layer beside the same block of another copy of the network."""
-    parent, _, child = name.rpartition(".")
-    block = model.get_submodule(name)
-    dtypes = layer.weight.dtype, layer.arithmetic
-    copied = CompensatedBlock(block, layer.weight, layer.bias, layer.stride, layer.groups, *dtypes)
-    setattr(model.get_submodule(parent), child, copied)
-
-
 METHODS = [("cwac", {}), ("cwac", {"granularity": "block"}), ("cwac", {"order": "one_pass"}), ("qwt", {}), ("qwt", {"target": "global"})]
 
 
@@ -434,20 +431,32 @@ class TestOffloading:
         assert_same_state(in_memory, on_disk)
         assert list(tmp_path.iterdir()) == []
 
-    def test_inputs_really_go_to_disk(self, tmp_path, monkeypatch):
-        from qwt2.compensation import walk as streams
+    @pytest.mark.parametrize("limit, expected", [(0, 4), (10**9, 0)])
+    def test_what_exceeds_the_limit_really_goes_to_disk(self, limit, expected, tmp_path, monkeypatch):
+        own, seen = ActivationStore.__setitem__, []
 
-        most = 0
-        original = streams.UnitStream.advance
+        def put(self, *item):
+            own(self, *item)
+            seen.append(len([path for path in tmp_path.rglob("*") if path.is_file()]))
 
-        def advance(self):
-            nonlocal most
-            most = max(most, len([p for p in tmp_path.rglob("*") if p.is_file()]))
-            return original(self)
+        monkeypatch.setattr(ActivationStore, "__setitem__", put)
+        qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", offload_dir=str(tmp_path), memory_limit=limit)
+        assert max(seen) == expected  # two batches in two networks
 
-        monkeypatch.setattr(streams.UnitStream, "advance", advance)
-        qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", offload_dir=str(tmp_path))
-        assert most == 8  # two batches: inputs of both networks, what the full-precision unit returned, the quantized layer's products
+    @pytest.mark.parametrize("limit", [0, 20_000, 10**9])
+    def test_results_do_not_depend_on_the_limit(self, limit, tmp_path):
+        in_memory, mixed = quantized("vit"), quantized("vit")
+        qwt2.compensate(in_memory, tiny.batches(8))
+        qwt2.compensate(mixed, tiny.batches(8), offload_dir=str(tmp_path), memory_limit=limit)
+        assert_same_state(in_memory, mixed)
+
+    @pytest.mark.parametrize("growth", [0.0, 1.0, 100.0])
+    def test_results_do_not_depend_on_what_is_kept_and_what_computed_again(self, growth, monkeypatch):
+        usual, other = quantized("swin"), quantized("swin")
+        qwt2.compensate(usual, tiny.batches(8))
+        monkeypatch.setattr(walk, "GROWTH", growth)
+        qwt2.compensate(other, tiny.batches(8))
+        assert_same_state(usual, other)
 
     def test_nothing_stays_on_disk_after_an_error(self, tmp_path):
         qmodel = quantized("vit")
@@ -504,11 +513,11 @@ class TestErrors:
                 raise AssertionError("a test of the library ran with gradients")
             raise KeyboardInterrupt
 
-        handle = qmodel.blocks[1].mlp.act.register_forward_hook(fail)
+        handle = qmodel.get_submodule("blocks.1.attn.matmul1").register_forward_hook(fail)
         with pytest.raises(KeyboardInterrupt):
             qwt2.compensate(qmodel, tiny.batches(), method, **options)
         handle.remove()
-        assert [n for n, m in qmodel.named_modules() if "forward" in vars(m)] == []
+        assert [n for n, m in qmodel.named_modules() if n and "forward" in vars(m)] == []
         assert all(m.quantized for m in qmodel.modules() if isinstance(m, QuantizedModule))
         assert torch.is_grad_enabled()
         assert torch.isfinite(qmodel(tiny.images(2))).all()
@@ -519,7 +528,7 @@ class TestErrors:
             ("cwac", {"target": "x"}, "global, local"),
             ("cwac", {"order": "x"}, "sequential, one_pass"),
             ("cwac", {"granularity": "x"}, "module, block"),
-            ("cwac", {"estimator": "x"}, "least_squares, bias_only, moment"),
+            ("cwac", {"estimator": "x"}, "least_squares, moment, bias_only"),
             ("cwac", {"gate": "x"}, "none, module, channel"),
             ("cwac", {"holdout": 0.0}, "between 0 and 1"),
             ("cwac", {"holdout": 1}, "between 0 and 1"),
@@ -615,6 +624,6 @@ def test_qwt_finds_what_the_implementation_that_stores_everything_finds(name):
     first = qmodel.quantization.blocks[0]
     stored = Stored(copy.deepcopy(qmodel), tiny.batches()).qwt()
     qwt2.compensate(qmodel, tiny.batches(), "qwt", dtype="float32", damping=0.0)
-    layer = qmodel.get_submodule(first)
+    layer = compensated_blocks(qmodel)[first]
     torch.testing.assert_close(layer.weight, stored[first][0], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(layer.bias, stored[first][1], rtol=1e-2, atol=1e-3)

@@ -9,10 +9,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import synthetic
 import yaml
 from browser import CHROMIUM, Browser
 
-import synthetic
 from benchmarks.experiments import served
 from pipeline import dashboard, resolve
 from pipeline.runs import all_runs

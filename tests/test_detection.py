@@ -5,24 +5,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_detectors
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-import tiny_detectors
 from pipeline.files import file_exporters
 from qwt2 import Precision, compensate, fold, load_engine, load_quantized, quantize, save_quantized
+from qwt2.capture.batch import call, first
+from qwt2.capture.export import capture
 from qwt2.detection.models import build_detector, detector_config
-from qwt2.detection.network import Detector, parts, regions, sections
-from qwt2.detection.parts import DENSE, part_inputs, part_names, running_on
+from qwt2.detection.network import Detector, parts, regions
+from qwt2.detection.parts import DENSE, part_inputs, part_names, running_on, simulation_runs
 from qwt2.detection.pictures import draw_grid
 from qwt2.detection.scenes import Batches, build_dataset, detect, shown
 from qwt2.errors import Qwt2Error
-from qwt2.capture.batch import call, first
 from qwt2.evaluation.mismatch import engine_mismatch, fold_mismatch, record_modules
-from qwt2.quantization.layers import full_precision
 from qwt2.onnx.file import load_onnx
-from qwt2.quantization.quantize import quantized_layers
+from qwt2.quantization.info import quantized_layers
+from qwt2.quantization.layers import full_precision
 
 KINDS = {"swin": "repq", "resnet": "percentile"}
 ENGINES = ("onnxruntime", "openvino")
@@ -45,11 +46,11 @@ def chain(request, tmp_path_factory) -> Chain:
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     network = Detector(tiny_detectors.detector(kind)).eval()
     batches = tiny_detectors.batches(kind, network)
-    structure = {"sections": sections(network.detector), "parts": parts(network.detector, ["backbone", "neck", "heads"])}
+    structure = {"parts": parts(network.detector, ["backbone", "neck", "heads"])}
     qmodel = quantize(network, batches, KINDS[kind], Precision(4, 4), observer_images=2, **structure)
     compensate(qmodel, batches, "cwac")
     folded, files = fold(qmodel), {}
-    for part, exporter in file_exporters(network, batches[0]).items():
+    for part, exporter in file_exporters(qmodel, batches[0]).items():
         files[part] = folder / f"{part}.onnx"
         exporter.export(folded, files[part])
     return Chain(kind, network, batches, qmodel, files)
@@ -122,13 +123,13 @@ def test_everything_with_weights_is_quantized(chain):
     # The RPN runs on every level of the pyramid; backbone and box head run once.
     assert set(info.repeated) == {f"detector.rpn_head.{name}" for name in ("rpn_conv", "rpn_cls", "rpn_reg")}
     assert len(info.matmuls) == {"swin": 8, "resnet": 0}[chain.kind]
-    assert list(info.float_modules) == ["detector.neck"]  # the sums between its levels, in a loop over them
+    assert not info.float_modules
 
 
 def test_only_the_parts_asked_for_are_quantized():
     network = Detector(tiny_detectors.detector("resnet"))
     batches = tiny_detectors.batches("resnet", network, 2)
-    structure = {"sections": sections(network.detector), "parts": parts(network.detector, ["backbone", "neck"])}
+    structure = {"parts": parts(network.detector, ["backbone", "neck"])}
     qmodel = quantize(network, batches, "percentile", Precision(4, 4), observer_images=2, **structure)
     assert all(name.startswith(("detector.backbone.", "detector.neck.")) for name in qmodel.quantization.layers)
     assert type(qmodel.get_submodule("detector.roi_head.bbox_head.fc_cls")) is nn.Linear
@@ -162,7 +163,7 @@ def runs_of(chain: Chain, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
         with torch.no_grad():
             call(chain.qmodel, batch)
-            quantized += [flat(layer.uncompensated(x)) for x in inputs]
+            quantized += [flat(layer.with_bias(layer.products(x))) for x in inputs]
             inputs.clear()
             with full_precision(chain.qmodel):
                 call(chain.qmodel, batch)
@@ -181,7 +182,7 @@ def closed_form(y_q: torch.Tensor, y_f: torch.Tensor) -> tuple[torch.Tensor, tor
 def test_compensation_brings_the_outputs_closer(chain):
     plain = quantize(
         chain.network, chain.batches, KINDS[chain.kind], Precision(4, 4), observer_images=2,
-        sections=sections(chain.network.detector), parts=parts(chain.network.detector, ["backbone", "neck", "heads"]),
+        parts=parts(chain.network.detector, ["backbone", "neck", "heads"]),
     )  # fmt: skip
     with torch.no_grad():
         exact, before, after = (
@@ -195,7 +196,7 @@ def test_compensation_brings_the_outputs_closer(chain):
 def test_qwt_stands_beside_blocks_of_the_backbone(kind):
     network = Detector(tiny_detectors.detector(kind))
     batches = tiny_detectors.batches(kind, network)
-    structure = {"sections": sections(network.detector), "parts": parts(network.detector, ["backbone", "neck", "heads"])}
+    structure = {"parts": parts(network.detector, ["backbone", "neck", "heads"])}
     qmodel = quantize(network, batches, KINDS[kind], Precision(3, 3), observer_images=2, **structure)
     report = compensate(qmodel, batches, "qwt")
     blocks = [module.module for module in report.modules]
@@ -217,7 +218,7 @@ def test_images_of_several_sizes_calibrate(tmp_path):
         }
         for size in ((64, 96), (96, 64), (80, 112))
     ]  # fmt: skip
-    structure = {"sections": sections(network.detector), "parts": parts(network.detector, ["backbone", "neck", "heads"])}
+    structure = {"parts": parts(network.detector, ["backbone", "neck", "heads"])}
     qmodel = quantize(network, batches, "repq", Precision(4, 4), observer_images=6, **structure)
     for method in ("cwac", "qwt"):
         report = compensate(qmodel, batches, method)
@@ -256,9 +257,9 @@ def test_files_hold_every_quantized_module_once(chain):
 def test_modules_on_engines_are_within_a_step_of_the_simulation(chain, engine):
     folded = fold(chain.qmodel)
     records = between_codes(folded, record_modules(folded, chain.batches[0]))
-    exporters = file_exporters(chain.network, chain.batches[0])
+    exporters = file_exporters(chain.qmodel, chain.batches[0])
     for part, path in chain.files.items():
-        mine = {name: array for name, array in records.items() if exporters[part].holds(folded, name.rpartition(".")[0])}
+        mine = {name: array for name, array in records.items() if exporters[part].holds(name)}
         assert mine
         worst = engine_mismatch(load_onnx(path), engine, mine, 1)
         assert max(mismatch.steps for mismatch in worst.values()) < 1.5
@@ -282,7 +283,8 @@ def test_engines_inside_mmdet_detect_what_the_simulation_detects(chain, engine):
     runs = {part: load_engine(path, engine) for part, path in chain.files.items()}
     before = {name: tensor.clone() for name, tensor in chain.network.state_dict().items()}
     exact = detect(chain.network.detector, batches)
-    simulated = detect(chain.qmodel.detector, batches)
+    with running_on(chain.network, simulation_runs(chain.qmodel), (128, 128)) as detector:
+        simulated = detect(detector, batches)
     with running_on(chain.network, runs, (128, 128)) as detector:
         found = detect(detector, batches)
     assert all(torch.equal(tensor, before[name]) for name, tensor in chain.network.state_dict().items())
@@ -298,25 +300,10 @@ def test_engines_inside_mmdet_detect_what_the_simulation_detects(chain, engine):
 
 
 def test_parts_with_full_precision_inside_mmdet_change_nothing(chain):
-    """The same path with PyTorch in place of an engine gives mmdet's own detections exactly, whatever the number of regions."""
-    from qwt2.detection.parts import Part
-
-    def run(name: str):
-        part = Part(chain.network, name)
-
-        def forward(x: np.ndarray):
-            with torch.no_grad():
-                outputs = [y.numpy() for y in originals(part, torch.from_numpy(x))]
-            return outputs[0] if len(outputs) == 1 else outputs
-
-        return forward
-
-    kind = chain.kind
-    other = Detector(tiny_detectors.detector(kind)).eval()
-    originals = lambda part, x: Part(other, part.name)(x)  # noqa: E731
-    batches = validation(kind)
+    """The captured parts in place of mmdet's own modules give mmdet's detections, whatever the number of regions."""
+    batches = validation(chain.kind)
     expected = detect(chain.network.detector, batches)
-    with running_on(chain.network, {name: run(name) for name in part_names(chain.network)}, (128, 128)) as detector:
+    with running_on(chain.network, simulation_runs(capture(chain.network, chain.batches[0])), (128, 128)) as detector:
         found = detect(detector, batches)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.pred_instances.bboxes, theirs.pred_instances.bboxes, rtol=1e-4, atol=1e-3)
@@ -332,7 +319,7 @@ def test_images_larger_than_the_exported_ones_are_refused(chain):
 
 
 def test_part_inputs_are_what_the_parts_are_called_with(chain):
-    inputs = part_inputs(chain.network, first(chain.batches[0], 1))
+    inputs = part_inputs(chain.qmodel, first(chain.batches[0], 1))
     assert {name: tuple(x.shape) for name, x in inputs.items()} == {
         DENSE: (1, 3, 128, 128), "detector.roi_head.bbox_head": (4, 16, 7, 7), "detector.roi_head.mask_head": (2, 16, 14, 14)
     }  # fmt: skip
@@ -355,7 +342,7 @@ def narrow_chain(name: str, method: str) -> tuple[Detector, list, nn.Module]:
     network = Detector(tiny_detectors.with_signal(build_detector(cfg))).eval()
     images, samples = images_and_samples()
     batches = [regions(network.detector, images[i : i + 1], samples[i : i + 1], 4, 2) for i in range(2)]
-    structure = {"sections": sections(network.detector), "parts": parts(network.detector, cfg["parts"])}
+    structure = {"parts": parts(network.detector, cfg["parts"])}
     qmodel = quantize(network, batches, method, Precision(8, 8), observer_images=2, **structure)
     compensate(qmodel, batches, "cwac")
     return network, batches, qmodel
@@ -373,11 +360,12 @@ def test_cascade_of_heads_is_compensated_and_folded():
 def test_transformer_detects_on_an_engine_what_the_simulation_detects(tmp_path):
     network, batches, qmodel = narrow_chain("detr_resnet50", "percentile")
     assert len(qmodel.quantization.matmuls) == 6 and qmodel.quantization.float_modules == {}
-    [(part, exporter)] = file_exporters(network, batches[0]).items()
+    [(part, exporter)] = file_exporters(qmodel, batches[0]).items()
     exporter.export(fold(qmodel), tmp_path / "dense.onnx")
     images, samples = images_and_samples()
     with torch.no_grad():
-        simulated = [found.pred_instances.scores for found in qmodel.detector.predict(images, samples, rescale=False)]
+        with running_on(network, simulation_runs(qmodel), (64, 96)) as detector:
+            simulated = [found.pred_instances.scores for found in detector.predict(images, samples, rescale=False)]
         with running_on(network, {part: load_engine(tmp_path / "dense.onnx", "onnxruntime")}, (64, 96)) as detector:
             found = [found.pred_instances.scores for found in detector.predict(images, samples, rescale=False)]
             with pytest.raises(Qwt2Error, match="an image of 64 x 80 pixels does not have the exported size 64 x 96"):

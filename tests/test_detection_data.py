@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import tiny_detectors
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-import tiny_detectors
 from qwt2.data import write_dataset
 from qwt2.data.coco import open_scenes
 from qwt2.data.digits import read_scans, split_sources

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_detectors
 import torch
 import yaml
 from torch import nn
 
-import tiny_detectors
 from pipeline.resolve import compose_cell
 from qwt2.detection.models import build_detector, convert_swin, detector_config, load_detector
 from qwt2.detection.ops import ensure_operators

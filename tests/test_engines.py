@@ -3,14 +3,14 @@
 import numpy as np
 import onnx
 import pytest
-import torch
 import tiny_models as tiny
+import torch
 from onnx import TensorProto, helper
 
 import qwt2
 from qwt2.errors import Qwt2Error
-from qwt2.io import load_arrays, save_arrays
 from qwt2.evaluation.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
+from qwt2.io import load_arrays, save_arrays
 from qwt2.onnx.file import load_onnx
 
 NAMES = ["onnxruntime", "openvino", "torch_int8"]

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tiny_models as tiny
 import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import qwt2
-import tiny_models as tiny
-from qwt2.onnx.export import Exporter, export_onnx, rewrite_onnx
-from qwt2.folding.layers import IntegerLayer, QuantizeDequantize
+from qwt2.engines.operations import count_operations
 from qwt2.evaluation.metrics import sqnr_db
+from qwt2.folding.layers import IntegerLayer, QuantizeDequantize
+from qwt2.onnx.export import Exporter, export_onnx, rewrite_onnx
 from qwt2.onnx.file import load_onnx, with_batch_size
 from qwt2.onnx.graph import OnnxGraph
 from qwt2.onnx.passes import clip_values
-from qwt2.engines.operations import count_operations
 
 MODELS = tiny.exported_models()
 ONE_OF_EACH_KIND = tiny.exported_models(["vit", "resnet"])  # an export takes seconds
@@ -308,7 +308,7 @@ def test_leaves_mode_logging_and_console_alone(tmp_path, capfd):
     folded = small().train()
     level = logging.getLogger("torch.onnx").level
     export_onnx(folded, tmp_path / "a.onnx", tiny.images(2))
-    assert folded.training and folded[0].training
+    assert folded.training and folded.get_submodule("0").training
     assert logging.getLogger("torch.onnx").level == level
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""
@@ -390,9 +390,10 @@ class TestRefusals:
         template = export_onnx(small(), tmp_path / "template.onnx", tiny.images(2))
         other = small(4) if change == "other bits" else copy.deepcopy(small())
         if change == "fewer layers":  # every number it stores is in the file, which holds more
-            other[0] = nn.Identity()
+            other.set_module("0", nn.Identity())
         elif change == "other shapes":
-            other[0].weight = other[0].weight[:, :, :4]
+            first = other.get_submodule("0")
+            first.weight = first.weight[:, :, :4]
         with pytest.raises(qwt2.Qwt2Error, match=r"template\.onnx holds a model of another structure"):
             rewrite_onnx(template, other, tmp_path / "new.onnx")
         assert not (tmp_path / "new.onnx").exists()

@@ -1,12 +1,16 @@
 """QwT's regression against vectors from its public code and against float64 least squares on the same data."""
 
+import functools
+import operator
+
 import numpy as np
 import pytest
 import torch
 from golden_data import arrays
 
-from qwt2.compensation.qwt import QwT, _ImageError, _TokenError
-from qwt2.quantization.layers import CompensatedBlock
+from qwt2.compensation.blocks import LinearCompensation
+from qwt2.compensation.methods.qwt import Patches, QwT, Tokens
+from qwt2.compensation.regression import Regression
 
 VECTORS = arrays("b_regression")
 LINEAR = sorted({k.split("/")[1] for k in VECTORS if k.startswith("linear/")})
@@ -19,11 +23,12 @@ def vector(key: str) -> torch.Tensor:
     return torch.from_numpy(np.asarray(VECTORS[key]))
 
 
-def fitted(error, x: torch.Tensor, y: torch.Tensor, damping: float):
-    for rows in zip(x.split(5), y.split(5)):  # any batch size gives the same statistics
-        error.update(*rows)
-    solution = error.regression.solve(damping)
-    return solution, *error.layer(*solution)
+def fitted(rows, x: torch.Tensor, y: torch.Tensor, damping: float):
+    """The regression, its coefficients, and the layer's weight and bias; any batch size gives the same sums."""
+    parts = [Regression.of(rows.of_input(a), rows.of_output(b)) for a, b in zip(x.split(5), y.split(5))]
+    regression = functools.reduce(operator.add, parts)
+    coefficients, intercept = regression.solve(damping)
+    return regression, coefficients, *rows.layer(coefficients, intercept)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -33,9 +38,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("case", LINEAR)
 def test_linear(case):
     x, y = vector(f"linear/{case}/X"), vector(f"linear/{case}/Y")
-    error = _TokenError()
-    (coefficients, _), weight, bias = fitted(error, x, y, damping=0.0)
-    r2 = error.regression.r2(coefficients)
+    regression, coefficients, weight, bias = fitted(Tokens(), x, y, damping=0.0)
+    r2 = regression.r2(coefficients)
     applied = r2 > 0
     assert applied == bool(np.any(VECTORS[f"linear/{case}/applied_W"]))
     if case in UNDETERMINED:
@@ -58,20 +62,21 @@ def settings(case: str) -> QwT:
 @pytest.mark.parametrize("case", CONV)
 def test_grouped_convolution(case):
     x, y = vector(f"conv/{case}/X"), vector(f"conv/{case}/Y")
-    error = _ImageError(x, y, settings(case))
+    rows = Patches(x.shape, y.shape, settings(case))
     stride = int(VECTORS[f"conv/{case}/stride"].item())
-    assert error.stride == (stride, stride) and error.groups == int(VECTORS[f"conv/{case}/groups"].item())
-    (coefficients, _), weight, bias = fitted(error, x, y, damping=1e-9)
-    kept = error.positional_r2(coefficients) > 0
+    assert rows.stride == (stride, stride) and rows.groups == int(VECTORS[f"conv/{case}/groups"].item())
+    regression, coefficients, weight, bias = fitted(rows, x, y, damping=1e-9)
+    r2 = rows.positional_r2(regression, coefficients, float(y.double().square().sum()))
+    kept = r2 > 0
     assert kept == bool(np.any(VECTORS[f"conv/{case}/applied_W"]))
-    assert error.positional_r2(coefficients) == pytest.approx(float(VECTORS[f"conv/{case}/r2_f64"].item()), rel=2e-3, abs=2e-3)
+    assert r2 == pytest.approx(float(VECTORS[f"conv/{case}/r2_f64"].item()), rel=2e-3, abs=2e-3)
     if case not in UNDETERMINED:
         # The reference adds 1e-3 to the Gram matrix' diagonal, the bias' row included; that shrinks the solution of
         # the case with the fewest rows an unknown (192 for 36) by 0.4 %.
         assert relative(weight, vector(f"conv/{case}/W_f64")) < 5e-3
         assert relative(bias, vector(f"conv/{case}/b_f64")) < 5e-3
-    layer = CompensatedBlock(torch.nn.Identity(), weight.float(), bias.float(), error.stride, error.groups, torch.float32)
-    residual = (layer.compensation(x) - y).double().square().sum()
+    layer = LinearCompensation(weight, bias, rows.stride, rows.groups)
+    residual = (layer.added(x) - y).double().square().sum()
     exact = 1 - float(VECTORS[f"conv/{case}/r2_f64"].item())
     about_positions = (y - y.mean(0)).double().square().sum()
     assert float(residual / about_positions) == pytest.approx(exact, rel=2e-3, abs=2e-3)
@@ -84,8 +89,8 @@ def test_compensation_term(case, dtype):
     x = vector(f"conv/{case}/X")[:2]
     weight, bias = vector(f"conv/{case}/applied_W"), vector(f"conv/{case}/applied_b")
     stride, groups = int(VECTORS[f"conv/{case}/stride"].item()), int(VECTORS[f"conv/{case}/groups"].item())
-    layer = CompensatedBlock(torch.nn.Identity(), weight, bias, stride, groups, dtype, dtype)
+    layer = LinearCompensation(weight.to(dtype), bias, stride, groups, str(dtype).removeprefix("torch."))
     expected = vector(f"conv/{case}/comp_{'half' if dtype == torch.float16 else 'fp32'}")
     # Half precision has 11 bits; sums may be ordered differently.
     tolerance = 2e-3 if dtype == torch.float16 else 1e-5
-    assert (layer.compensation(x) - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (layer.added(x) - expected).abs().max() <= tolerance * expected.abs().max()

@@ -15,9 +15,9 @@ import qwt2
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.onnx.export import export_onnx
-from qwt2.onnx.int4 import pack_int4, widen_int4
 from qwt2.onnx.file import load_onnx, save_onnx, with_batch_size
-from qwt2.quantization.quantize import quantized_layers
+from qwt2.onnx.int4 import pack_int4, widen_int4
+from qwt2.quantization.info import quantized_layers
 
 MODELS = tiny.exported_models()
 

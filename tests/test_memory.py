@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import psutil, torch
-from qwt2.compensation.malloc import give_back_after
+from qwt2.quantization.malloc import give_back_after
 
 process = psutil.Process()
 tensors = [torch.ones(25_000) for _ in range(3_000)]  # 300 MB of pieces too small for pages of their own

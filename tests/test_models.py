@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from pipeline.resolve import compose_cell
+from qwt2.classification.models import build_model, load_weights
 from qwt2.errors import Qwt2Error
 from qwt2.io import save_tensors
-from qwt2.classification.models import build_model, load_weights
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
 ALL = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import qwt2
+from qwt2.engines.interpreter.graph import TorchGraph
 from qwt2.engines.onnxruntime import OnnxRuntimeSession
 from qwt2.engines.openvino import OpenVinoSession
 from qwt2.onnx.export import rewrite_onnx
 from qwt2.onnx.graph import OnnxGraph
 from qwt2.onnx.passes.zero_points import FOLDED, fold_zero_points, unfold_zero_points
-from qwt2.engines.interpreter.graph import TorchGraph
 
 LARGEST = np.iinfo(np.int32).max
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import qwt2
 from qwt2.errors import Qwt2Error
+from qwt2.quantization.info import quantized_layers
 from qwt2.quantization.layers import QuantizedMatmul, full_precision
 from qwt2.quantization.methods import PTQ_METHODS
-from qwt2.quantization.quantize import quantized_layers
 
 ALL_BITS = [(w, a) for w in range(2, 9) for a in range(3, 9)]
 
@@ -45,7 +45,8 @@ def test_every_layer_and_product_is_quantized(name, method):
 def test_any_mix_of_bits(name, weight_bits, activation_bits):
     qmodel = quantized(name, weight_bits, activation_bits)
     assert torch.isfinite(logits(qmodel)).all()
-    edges = qmodel.quantization.edges
+    edges = qmodel.quantization.first_last_layers
+    assert edges
     for layer_name, layer in quantized_layers(qmodel).items():
         bits = (8, 8) if layer_name in edges else (weight_bits, activation_bits)
         assert (layer.weight_quantizer.grid.bits, layer.input_quantizer.grid.bits) == bits
@@ -119,15 +120,17 @@ def test_what_stays_in_float_is_reported():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.Conv1d(4, 4, 3, padding=1)
+            self.conv = nn.Conv3d(1, 2, 3, padding=1)
 
         def forward(self, x):
-            return self.conv(x)
+            return self.conv(x[:, None])
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(2), Block(), nn.Flatten(), nn.Linear(64, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), Block(), nn.Flatten(), nn.Linear(128, 3))
     qmodel = qwt2.quantize(randomize(model), [images()])
-    assert [n for n in qmodel.quantization.float_modules if n.startswith("2")]
-    assert "conv1d" in " ".join(qmodel.quantization.float_modules.values())
+    info = qmodel.quantization
+    assert info.float_modules == {"2.conv": "conv3d stays in float"} and info.layers == ["0", "4"]
+    # 64 output pixels and 2 channels of 27 products each, beside what the two layers multiply.
+    assert info.float_macs == {"2.conv": 2 * 64 * 27} and info.total_macs == 2 * 64 * 27 + 16 * 4 * 192 + 128 * 3
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ NAN_IMAGE[2, 0, 5, 5] = math.nan
         ([torch.tensor(1.0)], "calibration batch is a Tensor"),
         ([images(2).double()], r"images are torch.float64; convert them to float32"),
         ([images(2).to("meta")], r"images are on meta, but 2.weight is on cpu; move one to the other"),
-        ([torch.zeros(2, 5, 32, 32)], r"2 cannot run on images of shape \(1, 5, 32, 32\) \(.*\); give images as the model"),
+        ([torch.zeros(2, 5, 32, 32)], r"Sequential cannot run on \{'images': \(2, 5, 32, 32\)\} \(.*\); give images as it takes them"),
         ([NAN_IMAGE], "2.input_quantizer: saw NaN or infinity in calibration"),
     ],
 )

@@ -11,13 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import synthetic
 import yaml
 
-import synthetic
 from pipeline import readme
 from pipeline.report import collect, report
-from qwt2.evaluation import machine
 from qwt2.errors import Qwt2Error
+from qwt2.evaluation import machine
 from qwt2.report import findings
 from qwt2.report.page import Conditions, render, render_model
 from qwt2.report.results import COLUMNS, Results, read_rows, write_rows

@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-
 import synthetic
+
 from pipeline.report import report
 from qwt2.report.page import render_model
 

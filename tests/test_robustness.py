@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import synthetic
 import yaml
 from limits import in_namespace, unprivileged
 
-import synthetic
 from benchmarks import kills, tiny_chain
 from pipeline import dvcfiles
 

@@ -3,17 +3,17 @@
 import numpy as np
 import onnx
 import pytest
-import torch
 import tiny_models as tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 import qwt2
+from qwt2.engines.interpreter.graph import TorchGraph, integer_conv2d, integer_matmul
 from qwt2.engines.torch_int8 import TorchInt8Session
 from qwt2.errors import Qwt2Error
 from qwt2.onnx.file import load_onnx
-from qwt2.engines.interpreter.graph import TorchGraph, integer_conv2d, integer_matmul
 
 EXACT = settings(max_examples=60, deadline=None)
 TYPES = st.sampled_from([np.uint8, np.int8])

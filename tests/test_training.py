@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwt2.data import open_dataset, write_dataset
-from qwt2.evaluation.metrics import topk_percent
 from qwt2.classification.models import build_model
 from qwt2.classification.training import initialize, predict, train, unfused_attention, warmup_cosine
+from qwt2.data import open_dataset, write_dataset
+from qwt2.evaluation.metrics import topk_percent
 
 DATA = {"name": "digits", "num_classes": 10, "image_size": 16, "train_images": 256, "val_images": 64, "seed": 0}
 VIT = {

@@ -8,13 +8,14 @@ import pytest
 import torch
 import user_models
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 import qwt2
 from qwt2.engines import load_engine
 from qwt2.evaluation.metrics import sqnr_db
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules
-from qwt2.quantization.layers import QuantizedModule, full_precision
 from qwt2.onnx.file import load_onnx
+from qwt2.quantization.layers import QuantizedModule, full_precision
 
 ENGINES = ("onnxruntime", "openvino", "torch_int8")
 
@@ -42,9 +43,8 @@ def test_everything_is_quantized_or_listed_with_its_reason(name):
     _, qmodel = quantized(name)
     info = qmodel.quantization
     assert set(info.float_modules) == user_models.MODELS[name][2] and all(info.float_modules.values())
-    left = [n for n, m in qmodel.named_modules(remove_duplicate=False) if type(m) in (nn.Linear, nn.Conv2d)]
-    inside = [n for n in left if not any(n == f or n.startswith(f + ".") for f in info.float_modules)]
-    assert inside == (["unused"] if name.startswith("root") else [])
+    # Nothing that runs is left, and what does not run is not there.
+    assert not [n for n, m in qmodel.named_modules(remove_duplicate=False) if isinstance(m, (nn.Linear, nn.Conv2d, nn.modules.conv._ConvNd))]
     assert {n for n, m in qmodel.named_modules() if isinstance(m, QuantizedModule)} == {*info.layers, *info.matmuls}
 
 
@@ -78,10 +78,9 @@ def test_quantized_models_are_stored_and_loaded(name, tmp_path):
 
 
 @torch.no_grad()
-def test_a_root_that_multiplies_stays_itself():
-    model, qmodel = quantized("root_fused_attention")
+def test_products_in_a_root_s_forward_are_quantized_and_a_copy_is_another_model():
+    _, qmodel = quantized("root_fused_attention")
     x = user_models.inputs("root_fused_attention")
-    assert isinstance(qmodel, user_models.RootAttention) and qmodel.heads == model.heads and type(qmodel.mlps) is nn.ModuleList
     assert qmodel.quantization.matmuls == ["matmul1", "matmul2", "matmul3", "matmul4"]
     assert [qmodel.get_submodule(n).a_quantizer.grid.symmetric for n in qmodel.quantization.matmuls] == [True, False] * 2
     twin = copy.deepcopy(qmodel)
@@ -91,13 +90,12 @@ def test_a_root_that_multiplies_stays_itself():
     assert not torch.equal(twin(x), expected) and torch.equal(qmodel(x), expected)
 
 
-@torch.no_grad()
-def test_a_root_that_cannot_be_traced_keeps_its_products_in_float():
+def test_a_root_that_branches_on_values_is_refused_with_its_line():
     model = user_models.randomize(user_models.Branching(fused=False))
-    x = user_models.inputs("root_attention")
-    qmodel = qwt2.quantize(model, x.split(4))
-    assert "its forward method cannot be traced" in qmodel.quantization.float_modules[""] and not qmodel.quantization.matmuls
-    assert len(qmodel.quantization.layers) == 10 and sqnr_db(qmodel(x).numpy(), model(x).numpy()) > 30
+    with pytest.raises(qwt2.Qwt2Error, match="Branching cannot be captured") as error:
+        qwt2.quantize(model, user_models.inputs("root_attention").split(4))
+    line = user_models.Branching.forward.__code__.co_firstlineno + 1
+    assert f"{user_models.__file__}:{line};" in str(error.value) and "\n" not in str(error.value)
 
 
 @torch.no_grad()
@@ -133,7 +131,7 @@ def test_a_shared_layer_is_fitted_on_all_its_runs():
     # embed, fitted before, is made exact, so that nothing but `shared` is compared.
     report = qwt2.compensate(qmodel, x.split(4), gate="none", order="one_pass")
     [found] = [module for module in report.modules if module.module == "shared"]
-    y_q = torch.cat([qmodel.shared.uncompensated(v) for v in seen["q"]]).flatten(0, -2).double().numpy()
+    y_q = torch.cat([qmodel.shared.with_bias(qmodel.shared.products(v)) for v in seen["q"]]).flatten(0, -2).double().numpy()
     y_f = torch.cat([model.shared(v) for v in seen["f"]]).flatten(0, -2).double().numpy()
     for channel in range(16):
         slope, offset = np.polyfit(y_q[:, channel], y_f[:, channel], 1)
@@ -149,14 +147,30 @@ class Returning(nn.Module):
         return self.pack(self.fc(x))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "model, layer",
+    [
+        (Returning(lambda y: (y, y)), "fc"), (Returning(lambda y: {"logits": y}), "fc"), (nn.Linear(16, 4), "linear1"),
+        (nn.Sequential(nn.Conv1d(12, 4, 3)), "0"),
+    ],
+)  # fmt: skip
+def test_models_of_one_layer_and_with_any_output_are_quantized(model, layer):
+    x = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
+    qmodel = qwt2.quantize(model.eval(), [x])
+    [expected], [found] = ([y for y in tree_flatten(network(x))[0]][:1] for network in (model, qmodel))
+    assert qmodel.quantization.layers == [layer] and type(model(x)) is type(qmodel(x))
+    assert 30 < sqnr_db(found.numpy(), expected.numpy()) < 80
+    with full_precision(qmodel):
+        torch.testing.assert_close(qmodel(x), model(x))
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
-        (Returning(lambda y: (y, y)), "Returning returns a tuple; quantize a module whose forward returns one tensor"),
-        (Returning(lambda y: {"logits": y}), "Returning returns a dict; quantize a module whose forward returns one tensor"),
-        (nn.Linear(16, 4), "the model is nothing but one Linear; put it into an nn.Sequential"),
-        (nn.GRU(16, 4), "GRU returns a tuple"),
-        (nn.Sequential(nn.Conv1d(12, 4, 3)), "Sequential runs no Linear or Conv2d layer on its input"),
+        (nn.GRU(16, 4), "GRU cannot be captured: its code takes the number of images for a constant"),  # its first axis is time
+        (nn.GRU(16, 4, batch_first=True), "GRU runs no Linear or Conv2d layer on its input"),
+        (Returning(lambda y: y if y.sum() > 0 else -y), "Returning cannot be captured: "),
     ],
 )  # fmt: skip
 def test_models_that_cannot_be_quantized_are_refused_in_one_sentence(model, message):

@@ -92,9 +92,9 @@ def test_work_ends_with_the_process_that_asked_for_it(folder):
 
 
 def test_a_command_outlives_a_warm_process_that_is_killed(folder):
-    script = f"while ! test -e go; do sleep 0.1; done; {' '.join(demo('tell', '0'))} > answer"
+    script = f"touch started; while ! test -e go; do sleep 0.1; done; {' '.join(demo('tell', '0'))} > answer"
     with start(folder, *warm("sh", "-c", script)) as process:
-        time.sleep(0.5)
+        await_file(folder / "started")
         process.kill()
         (folder / "go").write_text("")
         process.communicate(timeout=30)

@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from pipeline.resolve import compose_cell
+from qwt2.capture.batch import Inputs
 from qwt2.data import write_dataset
 from qwt2.data.coco import Scenes, open_scenes
 from qwt2.detection.models import build_detector, detector_config
 from qwt2.detection.network import Detector, regions
 from qwt2.detection.scenes import Batches, build_dataset
-from qwt2.capture.batch import Inputs
 
 DATA = {"name": "digits_coco", "num_classes": 10, "image_size": 112, "train_images": 12, "val_images": 6, "seed": 0}
 _SMALLER = {

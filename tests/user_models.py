@@ -46,7 +46,7 @@ class RootAttention(nn.Module):
 
 
 class Branching(RootAttention):
-    """The same, with a branch on the input that no tracer follows."""
+    """The same, with a branch on the input's values."""
 
     def forward(self, x):
         if x.abs().sum() == 0:
@@ -177,7 +177,7 @@ class TiedWeights(nn.Module):
 
 
 class FunctionalLinear(nn.Module):
-    """A projection by `F.linear` with a bare parameter, which stays in float."""
+    """A projection by `F.linear` with a bare parameter."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +213,7 @@ class AnyRank(nn.Module):
 
 
 class Padded(nn.Module):
-    """Attention that is told which tokens are padding, and stays in float; the Linears around it do not."""
+    """Attention that is told which tokens are padding."""
 
     def __init__(self):
         super().__init__()
@@ -272,7 +272,7 @@ MODELS = {
     "transformer_encoder_norm_first": (lambda: TransformerClassifier(norm_first=True), "repq", set()),
     "vit_b_16_small": (vit_b_16_small, "repq", set()),
     "multihead_attention": (ListAttention, "repq", set()),
-    "padded_attention": (Padded, "repq", {"layer.self_attn"}),
+    "padded_attention": (Padded, "repq", set()),
     "functional_convnet": (FunctionalConvNet, "percentile", set()),
     "separable": (Separable, "percentile", set()),
     "sequential": (sequential, "percentile", set()),
@@ -283,8 +283,8 @@ MODELS = {
     "repeated_block": (RepeatedBlock, "repq", set()),
     "weight_norm": (weight_norm, "minmax", set()),
     "tied_weights": (TiedWeights, "minmax", set()),
-    "functional_linear": (FunctionalLinear, "minmax", {""}),
-    "conv1d": (Conv1dNet, "minmax", {"conv"}),
+    "functional_linear": (FunctionalLinear, "minmax", set()),
+    "conv1d": (Conv1dNet, "minmax", set()),
     "recurrent": (Recurrent, "minmax", {"rnn"}),
 }
 ON_TOKENS = {"multihead_attention", "shared_behind_norms", "repeated_block", "padded_attention", "shared_linear", "tied_weights", "functional_linear", "conv1d", "recurrent"}
