@@ -163,7 +163,8 @@ def _choose_files(arguments: argparse.Namespace) -> list[Path]:
 
 def _build(arguments: argparse.Namespace) -> tuple["nn.Module", dict[str, Any]]:
     """The model, and the settings of the transform its images need."""
-    from qwt2.classification.models import build_model, load_weights, transform_config
+    from qwt2.classification.models import build_model, load_weights
+    from qwt2.data.transforms import transform_config
 
     size = {"input_size": (3, arguments.image_size, arguments.image_size)} if arguments.image_size else {}
     if ":" in arguments.model:

@@ -26,9 +26,9 @@ from torch import nn
 
 import qwt2
 from qwt2.compensation.blocks import AffineCompensation, LinearCompensation, compensated_blocks, put_behind
-from qwt2.quantization.info import quantized_layers
 from qwt2.quantization import walk
 from qwt2.quantization.activation_store import ActivationStore
+from qwt2.quantization.info import quantized_layers
 from qwt2.quantization.layers import QuantizedModule
 from qwt2.report.results import fit_record
 

@@ -11,7 +11,8 @@ from qwt2.engines import ENGINES, load_package
 from qwt2.engines.operations import count_operations
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.mismatch import record_modules
-from qwt2.onnx.file import load_onnx, slice_modules, with_batch_size, with_constant_shapes
+from qwt2.onnx.file import load_onnx, with_batch_size, with_constant_shapes
+from qwt2.onnx.slices import slice_modules
 
 GROUPS = {name: pytest.mark.xdist_group(name) for name in ("inductor", "tvm")}
 NAMES = [pytest.param(name, marks=group) for name, group in GROUPS.items()]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qwt2
-from qwt2.evaluation.mismatch import Mismatch, fold_mismatch
 from qwt2.compensation.blocks import compensated_blocks
+from qwt2.evaluation.mismatch import Mismatch, fold_mismatch
 from qwt2.folding.fold import fold_layer
 from qwt2.folding.layers import IntegerConv2d, IntegerLayer, IntegerLinear, IntegerMatmul
 from qwt2.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedModule

@@ -89,17 +89,6 @@ def fit_weights(model: "nn.Module", state: Mapping[str, "torch.Tensor"], path: s
         model.load_state_dict(state)
 
 
-def transform_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's input settings (`resolve_data_config`) of the model that `cfg` describes, without building it."""
-    import timm
-    from timm.data import resolve_data_config
-
-    pretrained = timm.get_pretrained_cfg(cfg["timm"])
-    size = cfg["kwargs"].get("img_size")
-    arguments = {"img_size": size} if size else {}
-    return resolve_data_config(arguments, pretrained_cfg=pretrained.to_dict() if pretrained else {})
-
-
 def _check_pretrained(cfg: Mapping[str, Any]) -> None:
     """Refuse what timm would answer with a random classifier in place of the trained one."""
     import timm

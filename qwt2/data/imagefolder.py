@@ -33,7 +33,7 @@ class ImageFolderDataset(Dataset):
     def __init__(self, cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any]):
         from timm.data import create_transform
 
-        from qwt2.classification.models import transform_config
+        from qwt2.data.transforms import transform_config
 
         self._index = read_json(Path(folder) / "index.json")
         self._root = _root(cfg)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from qwt2.engines import ENGINES
-from qwt2.onnx.file import slice_modules
+from qwt2.onnx.slices import slice_modules
 
 if TYPE_CHECKING:
     from torch import nn
