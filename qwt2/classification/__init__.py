@@ -1,1 +1,4 @@
-"""Classifiers: building, loading, training and running them. The counterpart of `qwt2.detection`."""
+"""Classifiers, the counterpart of `qwt2.detection`.
+
+In come a model's configuration and a dataset; out comes the float classifier, with weights loaded or trained.
+"""

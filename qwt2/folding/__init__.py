@@ -1,1 +1,5 @@
-"""From a quantized, compensated model to the integer model that engines run; compensation is gone into its scales."""
+"""From simulation to integers.
+
+In comes a quantized, perhaps compensated model; out comes the model of integer modules that engines run. Compensation
+is gone into their scales and biases.
+"""

@@ -1,1 +1,5 @@
-"""From an integer model to an ONNX file that engines run in integers, and what is read from such files."""
+"""The files that engines read.
+
+In comes an integer model; out comes an ONNX file whose graph engines run in integers. What is read from such files,
+whole or module by module, is here too.
+"""
