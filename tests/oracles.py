@@ -127,10 +127,11 @@ def decibel(signal: np.ndarray, noise: np.ndarray) -> float:
 
 
 class Stored:
-    """QwT and CWAC as published code goes about it: every image's outputs of a block or layer are kept, full-precision and
+    """QwT and CWAC as published code goes about it: of each block, every image's outputs are kept, full-precision and
     quantized, and the normal equations are solved by an explicit inverse.
 
-    What is fitted is applied to ``qmodel`` and kept in ``fitted``, by name: (W, b) or (alpha, beta).
+    For networks whose blocks are a chain, each reading nothing but the output of the one before. What is fitted is kept
+    in ``fitted``, by name: (W, b) or (alpha, beta); alpha and beta are applied to ``qmodel`` too.
     """
 
     def __init__(self, qmodel: GraphModel, batches):
@@ -139,14 +140,13 @@ class Stored:
 
     @torch.no_grad()
     def qwt(self) -> dict:
-        """Target "local": the full-precision block on the quantized network's input; float32 weights. Blocks are a chain."""
-        parts = {name: self.qmodel.between(x, [y]) for name in self.info.blocks for x, y in [ends(self.qmodel, name)]}
-        start = ends(self.qmodel, self.info.blocks[0])[0]
-        inputs = [values_of(self.qmodel, [start], batch)[0] for batch in self.batches]
-        for name, part in parts.items():
-            with full_precision(part):
-                y_f = [part(x)[0] for x in inputs]
-            y_q = [part(x)[0] for x in inputs]
+        """Target "local": the full-precision block on the quantized network's input; float32 weights."""
+        inputs = self.inputs_of(self.info.blocks[0])
+        for name in self.info.blocks:
+            block = self.part(name)
+            with full_precision(block):
+                y_f = [block(x) for x in inputs]
+            y_q = [block(x) for x in inputs]
             x, error = torch.cat(inputs).flatten(0, -2), (torch.cat(y_f) - torch.cat(y_q)).flatten(0, -2)
             solution = inverse_regression(x, error)
             self.fitted[name] = solution[:-1].T, solution[-1]
@@ -155,29 +155,52 @@ class Stored:
 
     @torch.no_grad()
     def cwac(self) -> dict:
-        """Target "global", every layer after those before it, no gate; a unit is a block, or a layer outside of them."""
-        for unit in self.units():
-            start = self.input_of(unit)
-            inputs = {}
-            for reference in (False, True):
-                with full_precision(self.qmodel) if reference else nullcontext():
-                    inputs[reference] = [values_of(self.qmodel, [start], batch)[0] for batch in self.batches]
-            for name in [layer for layer in self.info.layers if is_inside(layer, unit)]:
-                y_q = self.outputs_of(start, name, inputs[False])
+        """Target "global", every layer after those before it, no gate."""
+        inputs: dict[bool, list] = {}
+        for unit, layers in self.units().items():
+            is_block = unit in self.info.blocks
+            if not is_block or not inputs:  # a layer outside the blocks: nothing is known but the whole network
+                for reference in (False, True):
+                    with full_precision(self.qmodel) if reference else nullcontext():
+                        inputs[reference] = self.inputs_of(unit)
+            module = self.part(unit)
+            for name in layers:
+                y_q = self.outputs_of(module, name, inputs[False])
                 with full_precision(self.qmodel):
-                    y_f = self.outputs_of(start, name, inputs[True])
+                    y_f = self.outputs_of(module, name, inputs[True])
                 self.set_affine(name, torch.cat(y_q), torch.cat(y_f))
+            inputs[False] = [module(x) for x in inputs[False]]
+            with full_precision(self.qmodel):
+                inputs[True] = [module(x) for x in inputs[True]]
+            if not is_block:
+                inputs = {}
         return self.fitted
 
-    def units(self) -> list[str]:
-        units = [next((b for b in self.info.blocks if is_inside(layer, b)), layer) for layer in self.info.layers]
-        return list(dict.fromkeys(units))
+    def units(self) -> dict[str, list[str]]:
+        """Blocks, and layers outside them, with the layers in each, in execution order."""
+        found: dict[str, list[str]] = {}
+        for name in self.info.layers:
+            unit = next((block for block in self.info.blocks if is_inside(name, block)), name)
+            found.setdefault(unit, []).append(name)
+        return found
 
-    def input_of(self, unit: str):
+    def ends_of(self, unit: str) -> tuple:
+        """The nodes that give what a block or a layer reads, and what it gives."""
         if unit in self.info.blocks:
-            return ends(self.qmodel, unit)[0]
-        [call] = self.qmodel.calls(type(self.qmodel.get_submodule(unit)))[unit]
-        return call.args[0]
+            return ends(self.qmodel, unit)
+        [call] = self.qmodel.calls(nn.Module)[unit]
+        return call.args[0], call
+
+    def part(self, unit: str) -> "Part":
+        """A block or a layer as a function of one tensor; it shares the network's modules."""
+        x, y = self.ends_of(unit)
+        return Part(self.qmodel.between(x, [y]))
+
+    def inputs_of(self, unit: str) -> list[torch.Tensor]:
+        """What a block or a layer reads, computed from the images on."""
+        [images], x = self.qmodel.inputs, self.ends_of(unit)[0]
+        before = nn.Identity() if x is images else Part(self.qmodel.between(images, [x]))
+        return [before(batch) for batch in self.batches]
 
     def set_affine(self, name: str, y_q: torch.Tensor, y_f: torch.Tensor) -> None:
         layer = self.qmodel.get_submodule(name)
@@ -188,13 +211,31 @@ class Stored:
         self.fitted[name] = solution[:, 0, 0], solution[:, 1, 0]
         layer.set_compensation(*(values.float() for values in self.fitted[name]))
 
-    def outputs_of(self, start, name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def outputs_of(self, module: nn.Module, name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """A layer's outputs before quantization of the output, one entry for each of its unit's inputs."""
-        layer = self.qmodel.get_submodule(name)
-        [call] = self.qmodel.calls(type(layer))[name]
-        part = self.qmodel.between(start, [call.args[0]])
-        seen = [part(x)[0] for x in inputs]
-        return [layer.with_bias(layer.products(x)) if layer.quantized else layer.full_precision(x) for x in seen]
+        layer, outputs = self.qmodel.get_submodule(name), []
+
+        def bare(_, args):
+            x = args[0]
+            outputs.append(layer.with_bias(layer.products(x)) if layer.quantized else layer.full_precision(x))
+
+        hook = layer.register_forward_pre_hook(bare)
+        for x in inputs:
+            module(x)
+        hook.remove()
+        return outputs
+
+
+class Part(nn.Module):
+    """A part of a network that gives one tensor."""
+
+    def __init__(self, graph: GraphModel):
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        [y] = self.graph(x)
+        return y
 
 
 def inverse_regression(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

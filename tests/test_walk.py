@@ -1,14 +1,21 @@
 """The walk gives every layer what whole-network passes give it, and runs everything as seldom as it can."""
 
+import copy
+import functools
+from collections import Counter
+
 import pytest
 import tiny_models as tiny
 import torch
-from oracles import full_precision_copy, record
-from torch import nn
+from oracles import block_triples, full_precision_copy, layer_pairs, record
+from timm.models.densenet import DenseNet
+from timm.models.regnet import RegNet, RegNetCfg
+from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import qwt2
 from qwt2.capture.graph import GraphModel
+from qwt2.compensation.blocks import visits_behind_blocks
 from qwt2.detection.patching import replaced_forward
 from qwt2.quantization import walk
 from qwt2.quantization.activation_store import ActivationStore, size_of
@@ -16,27 +23,106 @@ from qwt2.quantization.layers import QuantizedLayer, QuantizedMatmul
 from qwt2.quantization.walk import Walk
 
 CHAINS = ["vit", "swin", "resnet", "mobilenet"]
-MULTIPATH = {"dense": tiny.dense, "pyramid": tiny.pyramid}
 
 
-def quantized(name: str) -> GraphModel:
-    if name in CHAINS:
-        return tiny.quantized(name)
+class SharedNeck(nn.Module):
+    """A neck that several heads read, two of which overwrite what they get."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 8, 8)
+        self.neck = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+        self.heads = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, images):
+        x = self.neck(self.stem(images))
+        first, second = self.heads[0](x.add_(1)), self.heads[1](x.mul_(2))
+        return first + second + self.heads[2](x)
+
+
+class Views(nn.Module):
+    """Reads a value and a view of it behind the same layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, 8)
+        self.blocks = nn.ModuleList(tiny.ConvBlock(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, tiny.CLASSES)
+
+    def forward(self, images):
+        x = self.stem(images)
+        rows = x.flatten(2)
+        y = self.blocks[1](self.blocks[0](x) + x)
+        return self.head((y.flatten(2) * rows.flip(2) + x.flatten(2)).mean(2))
+
+
+def densenet() -> nn.Module:
+    """timm's DenseNet: concatenations that grow, BatchNorm in front of the convolutions."""
+    return tiny.randomize(DenseNet(growth_rate=4, block_config=(3, 3), bn_size=2, num_classes=tiny.CLASSES))
+
+
+def regnet() -> nn.Module:
+    """timm's RegNet: grouped convolutions, squeeze-excitation, strided shortcuts; its blocks are in no list."""
+    config = RegNetCfg(depth=6, w0=8, wa=8.0, wm=2.0, group_size=4, stem_width=8, se_ratio=0.25)
+    return tiny.randomize(RegNet(config, num_classes=tiny.CLASSES))
+
+
+# Several values are alive at once in these.
+MULTIPATH = {
+    "dense": tiny.dense, "pyramid": tiny.pyramid, "neck": lambda: tiny.randomize(SharedNeck()), "densenet": densenet,
+    "regnet": regnet, "views": lambda: tiny.randomize(Views()),
+}  # fmt: skip
+NETWORKS = [*CHAINS, *MULTIPATH]
+
+
+@functools.cache
+def _quantized(name: str) -> GraphModel:
     return qwt2.quantize(MULTIPATH[name](), [tiny.images()], "minmax", qwt2.Precision(4, 4))
 
 
-@pytest.mark.parametrize("name", [*CHAINS, *MULTIPATH])
+def quantized(name: str) -> GraphModel:
+    return tiny.quantized(name) if name in CHAINS else copy.deepcopy(_quantized(name))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("target", ["global", "local"])
+@pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_outputs_of_every_layer_equal_those_of_whole_network_passes(name):
+def test_outputs_of_every_layer_equal_those_of_whole_network_passes(name, target, on_disk, tmp_path):
     qmodel, batches = quantized(name), tiny.batches(8)
     reference = full_precision_copy(qmodel)
-    for visit in Walk(qmodel, batches).visits(QuantizedLayer):
-        arguments, _ = record(qmodel, visit.name, batches)
-        _, exact = record(reference, visit.name, batches)
-        for index, y_q, y_f in visit.layer_outputs("global"):
-            layer = visit.module
-            assert torch.equal(y_q, layer.with_bias(layer.products(arguments[index][0][0]))), visit.name
-            assert torch.equal(y_f, exact[index]), visit.name
+    for visit in Walk(qmodel, batches, str(tmp_path) if on_disk else None).visits(QuantizedLayer):
+        expected = layer_pairs(qmodel, reference, visit.name, batches, target)
+        for (_, y_q, y_f), (wanted_q, wanted_f) in zip(visit.layer_outputs(target), expected, strict=True):
+            assert torch.equal(y_q, wanted_q) and torch.equal(y_f, wanted_f), visit.name
+
+
+@pytest.mark.parametrize("target", ["global", "local"])
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet", "dense", "pyramid", "regnet"])
+@torch.no_grad()
+def test_what_every_block_reads_and_gives_equals_whole_network_passes(name, target):
+    qmodel, batches = quantized(name), tiny.batches(8)
+    plain, reference, seen = copy.deepcopy(qmodel), full_precision_copy(qmodel), []
+    for visit, block in visits_behind_blocks(Walk(qmodel, batches)):
+        expected = block_triples(plain, reference, block, batches, target)
+        for (_, (x, y_q), (_, y_f)), wanted in zip(visit.block_outputs(block, target), expected, strict=True):
+            assert all(torch.equal(*pair) for pair in zip((x, y_q, y_f), wanted)), block
+        seen.append(block)
+    assert seen == plain.quantization.blocks and seen
+
+
+@torch.no_grad()
+def test_blocks_in_the_graph_read_and_give_what_the_model_s_own_modules_do():
+    """Hooks on the float model, in which nothing of the library runs."""
+    for build in (tiny.vit, tiny.swin, tiny.mlp, tiny.dense, tiny.pyramid):
+        model, batches = build(), tiny.batches(8)
+        qmodel = qwt2.quantize(model, [tiny.images()], "minmax", qwt2.Precision(4, 4))
+        for visit, block in visits_behind_blocks(Walk(qmodel, batches)):
+            arguments, outputs = record(model, block, batches)
+            for index, _, (x, y) in visit.block_outputs(block, "global"):
+                [given], _ = arguments[index]
+                torch.testing.assert_close(x, given, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(y, outputs[index], rtol=1e-4, atol=1e-5)
 
 
 class Twice(nn.Module):
@@ -66,34 +152,81 @@ def test_a_layer_that_runs_twice_is_visited_once_with_the_outputs_of_both_runs()
             assert torch.equal(y_q, visit.module.with_bias(visit.module.products(x)))
 
 
-def runs(qmodel: GraphModel, method: str, batches) -> dict[str, float]:
-    """How often a compensation multiplies with each layer's weight, both networks together, per batch."""
-    counts = dict.fromkeys(qmodel.quantization.layers, 0)
+METHODS = [
+    ("cwac", {}), ("cwac", {"target": "local"}), ("cwac", {"order": "one_pass"}), ("cwac", {"granularity": "block"}),
+    ("qwt", {}), ("qwt", {"target": "global"}),
+]  # fmt: skip
 
-    def counted(name, op):
-        def run(*operands):
-            counts[name] += 1
-            return op(*operands)
+
+def runs(qmodel: GraphModel, batches, method: str = "cwac", **options) -> Counter:
+    """Runs of each layer in a compensation, per batch: (layer, "quantized" or "float") -> count."""
+    counts: Counter = Counter()
+
+    def counted(name, layer, op):
+        def run(x, weight, bias):
+            counts[name, "float" if weight is layer.weight else "quantized"] += 1
+            return op(x, weight, bias)
 
         return run
 
-    for name in counts:
+    for name in qmodel.quantization.layers:
         layer = qmodel.get_submodule(name)
-        layer.op = counted(name, layer.op)
-    qwt2.compensate(qmodel, batches, method)
-    return {name: count / len(batches) for name, count in counts.items()}
+        layer.op = counted(name, layer, layer.op)
+    qwt2.compensate(qmodel, batches, method, **options)
+    return Counter({key: count / len(batches) for key, count in counts.items()})
 
 
-@pytest.mark.parametrize("name", [*CHAINS, *MULTIPATH])
-def test_no_layer_runs_more_than_once_in_each_network_where_there_is_room(name, monkeypatch):
-    monkeypatch.setattr(walk, "GROWTH", 1e9)
-    assert set(runs(quantized(name), "cwac", tiny.batches(8)).values()) == {2}
+@pytest.mark.parametrize("method, options", METHODS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_runs_once_in_each_network_where_there_is_room(name, method, options, monkeypatch):
+    qmodel = quantized(name)
+    monkeypatch.setattr(walk, "GROWTH", float("inf"))
+    found = runs(qmodel, tiny.batches(8), method, **options)
+    assert set(found.values()) == {1}
+    if method == "cwac" and "granularity" not in options:  # what lies behind the last block runs for no block
+        assert len(found) == 2 * len(qmodel.quantization.layers)
 
 
-@pytest.mark.parametrize("name", [*CHAINS, *MULTIPATH])
-def test_layers_whose_output_is_large_run_once_more_at_most(name):
-    found = runs(quantized(name), "cwac", tiny.batches(8))
-    assert set(found.values()) <= {2, 3, 4}
+@pytest.mark.parametrize("name", CHAINS + ["dense", "pyramid", "densenet", "regnet"])
+def test_every_layer_runs_once_in_each_network_where_what_is_alive_hardly_grows(name):
+    assert set(runs(quantized(name), tiny.batches(8)).values()) == {1}
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("method, options", METHODS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_layer_runs_a_third_time_however_little_may_be_kept(name, method, options, growth, monkeypatch):
+    qmodel = quantized(name)
+    monkeypatch.setattr(walk, "GROWTH", growth)
+    found = runs(qmodel, tiny.batches(8), method, **options)
+    assert max(found.values()) <= 2
+
+
+class Wired(nn.Module):
+    """Three layers: a wide one, a narrow one, and one that reads the wide one's output again, or not."""
+
+    def __init__(self, again: bool):
+        super().__init__()
+        self.wide, self.narrow, self.last = nn.Linear(12, 30), nn.Linear(30, 12), nn.Linear(12, 12)
+        self.again = again
+
+    def forward(self, x):
+        y = torch.relu(self.wide(x))
+        return x + self.last(self.narrow(y) + (y[..., :12] if self.again else 0))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_only_what_is_too_large_to_keep_is_computed_again_and_only_once(again):
+    """The wide result is computed for the narrow layer again; where the last one reads it too, it is kept then."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(Wired(again), Wired(again)), nn.Linear(12, 3))
+    images = torch.randn(32, 12)
+    qmodel = qwt2.quantize(model, [images], "minmax", qwt2.Precision(4, 4))
+    assert qmodel.quantization.blocks == ["0.0", "0.1"]
+    found = runs(qmodel, list(images.split(8)))
+    for network in ("quantized", "float"):
+        counts = {name: found[f"0.1.{name}", network] for name in ("wide", "narrow", "last")}
+        assert counts == {"wide": 2, "narrow": 1, "last": 1}
 
 
 def test_products_of_attention_are_computed_once_in_each_network(monkeypatch):
@@ -105,55 +238,72 @@ def test_products_of_attention_are_computed_once_in_each_network(monkeypatch):
     assert len(seen) == 2 * len(batches) * len(qmodel.quantization.matmuls)
 
 
-class RegNetLike(nn.Sequential):
-    """Residual blocks with a strided shortcut and grouped convolutions, named as numbers of no list."""
-
-    def __init__(self):
-        blocks = {f"b{i}": tiny.ConvBlock(8, 8) for i in range(1, 5)}
-        stages = nn.Sequential()
-        for name, block in blocks.items():
-            stages.add_module(name, block)
-        super().__init__(nn.Conv2d(3, 8, 3, 2, 1), stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-
-
 @pytest.mark.parametrize("method, most", [("cwac", 3.5), ("qwt", 3.0)])
-@pytest.mark.parametrize("name", [*CHAINS, *MULTIPATH, "regnet"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_compensation_multiplies_no_more_than_a_few_passes_do(name, method, most):
-    if name == "regnet":
-        qmodel = qwt2.quantize(tiny.randomize(RegNetLike()), [tiny.images()], "minmax", qwt2.Precision(4, 4))
-    else:
-        qmodel = quantized(name)
-    if method == "qwt" and not qmodel.quantization.blocks:
-        pytest.skip("no block that reads one activation and gives one")
-    batches = tiny.batches(16)
+    qmodel, batches = quantized(name), tiny.batches(16)
+    reference = full_precision_copy(qmodel)
     with torch.no_grad(), FlopCounterMode(display=False) as one_pass:
         for batch in batches:
-            full_precision_copy(qmodel)(batch)
+            reference(batch)
     with FlopCounterMode(display=False) as found:
         qwt2.compensate(qmodel, batches, method)
     # Regressions multiply too: a Gram matrix for each block.
     assert found.get_total_flops() <= most * one_pass.get_total_flops()
 
 
-@pytest.mark.parametrize("method", ["cwac", "qwt"])
-def test_work_per_block_does_not_grow_with_the_number_of_blocks(method):
+@pytest.mark.parametrize("method, options", METHODS)
+def test_work_per_block_does_not_grow_with_the_number_of_blocks(method, options):
+    """No pass through the whole network for each module."""
     most = {}
     for depth in (2, 6):
         qmodel = qwt2.quantize(tiny.vit(depth), [tiny.images()], "repq", qwt2.Precision(4, 4))
-        found = runs(qmodel, method, tiny.batches(8))
-        most[depth] = max(found.values())
+        most[depth] = max(runs(qmodel, tiny.batches(8), method, **options).values())
     assert most[2] == most[6]
 
 
-@torch.no_grad()
-def test_nothing_is_held_that_nothing_will_read(monkeypatch):
-    """Of a ViT, behind each layer: the residual stream, and what the branch has come to."""
-    qmodel, batches, held = tiny.quantized("vit"), tiny.batches(8), []
-    own = ActivationStore.__setitem__
-    monkeypatch.setattr(ActivationStore, "__setitem__", lambda self, *item: held.append(size_of(item[1])) or own(self, *item))
+def alive(graph: fx.Graph, position: int) -> set[str]:
+    """Names of what is computed before a position and read there or behind."""
+    order = list(graph.nodes)
+    behind = set(order[position:])
+    return {node.name for node in order[:position] if not behind.isdisjoint(node.users)}
+
+
+@pytest.mark.parametrize("method, options", METHODS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nothing_is_held_that_nothing_will_read(name, method, options, monkeypatch):
+    qmodel, needless, own = quantized(name), [], ActivationStore.__setitem__
+
+    def put(self, index, place):
+        position, values, *_ = place
+        needless.extend(values.keys() - alive(qmodel.graph, position))
+        own(self, index, place)
+
+    monkeypatch.setattr(ActivationStore, "__setitem__", put)
+    qwt2.compensate(qmodel, tiny.batches(8), method, **options)
+    assert needless == []
+
+
+@pytest.mark.parametrize("growth", [0.0, 2.0, float("inf")])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_never_more_is_held_than_a_pass_through_the_network_needs_at_its_peak(name, growth, monkeypatch):
+    qmodel, batches, held, own = quantized(name), tiny.batches(8), [], ActivationStore.__setitem__
+    bytes_of, batch = {}, batches[0]
+
+    def measure(node, values):
+        value = qmodel.evaluate(node, values)
+        bytes_of[node.name] = 0 if node.op == "get_attr" else size_of(value)
+        return value
+
+    with torch.no_grad():
+        qmodel.walk(batch, measure)
+    most = max(sum(bytes_of.get(n, 0) for n in alive(qmodel.graph, p)) for p in range(len(qmodel.graph.nodes)))
+    monkeypatch.setattr(walk, "GROWTH", growth)
+    monkeypatch.setattr(
+        ActivationStore, "__setitem__", lambda self, *item: held.append(size_of(item[1])) or own(self, *item)
+    )
     qwt2.compensate(qmodel, batches, "cwac")
-    tokens = 4 * 17 * 16 * 4  # images, tokens, channels, bytes
-    assert max(held) <= 4 * tokens + 4 * 17 * 4 * 16 * 4  # stream and branch; or the stream and query, key and value
+    assert max(held) <= most
 
 
 class TestActivationStore:
@@ -168,6 +318,14 @@ class TestActivationStore:
         assert torch.equal(kwargs["mask"], torch.tensor(2.5)) and kwargs["flags"][0].item() is True
         assert kwargs["flags"][1] == "x"
         assert len(list(tmp_path.iterdir())) == (2 if on_disk else 0)
+
+    @pytest.mark.parametrize("on_disk", [False, True])
+    def test_takes_a_tensor_and_views_of_it(self, on_disk, tmp_path):
+        store, x = ActivationStore(str(tmp_path) if on_disk else None, "quantized"), torch.arange(6.0)
+        store[0] = {"x": x, "same": x, "view": x.reshape(2, 3), "transposed": x.reshape(2, 3).t()}
+        found = store[0]
+        assert torch.equal(found["x"], x) and torch.equal(found["same"], x)
+        assert torch.equal(found["view"], x.reshape(2, 3)) and torch.equal(found["transposed"], x.reshape(2, 3).t())
 
     def test_a_part_of_a_large_tensor_does_not_keep_the_whole(self):
         store = ActivationStore(None, "quantized")

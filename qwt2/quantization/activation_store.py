@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -37,7 +38,12 @@ class ActivationStore:
             self._trees[index] = tree_map(_compact, tree)
             return
         leaves, spec = tree_flatten(tree)
-        tensors = {str(i): leaf.contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        # Copied: safetensors refuses a tensor and a view of it in one file.
+        tensors = {
+            str(i): leaf.clone(memory_format=torch.contiguous_format)
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
+        }
         self._on_disk.add(index)
         self._path(index).write_bytes(save(tensors))  # a full disk is then an OSError with its number
         self._trees[index] = ([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
