@@ -54,7 +54,7 @@ class Detection(Task):
         A quantized network computes the parts of the detector, as engines do.
         """
         if isinstance(network, GraphModel):
-            sized = network.of_size(list(self.example(self.network).values()))
+            sized = network.of_size(network.tensors_of(self.example(self.network)))
             with running_on(self.network, simulation_runs(sized), self.largest_image) as detector:
                 found = self.measure(detector)
         else:

@@ -62,7 +62,7 @@ class PartExporter(FileExporter):
     def _part(self, folded: GraphModel) -> GraphModel:
         from qwt2.detection.parts import split
 
-        return split(folded.of_size(list(self.inputs.values())))[self.name]
+        return split(folded.of_size(folded.tensors_of(self.inputs)))[self.name]
 
 
 def file_exporters(captured: GraphModel, inputs: Inputs) -> dict[str, FileExporter]:
@@ -71,7 +71,7 @@ def file_exporters(captured: GraphModel, inputs: Inputs) -> dict[str, FileExport
         return {"": FileExporter(inputs)}
     from qwt2.detection.parts import DENSE, part_inputs
 
-    examples = part_inputs(captured.of_size(list(inputs.values())), inputs)
+    examples = part_inputs(captured.of_size(captured.tensors_of(inputs)), inputs)
     return {
         name: PartExporter(name, inputs, example, [n for n in examples if n != DENSE])
         for name, example in examples.items()

@@ -16,7 +16,7 @@ ATOL = 2e-5
 
 def raw(model: nn.Module, example) -> GraphModel:
     """What `torch.export` gives, before any pass."""
-    with patch.object(export, "normalise", lambda graph: graph.recompile()):
+    with patch.object(export, "normalise", lambda graph: None):
         return export.capture(model, example)
 
 

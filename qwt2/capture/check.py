@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def watching(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, tuple, Any], None]) -> Iterator[None]:
+    """Call ``see(name, module, arguments, output)`` after each run of these modules."""
+
+    def hook(name: str) -> Callable:
+        return lambda module, args, output: see(name, module, args, output)
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_captured(model: nn.Module, captured: GraphModel, inputs: Inputs) -> None:
@@ -59,19 +74,13 @@ def _same(exact: Any, found: Any) -> bool:
 def _first_difference(model: nn.Module, captured: GraphModel, inputs: Inputs) -> str:
     """The first module that gives one tensor which is not among what its part of the graph gives."""
     given: dict[str, list[Tensor]] = {}
-    handles = [
-        module.register_forward_hook(
-            lambda module, args, output, name=name: (
-                given.setdefault(name, []).append(output) if isinstance(output, Tensor) else None
-            )
-        )
-        for name, module in model.named_modules()
-    ]
-    try:
+
+    def keep(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, Tensor):
+            given.setdefault(name, []).append(output)
+
+    with watching(dict(model.named_modules()), keep):
         call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     values: dict[str, list[Tensor]] = {}
 
     def note(node, known):

@@ -6,6 +6,7 @@ import builtins
 import inspect
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,7 @@ def _length(x: Any) -> int | torch.SymInt:
 
 
 _PYTHONS_LEN = len
+_ONE_CAPTURE = threading.RLock()
 
 
 def _reason(error: Exception) -> str:
@@ -122,19 +124,24 @@ def _silence() -> Iterator[None]:
 @contextmanager
 def _traceable() -> Iterator[None]:
     """Let PyTorch's own transformers take the way that consists of plain operations, and read no values of masks; let
-    ``len(x)`` be the batch's size, whatever it is."""
+    ``len(x)`` be the batch's size, whatever it is.
+
+    These are changes of the whole process: for other threads ``len`` differs on traced tensors only, and captures wait
+    for each other.
+    """
     transformer = torch.nn.modules.transformer
-    fast, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
-    torch.backends.mha.set_fastpath_enabled(False)
-    # The mask is given in any case; that it is causal would only choose another kernel.
-    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
-    builtins.len = _length
-    try:
-        yield
-    finally:
-        builtins.len = _PYTHONS_LEN
-        torch.backends.mha.set_fastpath_enabled(fast)
-        transformer._detect_is_causal_mask = detect
+    with _ONE_CAPTURE:
+        fast, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
+        torch.backends.mha.set_fastpath_enabled(False)
+        # The mask is given in any case; that it is causal would only choose another kernel.
+        transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+        builtins.len = _length
+        try:
+            yield
+        finally:
+            builtins.len = _PYTHONS_LEN
+            torch.backends.mha.set_fastpath_enabled(fast)
+            transformer._detect_is_causal_mask = detect
 
 
 def _graph_model(model: nn.Module, program: torch.export.ExportedProgram, signature: Signature) -> GraphModel:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from qwt2.capture.batch import Inputs
 from qwt2.errors import Qwt2Error
 
 _SIZE = torch.ops.aten.sym_size.int
@@ -149,6 +150,10 @@ class GraphModel(nn.Module):
         if self.other_sizes is not None:
             self.other_sizes.graphs.clear()
 
+    def tensors_of(self, batch: Inputs) -> list[Tensor]:
+        """A batch as the graph's inputs, in order."""
+        return self.signature.inputs(*(((), batch) if isinstance(batch, dict) else ((batch,), {})))
+
     def of_size(self, inputs: list[Tensor]) -> "GraphModel":
         """The model whose graph takes inputs of these sizes: this one, or one that shares its modules."""
         sizes = [tuple(x.shape[1:]) for x in inputs]
@@ -165,21 +170,18 @@ class GraphModel(nn.Module):
             self.other_sizes.graphs[key] = other
         other = self.other_sizes.graphs[key]
         for name in other.calls(nn.Module):
-            other.set_module(name, self.get_submodule(name))
+            if other.get_submodule(name) is not (module := self.get_submodule(name)):  # replaced since the last call
+                other.set_module(name, module)
         return other
 
     def run(self, *inputs: Tensor) -> list[Any]:
         """The graph's outputs in order, from its inputs in order."""
         if "_compiled" not in self.__dict__:
-            self.recompile()
+            code = self.graph.python_code("self")
+            names = dict(code.globals)
+            exec(compile(code.src, f"<graph of {self.title}>", "exec"), names)  # noqa: S102
+            self.__dict__["_compiled"] = names["forward"]
         return self._compiled(self, *inputs)
-
-    def recompile(self) -> None:
-        """Make Python code of the graph; call it after each change of the graph."""
-        code = self.graph.python_code("self")
-        names = dict(code.globals)
-        exec(compile(code.src, f"<graph of {self.title}>", "exec"), names)  # noqa: S102
-        self.__dict__["_compiled"] = names["forward"]
 
     def evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """What one node gives, from the values of the nodes it reads."""
@@ -192,10 +194,9 @@ class GraphModel(nn.Module):
             return node.target(*args, **kwargs)
         return args[0]  # output
 
-    def walk(self, batch: Any, visit: Callable[[fx.Node, dict[fx.Node, Any]], Any]) -> list[Any]:
+    def walk(self, batch: Inputs, visit: Callable[[fx.Node, dict[fx.Node, Any]], Any]) -> list[Any]:
         """Run the graph node by node on a batch; ``visit`` gives each node's value from those of the nodes it reads."""
-        arguments = ((), batch) if isinstance(batch, dict) else ((batch,), {})
-        values = dict(zip(self.inputs, self.signature.inputs(*arguments)))
+        values = dict(zip(self.inputs, self.tensors_of(batch)))
         for node in self.graph.nodes:
             if node.op != "placeholder":
                 values[node] = visit(node, values)
@@ -221,11 +222,9 @@ class GraphModel(nn.Module):
 
         def forward(x: Tensor) -> None: ...
 
-        tensors = {node.target: self.get_tensor(node.target) for node in graph.nodes if node.op == "get_attr"}
         signature = Signature.of(forward, (torch.empty(0),), {}, tree_flatten((0,) * len(outputs))[1])
-        part = GraphModel(graph, tensors, signature, self.title)
-        for name in {node.target for node in graph.nodes if node.op == "call_module"}:
-            part.set_module(name, self.get_submodule(name))
+        part = GraphModel(graph, {}, signature, self.title)
+        part.share(self, graph.nodes)
         if hasattr(self, "quantization"):
             part.quantization = self.quantization
         return part.eval()
@@ -275,6 +274,14 @@ class GraphModel(nn.Module):
                 if not hasattr(module, key):
                     getattr(module, kind)[key] = getattr(older, kind)[key]
         holder.add_module(attribute, module)
+
+    def share(self, other: "GraphModel", nodes: Iterable[fx.Node]) -> None:
+        """Hold the modules and tensors of another graph that these nodes name."""
+        for node in nodes:
+            if node.op == "get_attr":
+                self.set_tensor(node.target, other.get_tensor(node.target))
+            elif node.op == "call_module":
+                self.set_module(node.target, other.get_submodule(node.target))
 
     def free_name(self, parent: str, stem: str) -> str:
         """A dotted name below ``parent`` that nothing has: ``stem`` and the first free number from 1."""

@@ -38,7 +38,6 @@ def normalise(model: GraphModel) -> None:
         rewrite(model)
         model.prune()
     model.graph.lint()
-    model.recompile()
 
 
 def drop_assertions(model: GraphModel) -> None:
@@ -69,19 +68,16 @@ def _is_identity(node: fx.Node) -> bool:
         return True
     if node.target is aten.slice.Tensor:
         start, end, step = (*node.args[2:], None, None, None)[:3]
-        return (
-            start in (None, 0)
-            and end is not None
-            and not isinstance(end, fx.Node)
-            and end > _TO_END
-            and step in (None, 1)
-        )
+        return start in (None, 0) and isinstance(end, int) and end > _TO_END and step in (None, 1)
     if node.target in (aten.dropout.default, aten.native_dropout.default):
         return node.args[2] is False
-    static = None not in node.meta["shape"][1:] and node.meta["shape"] == source.meta["shape"]
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
-        return not any(not isinstance(p, int) or p for p in node.args[1])
-    return static and node.target in (aten.expand.default,) and None not in node.meta["shape"]
+        return all(isinstance(width, int) and width == 0 for width in node.args[1])
+    return node.target is aten.expand.default and _is_static(node) and node.meta["shape"] == source.meta["shape"]
+
+
+def _is_static(node: fx.Node) -> bool:
+    return None not in node.meta["shape"]
 
 
 def compute_constants(model: GraphModel) -> None:
@@ -187,14 +183,14 @@ def expand_products(model: GraphModel) -> None:
     for node in _functions(model, aten.baddbmm.default, aten.addmm.default):
         added, a, b = node.args[:3]
         y = insert(node.graph, node, aten.matmul.default, (a, b), node)
-        for factor, name in ((node.kwargs.get("alpha", 1), "y"), (node.kwargs.get("beta", 1), "added")):
-            if factor != 1 and name == "y":
-                y = insert(node.graph, node, aten.mul.Tensor, (y, factor), node)
-            elif factor != 1:
-                added = insert(node.graph, node, aten.mul.Tensor, (added, factor), node, added.meta["shape"])
-        replace(
-            node, y if node.kwargs.get("beta", 1) == 0 else insert(node.graph, node, aten.add.Tensor, (y, added), node)
-        )
+        y = _times(y, node.kwargs.get("alpha", 1), node)
+        if (beta := node.kwargs.get("beta", 1)) != 0:  # PyTorch ignores what is added then, NaN included
+            y = insert(node.graph, node, aten.add.Tensor, (y, _times(added, beta, node)), node)
+        replace(node, y)
+
+
+def _times(x: fx.Node, factor: float, before: fx.Node) -> fx.Node:
+    return x if factor == 1 else insert(x.graph, before, aten.mul.Tensor, (x, factor), x)
 
 
 def weights_to_linear(model: GraphModel) -> None:

@@ -36,12 +36,12 @@ def layers(model: GraphModel) -> list[str]:
 
 def norm_consumers(model: GraphModel) -> dict[str, list[str]]:
     """LayerNorm -> the Linears that alone read its output, its last axis intact, and read nothing else."""
-    order, found = layers(model), {}
+    order, found, linears = layers(model), {}, model.calls(nn.Linear)
     for norm, calls in model.calls(nn.LayerNorm).items():
         readers = [reader for call in calls for reader in _readers(call, _keeps_last_axis)]
-        names = {reader.target for reader in readers if isinstance(model.module_of(reader), nn.Linear)}
-        if readers and all(reader.op == "call_module" and reader.target in names for reader in readers):
-            if sum(len(model.calls(nn.Linear)[name]) for name in names) == len(set(readers)):
+        names = {reader.target for reader in readers if reader.op == "call_module"}
+        if readers and all(r.op == "call_module" for r in readers) and names <= linears.keys():
+            if {call for name in names for call in linears[name]} == set(readers):
                 found[norm] = sorted(names, key=order.index)
     return found
 
@@ -100,11 +100,6 @@ def softmax_products(model: GraphModel) -> set[str]:
 
 def _keeps_probabilities(node: fx.Node) -> bool:
     return node.target in _CASTS or (node.target is aten.masked_fill.Scalar and node.args[2] == 0)
-
-
-def repeated(model: GraphModel, kind: Any = nn.Module) -> set[str]:
-    """Modules of a kind that run several times in one pass."""
-    return {name for name, calls in model.calls(kind).items() if len(calls) > 1}
 
 
 def _readers(node: fx.Node, passes: Any) -> Iterator[fx.Node]:

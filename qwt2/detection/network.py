@@ -170,11 +170,7 @@ class _Join:
         signature = Signature.of(self.network.forward, (), self.example, out_spec)
         joined = GraphModel(self.graph, {}, signature, type(self.network.detector).__name__)
         for part in self.parts:
-            for node in part.graph.nodes:
-                if node.op == "get_attr":
-                    joined.set_tensor(node.target, part.get_tensor(node.target))
-            for name in part.calls(nn.Module):
-                joined.set_module(name, part.get_submodule(name))
+            joined.share(part, part.graph.nodes)
         for name, module in self.extractions.items():
             joined.set_module(name, module)
         joined.prune()

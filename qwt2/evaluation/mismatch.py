@@ -56,33 +56,24 @@ def record_modules(folded: "nn.Module", inputs: "Inputs") -> dict[str, np.ndarra
     import torch
 
     from qwt2.capture.batch import call
+    from qwt2.capture.check import watching
     from qwt2.folding.layers import IntegerLayer, IntegerLinear, IntegerMatmul
 
     records: dict[str, np.ndarray] = {}
 
-    def hook(name: str):
-        def record(module, args, output):
-            flat = (lambda t: t.flatten(0, -2)) if isinstance(module, IntegerLinear) else (lambda t: t)
-            if f"{name}.result" in records:
-                return
-            roles = ("a", "b") if isinstance(module, IntegerMatmul) else ("input",)
-            for role, value in zip((*roles, "result"), (*args, output)):
-                # cloned: networks with in-place activations overwrite what a hook saw
-                records[f"{name}.{role}"] = flat(value).clone(memory_format=torch.contiguous_format).numpy()
+    def record(name: str, module: "nn.Module", args: tuple, output: "torch.Tensor") -> None:
+        if f"{name}.result" in records:
+            return
+        roles = ("a", "b") if isinstance(module, IntegerMatmul) else ("input",)
+        for role, value in zip((*roles, "result"), (*args, output)):
+            flat = value.flatten(0, -2) if isinstance(module, IntegerLinear) else value
+            # Cloned: networks with in-place activations overwrite what was seen.
+            records[f"{name}.{role}"] = flat.clone(memory_format=torch.contiguous_format).numpy()
 
-        return record
-
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in folded.named_modules()
-        if isinstance(module, (IntegerLayer, IntegerMatmul))
-    ]
-    try:
-        with torch.no_grad():
-            call(folded, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    kinds = (IntegerLayer, IntegerMatmul)
+    modules = {name: module for name, module in folded.named_modules() if isinstance(module, kinds)}
+    with watching(modules, record), torch.no_grad():
+        call(folded, inputs)
     return records
 
 
@@ -114,27 +105,19 @@ def fold_mismatch(qmodel: "nn.Module", folded: "nn.Module", inputs: "Inputs") ->
     import torch
 
     from qwt2.capture.batch import call
+    from qwt2.capture.check import watching
     from qwt2.quantization.info import quantized_layers
 
     result: dict[str, Mismatch] = {}
 
-    def hook(name: str):
-        def compare(layer, args, output):
-            expected = output.numpy()
-            step = float(expected.max() - expected.min()) / 255 or 1.0
-            if layer.output_quantizer is not None:
-                step = float(layer.output_quantizer.scale)
-            actual = folded.get_submodule(name)(args[0])
-            found = Mismatch.of(actual.numpy(), expected, step)
-            result[name] = Mismatch.worst([found, result.get(name, found)])
+    def compare(name: str, layer: "nn.Module", args: tuple, output: "torch.Tensor") -> None:
+        expected = output.numpy()
+        step = float(expected.max() - expected.min()) / 255 or 1.0
+        if layer.output_quantizer is not None:
+            step = float(layer.output_quantizer.scale)
+        found = Mismatch.of(folded.get_submodule(name)(args[0]).numpy(), expected, step)
+        result[name] = Mismatch.worst([found, result.get(name, found)])
 
-        return compare
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in quantized_layers(qmodel).items()]
-    try:
-        with torch.no_grad():
-            call(qmodel, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(quantized_layers(qmodel), compare), torch.no_grad():
+        call(qmodel, inputs)
     return result

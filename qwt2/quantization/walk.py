@@ -47,7 +47,7 @@ class Walk:
     @cached_property
     def routes(self) -> list["Route"]:
         """Each batch's, through the graph for its size."""
-        models = [self.model.of_size(model_tensors(self.model, batch)) for batch in self.batches]
+        models = [self.model.of_size(self.model.tensors_of(batch)) for batch in self.batches]
         known = {id(model): Route(model) for model in models}
         return [known[id(model)] for model in models]
 
@@ -284,7 +284,7 @@ class _Values(dict):
     def __init__(self, model: GraphModel, batch: Inputs):
         super().__init__()
         self.model = model
-        self.inputs = dict(zip(model.inputs, model_tensors(model, batch)))
+        self.inputs = dict(zip(model.inputs, model.tensors_of(batch)))
 
     def __missing__(self, node: fx.Node) -> Any:
         return self.model.get_tensor(node.target) if node.op == "get_attr" else self.inputs[node]
@@ -294,8 +294,3 @@ class _Values(dict):
         dict.__init__(new, self)
         new.model, new.inputs = self.model, self.inputs
         return new
-
-
-def model_tensors(model: GraphModel, batch: Inputs) -> list[Tensor]:
-    """A batch as the graph's inputs, in order."""
-    return model.signature.inputs(*(((), batch) if isinstance(batch, dict) else ((batch,), {})))
