@@ -1,6 +1,6 @@
 """int8 files of this library against those of ONNX Runtime's `quantize_static` and of NNCF, interleaved in one run.
 
-Files for OpenVINO are quantized with variant="openvino". Random weights, and calibration on crops of two real photographs:
+Files for OpenVINO are quantized with target="openvino". Random weights, and calibration on crops of two real photographs:
 neither latency nor the distance from the float model's logits needs trained weights, and accuracy is not claimed here.
 Latency is taken with one thread, on batches of 1 and 8.
 
@@ -46,7 +46,7 @@ MODELS = {
     "vit_small_patch16_224": "repq",
     "mobilenetv3_large_100": "percentile",
 }
-VARIANTS = {"onnxruntime": "default", "openvino": "openvino"}  # engine -> how its files are quantized
+TARGETS = {"onnxruntime": "portable", "openvino": "openvino"}  # engine -> how its files are quantized
 CALIBRATION_IMAGES, TEST_IMAGES = 32, 32
 ROUNDS = {1: 42, 8: 12}  # batch size -> rounds
 THREADS = 1
@@ -94,13 +94,13 @@ class Comparison:
     def make_files(self) -> None:
         """A file for each engine and variant, and what each took to make."""
         export_onnx(self.model, self.path("onnxruntime", "fp32"), self.test[:1])
-        for engine in VARIANTS:
+        for engine in TARGETS:
             self.make_own_files(engine)
         self.measured("onnxruntime", "quantize_static", self.quantize_static)
         self.measured("openvino", "nncf", self.nncf)
 
     def make_own_files(self, engine: str) -> None:
-        batches, how = list(self.calibration.split(16)), (self.method, Precision(8, 8), VARIANTS[engine])
+        batches, how = list(self.calibration.split(16)), (self.method, Precision(8, 8), TARGETS[engine])
         ptq = self.measured(engine, "ptq", lambda: quantize(self.model, batches, *how))
         qmodels = {"ptq": ptq}
         for compensation in ("cwac", "qwt"):
@@ -164,7 +164,7 @@ class Comparison:
             sessions = self.sessions(batch)
             image_batches = [images.numpy() for images in self.test.split(batch)]
             calls = {key: [partial(session, image_batches[0]) for session in own] for key, own in sessions.items()}
-            for engine in VARIANTS:
+            for engine in TARGETS:
                 own = {variant: call for (e, variant), call in calls.items() if e == engine}
                 measured = measure_latency(own, BASE, rounds, warmup=1)
                 for variant, latency in measured.items():

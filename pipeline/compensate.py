@@ -1,7 +1,7 @@
 """Stage `compensate`: apply every compensation to every quantized model of one cell."""
 
 from pipeline.parallel import each
-from pipeline.stage import Cell, run_stage
+from pipeline.stage import Cell, ptq_methods, run_stage
 
 
 def main(cfg, cell: Cell) -> None:
@@ -16,24 +16,24 @@ def main(cfg, cell: Cell) -> None:
     captured = task.captured(network)
 
     def compensate_one(run: tuple[str, int, str]) -> dict:
-        variant, seed, name = run
+        ptq, seed, name = run
         options = dict(cfg["compensation"][name])
-        qmodel = load_quantized(captured, cell.quantized(variant, "ptq", seed))
+        qmodel = load_quantized(captured, cell.quantized(ptq, "ptq", seed))
         batches = list(task.calibration(network, seed))
         with PeakMemory() as memory:
             report = compensate(qmodel, batches, options.pop("method"), **options)
-        save_quantized(qmodel, cell.quantized(variant, name, seed))
-        run_facts = {"variant": variant, "compensation": name, "seed": seed}
+        save_quantized(qmodel, cell.quantized(ptq, name, seed))
+        run_facts = {"ptq": ptq, "compensation": name, "seed": seed}
         costs = {"seconds": report.seconds, "peak_memory_mb": memory.megabytes}
         return run_facts | costs | {"modules": [fit_record(module) for module in report.modules]}
 
     def predict_one(run: tuple[str, int, str]) -> None:
-        variant, seed, name = run
-        path = cell.quantized(variant, name, seed)
+        ptq, seed, name = run
+        path = cell.quantized(ptq, name, seed)
         task.predict(load_quantized(captured, path), path)
 
     # Equally long pieces side by side: the last ones then end about together.
-    runs = [(v, s, name) for name in cfg["compensation"] for v in cfg["ptq"]["variants"] for s in cfg["seeds"]]
+    runs = [(ptq, s, name) for name in cfg["compensation"] for ptq in ptq_methods(cfg) for s in cfg["seeds"]]
     facts = each("compensate", compensate_one, runs, cfg["workers"], then=predict_one)
     write_json(cell.folder("compensate") / "report.json", facts)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.parallel import each
-from pipeline.stage import Cell
+from pipeline.stage import Cell, ptq_methods
 from qwt2.data import open_dataset
 from qwt2.engines import Engine, load_engine
 from qwt2.engines.operations import count_operations
@@ -60,18 +60,19 @@ class Evaluation(ABC):
         self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
         self.methods, self.exported = ["ptq", *self.compensations], ["ptq", *cfg["exported"]]
 
-    def label(self, method: str, variant: str = "default") -> str:
-        name = self.cfg["ptq"]["method"] + ("" if variant == "default" else f"_{variant}")
-        return name if method == "ptq" else f"{name}+{method}"
+    def label(self, method: str, ptq: str | None = None) -> str:
+        """The name of a method in tables, on the PTQ method that engines run unless another one is named."""
+        ptq = ptq or self.cfg["ptq"]["method"]
+        return ptq if method == "ptq" else f"{ptq}+{method}"
 
-    def row(self, method: str, engine: str, metric: str, values, variant: str = "default") -> Row:
+    def row(self, method: str, engine: str, metric: str, values, ptq: str | None = None) -> Row:
         """One figure; several values are its seeds."""
         values = np.atleast_1d(np.asarray(values, dtype=np.float64))
         std = float(values.std(ddof=1)) if len(values) > 1 else None
         cfg = self.cfg
         return Row(
             self.TASK, cfg["data"]["name"], cfg["model"]["name"], cfg["precision"]["name"],
-            self.label(method, variant), engine, metric, float(values.mean()), std, UNITS[metric], len(values),
+            self.label(method, ptq), engine, metric, float(values.mean()), std, UNITS[metric], len(values),
         )  # fmt: skip
 
     @abstractmethod
@@ -90,30 +91,30 @@ class Evaluation(ABC):
         """The parts of a model that its accuracy on engines is taken with."""
         return self.parts
 
-    def rows_of(self, method: str, engine: str, figures: Mapping[str, list[float]], variant: str = "default") -> list[Row]:
-        return [self.row(method, engine, metric, values, variant) for metric, values in figures.items()]
+    def rows_of(self, method: str, engine: str, figures: Mapping[str, list[float]], ptq: str | None = None) -> list[Row]:
+        return [self.row(method, engine, metric, values, ptq) for metric, values in figures.items()]
 
     def simulated(self) -> list[Row]:
-        """Accuracy of the unfolded simulation, every variant."""
+        """Accuracy of the unfolded simulation, on every PTQ method."""
         return [
             row
-            for variant in self.cfg["ptq"]["variants"]
+            for ptq in ptq_methods(self.cfg)
             for method in self.methods
-            for row in self.rows_of(method, "torch", by_metric(self.simulated_figures(method, variant)), variant)
+            for row in self.rows_of(method, "torch", by_metric(self.simulated_figures(method, ptq)), ptq)
         ]
 
-    def simulated_figures(self, method: str, variant: str = "default") -> list[Figures]:
+    def simulated_figures(self, method: str, ptq: str) -> list[Figures]:
         """Of every seed."""
-        return [self.stored_figures(self.cell.quantized(variant, method, seed)) for seed in self.seeds]
+        return [self.stored_figures(self.cell.quantized(ptq, method, seed)) for seed in self.seeds]
 
     def compensation_costs(self) -> list[Row]:
         """Time and memory that fitting took."""
         rows = []
-        for variant in self.cfg["ptq"]["variants"]:
+        for ptq in ptq_methods(self.cfg):
             for name in self.compensations:
-                records = [r for r in self.fits if (r["variant"], r["compensation"]) == (variant, name)]
+                records = [r for r in self.fits if (r["ptq"], r["compensation"]) == (ptq, name)]
                 for metric, key in (("compensate_seconds", "seconds"), ("peak_memory_mb", "peak_memory_mb")):
-                    rows.append(self.row(name, "torch", metric, [r[key] for r in records], variant))
+                    rows.append(self.row(name, "torch", metric, [r[key] for r in records], ptq))
         return rows
 
     def folding(self) -> list[Row]:
@@ -211,7 +212,7 @@ class Evaluation(ABC):
         """What is known of each module: one record a method, seed and module or block."""
         kinds, records = self.facts("ptq")["modules"], {}
         for fit in self.fits:
-            label = self.label(fit["compensation"], fit["variant"])
+            label = self.label(fit["compensation"], fit["ptq"])
             for module in fit["modules"]:
                 records[label, fit["seed"], module["module"]] = module | {"kind": kinds.get(module["module"], "block")}
         for (method, engine, seed), measured in self.measured.items():

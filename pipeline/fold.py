@@ -21,7 +21,7 @@ def main(cfg, cell: Cell) -> None:
     methods, first_seed = ["ptq", *cfg["exported"]], cfg["seeds"][0]
 
     def quantized(method: str, seed: int):
-        return load_quantized(captured, cell.quantized("default", method, seed))
+        return load_quantized(captured, cell.quantized(cfg["ptq"]["method"], method, seed))
 
     def export_new(run: tuple[str, str]) -> None:
         part, method = run

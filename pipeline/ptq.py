@@ -1,7 +1,7 @@
-"""Stage `ptq`: quantize one model at one precision, for every variant and calibration seed."""
+"""Stage `ptq`: quantize one model at one precision, by every PTQ method and for every calibration seed."""
 
 from pipeline.parallel import each
-from pipeline.stage import Cell, run_stage
+from pipeline.stage import Cell, ptq_methods, run_stage
 
 
 def main(cfg, cell: Cell) -> None:
@@ -14,24 +14,24 @@ def main(cfg, cell: Cell) -> None:
     precision = Precision(**{k: v for k, v in cfg["precision"].items() if k != "name"})
 
     def quantize_one(run: tuple[str, int]) -> None:
-        variant, seed = run
+        method, seed = run
         qmodel = quantize(
             captured,
             task.calibration(network, seed),
-            method=cfg["ptq"]["method"],
+            method=method,
             precision=precision,
-            variant=variant,
+            target=cfg["ptq"]["target"] if method == cfg["ptq"]["method"] else "portable",
             observer_images=cfg["calibration"]["observer_images"],
             parts=task.parts(network),
         )
-        save_quantized(qmodel, cell.quantized(variant, "ptq", seed))
+        save_quantized(qmodel, cell.quantized(method, "ptq", seed))
 
     def predict_one(run: tuple[str, int]) -> None:
-        variant, seed = run
-        path = cell.quantized(variant, "ptq", seed)
+        method, seed = run
+        path = cell.quantized(method, "ptq", seed)
         task.predict(load_quantized(captured, path), path)
 
-    runs = [(variant, seed) for variant in cfg["ptq"]["variants"] for seed in cfg["seeds"]]
+    runs = [(method, seed) for method in ptq_methods(cfg) for seed in cfg["seeds"]]
     each("quantize", quantize_one, runs, cfg["workers"], then=predict_one)
 
 

@@ -114,7 +114,7 @@ def table(results: Results) -> str:
     for model in results.models:
         for precision in results.precisions(model):
             for ptq in results.methods(model, precision):
-                if Method.parse(ptq)[1:] == ("", ""):
+                if Method.parse(ptq).is_plain:
                     lines.append(_line(results, model, precision, ptq))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

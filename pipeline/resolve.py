@@ -36,10 +36,10 @@ KEYS = {
     "data": ("datasets",),
     "baseline": ("threads", "data", "model"),
     "ptq": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision"),
-    "compensate": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq.variants", "compensation"),
-    "fold": ("threads", "workers", "seeds", "data", _ARCHITECTURE, "exported", "evaluate.mismatch_images"),
+    "compensate": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq.method", "ptq.simulated", "compensation"),
+    "fold": ("threads", "workers", "seeds", "data", _ARCHITECTURE, "ptq.method", "exported", "evaluate.mismatch_images"),
     "evaluate": (
-        *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
+        *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.simulated"),
         *("compensations", "exported", "evaluate"),
     ),
     "report": ("grid", "datasets", "models", "evaluate"),

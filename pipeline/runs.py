@@ -1,7 +1,7 @@
 """Finished work as one list of runs, wherever it was made: the grid of DVC, and the cells of all sweeps.
 
-A run is one method at one precision on one model. A cell of the grid holds several (plain PTQ, each compensation, each
-variant), means over its calibration seeds; a cell of a sweep is one.
+A run is one method at one precision on one model. A cell of the grid holds several (plain PTQ, each compensation, on each
+PTQ method), means over its calibration seeds; a cell of a sweep is one.
 """
 
 import copy
@@ -110,11 +110,11 @@ def _grid_cell(model: str, precision: str, fp32: dict[str, float]) -> Iterator[R
     for method in dict.fromkeys(row.method for row in rows):
         parts = Method.parse(method)
         chosen = {name: options for name, options in config["compensation"].items() if name == parts.compensation}
-        own = config | {"compensation": chosen, "variant": parts.variant or "default"}
+        own = config | {"compensation": chosen, "method": method}
         yield Run(
             _id(own, method), (GRID,), model, precision, method, "finished", own, files,
             figures=_figures(row for row in rows if row.method == method),
-            ptq=_figures(row for row in rows if row.method == parts.quantizer),
+            ptq=_figures(row for row in rows if row.method == parts.ptq),
             fp32=fp32,
             layers_file=OUT / "evaluate" / cell / "layers.csv" if chosen else None,
             artifacts=_artifacts(cell, parts),
@@ -123,7 +123,7 @@ def _grid_cell(model: str, precision: str, fp32: dict[str, float]) -> Iterator[R
 
 def _artifacts(cell: str, method: Method) -> dict[str, dict[str, Any]]:
     """Size and hash of the files that engines run, one a calibration seed."""
-    files = sorted((OUT / "fold" / cell).glob(f"{method.compensation or 'ptq'}-seed*.onnx")) if not method.variant else []
+    files = sorted((OUT / "fold" / cell).glob(f"{method.compensation or 'ptq'}-seed*.onnx")) if not method.is_published else []
     return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 

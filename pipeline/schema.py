@@ -106,7 +106,8 @@ MODELS = {"classification": Model, "detection": Detector}
 @dataclass
 class PTQ:
     method: str = MISSING
-    variants: list[str] = MISSING
+    simulated: list[str] = MISSING
+    target: str = MISSING
 
 
 @dataclass

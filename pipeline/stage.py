@@ -59,15 +59,20 @@ class Cell:
         """Where what the full-precision model predicts is stored; the task chooses the suffix."""
         return self.baseline / "predictions"
 
-    def quantized(self, variant: str, method: str, seed: int) -> Path:
-        """The stored model of plain PTQ (`method` is "ptq") or of a compensation, at one calibration seed."""
+    def quantized(self, ptq: str, method: str, seed: int) -> Path:
+        """The stored model of a PTQ method, plain (`method` is "ptq") or compensated, at one calibration seed."""
         if method == "ptq":
-            return self.folder("ptq") / f"{variant}-seed{seed}.safetensors"
-        return self.folder("compensate") / f"{variant}+{method}-seed{seed}.safetensors"
+            return self.folder("ptq") / f"{ptq}-seed{seed}.safetensors"
+        return self.folder("compensate") / f"{ptq}+{method}-seed{seed}.safetensors"
 
     def onnx(self, method: str, seed: int, part: str = "") -> Path:
         """The exported file of a method at one calibration seed, or of one part of the model."""
         return self.folder("fold") / (f"{method}-seed{seed}" + (f".{part}" if part else "") + ".onnx")
+
+
+def ptq_methods(cfg: Declared) -> list[str]:
+    """The PTQ method that engines run, then those that are only simulated."""
+    return [cfg["ptq"]["method"], *cfg["ptq"]["simulated"]]
 
 
 def run_stage(stage: str, main: Callable[[Declared, Cell], None], runs_networks: bool = False) -> None:

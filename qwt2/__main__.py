@@ -31,11 +31,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", type=Path, help="weights: safetensors, or a torch file that holds weights alone")
     p.add_argument("--pretrained", action="store_true", help="timm's weights of that name (from its cache or a network)")
     p.add_argument("--num-classes", type=int, default=1000, help="of a timm model")
-    p.add_argument("--method", default="repq", help="PTQ method: repq, percentile, mse, minmax")
+    p.add_argument("--method", default="repq", help="PTQ method")
     p.add_argument("--weight-bits", type=int, default=8)
     p.add_argument("--activation-bits", type=int, default=8)
     p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
-    p.add_argument("--profile", default="default", help="what the file is for: default (CPU engines), openvino (it alone) or tensorrt")
+    p.add_argument("--target", default="portable", help="what the file is for: portable (CPU engines), openvino or tensorrt")
     p.add_argument("--opset", type=int, default=20, help="version of ONNX's operators in the file: 18 to 20")
     p.add_argument("--weight-storage", default="int8", help="int8, or int4 for weights of at most 4 bits")
     p.add_argument("--calibration-images", type=int, default=256)
@@ -68,10 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qwt2.quantization.quantize import quantize
     from qwt2.report.page import render_model
 
-    # OpenVINO's files are of no other kind; what it computes in one kernel is merely not rounded in between.
-    variant, profile = arguments.profile, "default" if arguments.profile == "openvino" else arguments.profile
     precision = Precision(arguments.weight_bits, arguments.activation_bits)
-    check_format(profile, arguments.weight_storage, arguments.opset)
+    check_format(arguments.target, arguments.weight_storage, arguments.opset)
     for engine in arguments.engines:  # a wrong name must not cost the work that comes before
         ENGINES.get(engine)
     if arguments.compensation != "none":
@@ -82,14 +80,14 @@ def run(arguments: argparse.Namespace) -> None:
     batches = list(_batches(files, settings, arguments.batch_size))
     progress = _Progress(3 + len(arguments.engines))
     progress.start("quantize")
-    qmodel = quantize(model, batches, arguments.method, precision, variant)
+    qmodel = quantize(model, batches, arguments.method, precision, arguments.target)
     fits = []
     if arguments.compensation != "none":
         progress.start("compensate")
         fits = compensate(qmodel, batches, arguments.compensation).modules
     progress.start("fold and export")
     folded = fold(qmodel)
-    export_onnx(folded, arguments.output, batches[0][:1], profile, arguments.weight_storage, arguments.opset)
+    export_onnx(folded, arguments.output, batches[0][:1], arguments.weight_storage, arguments.opset)
     engines, mismatches = _check_engines(arguments, model, folded, batches[0][:CHECKED_IMAGES], progress)
     report = {
         "model": arguments.model, "method": arguments.method, "compensation": arguments.compensation,

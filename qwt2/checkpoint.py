@@ -63,7 +63,7 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> GraphModel:
     info = QuantizationInfo.from_dict(header["quantization"])
     example = zeros(info.input_shape)
     qmodel = prepare(
-        capture(model, example), example, info.method, info.precision, info.variant, info.blocks, info.parts
+        capture(model, example), example, info.method, info.precision, info.target, info.blocks, info.parts
     )
     for block, settings in header["behind_blocks"].items():
         put_behind(qmodel, block, _behind_block(settings, tensors, f"{block}.compensation"))

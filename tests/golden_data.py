@@ -61,7 +61,7 @@ class Golden:
     def quantized(self, precision: qwt2.Precision | None = None, network: nn.Module | None = None) -> nn.Module:
         precision = precision or qwt2.Precision(weight_bits=4, activation_bits=4)
         network, method = network or self.network(), METHODS[self.model]
-        return qwt2.quantize(network, [self.calibration], method=method, precision=precision, variant="published")
+        return qwt2.quantize(network, [self.calibration], method=f"{method}_published", precision=precision)
 
     @functools.cached_property
     def sections(self) -> list[str]:

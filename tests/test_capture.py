@@ -781,7 +781,7 @@ def test_what_is_added_to_a_convolution_is_quantized_and_the_convolution_not_twi
 
 def test_openvino_rounds_what_is_added_and_clips_the_convolution_in_whose_kernel_it_is():
     model = randomize(ResNet(BasicBlock, layers=(2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5))
-    qmodel = qwt2.quantize(model, images(8).split(4), "percentile", variant="openvino")
+    qmodel = qwt2.quantize(model, images(8).split(4), "percentile", target="openvino")
     info = qmodel.quantization
     assert all(qmodel.get_submodule(name).output_quantizer is None for name in info.layers)
     assert info.additions == ["layer1.0.add1", "layer1.1.add1", "layer2.0.add1", "layer3.0.add1", "layer4.0.add1"]
@@ -804,12 +804,12 @@ def test_of_two_convolutions_openvino_adds_in_the_kernel_of_the_first_operand():
             a = self.a(x)
             return self.c(torch.relu(self.b(x) + a)).flatten(1)
 
-    qmodel = qwt2.quantize(randomize(Swapped()), images(8).split(4), "percentile", variant="openvino")
+    qmodel = qwt2.quantize(randomize(Swapped()), images(8).split(4), "percentile", target="openvino")
     assert not qmodel.add1.a_quantizer.rounds and qmodel.add1.b_quantizer.rounds
 
 
-def test_published_variants_leave_additions_alone():
-    qmodel = qwt2.quantize(BUILDERS["resnet"](), images(8).split(4), "percentile", variant="published")
+def test_published_methods_leave_additions_alone():
+    qmodel = qwt2.quantize(BUILDERS["resnet"](), images(8).split(4), "percentile_published")
     assert not qmodel.quantization.additions and not qmodel.quantization.poolings
 
 
@@ -835,7 +835,7 @@ class Pooled(nn.Module):
 def test_openvino_quantizes_what_a_pooling_alone_reads_of_a_convolution(adds, activation, read, reads_again):
     model = randomize(Pooled(adds, activation, reads_again))
     expected = outputs(model, images(4))
-    qmodel = qwt2.quantize(model, images(8).split(4), "minmax", variant="openvino")
+    qmodel = qwt2.quantize(model, images(8).split(4), "minmax", target="openvino")
     assert qmodel.quantization.poolings == (["pool"] if read and not reads_again else [])
     assert not qwt2.quantize(model, images(8).split(4), "minmax").quantization.poolings
     with full_precision(qmodel):

@@ -40,8 +40,8 @@ def test_what_is_loaded_computes_what_was_saved(name, compensation, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_published_variants_are_stored_too(name, tmp_path):
-    qmodel = quantized(name, variant="published")
+def test_published_methods_are_stored_too(name, tmp_path):
+    qmodel = quantized(name, published=True)
     qwt2.save_quantized(qmodel, tmp_path / "m.safetensors")
     loaded = qwt2.load_quantized(BUILDERS[name](), tmp_path / "m.safetensors")
     assert torch.equal(loaded(images(4, seed=1)), qmodel(images(4, seed=1)))

@@ -68,7 +68,7 @@ def test_a_model_of_one_s_own(folder, capsys, compensation):
 
 @pytest.mark.parametrize(
     "options",
-    [("--profile", "tensorrt", "--opset", "19"), ("--profile", "openvino"), ("--weight-storage", "int4", "--weight-bits", "4")],
+    [("--target", "tensorrt", "--opset", "19"), ("--target", "openvino"), ("--weight-storage", "int4", "--weight-bits", "4")],
 )
 def test_other_kinds_of_files(folder, options):
     command("mine:make", "--image-size", "32", "--compensation", "none", "--engines", "onnxruntime", *options)
@@ -83,10 +83,10 @@ def test_other_kinds_of_files(folder, options):
         assert onnx.TensorProto.INT4 in {tensor.data_type for tensor in stored.graph.initializer}
 
 
-def test_unknown_profiles_are_refused_before_any_work(folder, capsys):
+def test_unknown_targets_are_refused_before_any_work(folder, capsys):
     with pytest.raises(SystemExit) as error:
-        command("mine:make", "--profile", "coreml")
-    assert error.value.code == 2 and "unknown profile 'coreml'" in capsys.readouterr().err
+        command("mine:make", "--target", "coreml")
+    assert error.value.code == 2 and "unknown target 'coreml'" in capsys.readouterr().err
 
 
 def test_a_timm_model_with_a_checkpoint(folder):

@@ -325,10 +325,10 @@ class TestQwT:
         assert_same_outputs(qmodel, twin)
 
     @pytest.mark.parametrize("name", ["vit", "resnet"])
-    @pytest.mark.parametrize("variant, arithmetic", [("published", torch.float16), ("default", torch.float32)])
+    @pytest.mark.parametrize("published, arithmetic", [(True, torch.float16), (False, torch.float32)])
     @torch.no_grad()
-    def test_half_precision_as_in_the_paper_s_code_or_as_engines_have_it(self, name, variant, arithmetic):
-        half, single = tiny.quantized(name, variant=variant), tiny.quantized(name, variant=variant)
+    def test_half_precision_as_in_the_paper_s_code_or_as_engines_have_it(self, name, published, arithmetic):
+        half, single = tiny.quantized(name, published=published), tiny.quantized(name, published=published)
         qwt2.compensate(half, tiny.batches(), "qwt")
         qwt2.compensate(single, tiny.batches(), "qwt", dtype="float32")
         block = single.quantization.blocks[0]  # later ones are fitted on different networks

@@ -65,11 +65,11 @@ def taken_off(module: IntegerLayer, weight: str, model: onnx.ModelProto) -> np.n
     return ((int(module.input.zero_point) - left) * sums).numpy().astype(np.int32)
 
 
-def small(bits: int = 8, seed: int = 0, variant: str = "default") -> nn.Module:
+def small(bits: int = 8, seed: int = 0, target: str = "portable") -> nn.Module:
     """A folded convolution and Linear, quick to export."""
     model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(64, tiny.CLASSES))
     precision = qwt2.Precision(bits, bits, first_last_bits=None)
-    return qwt2.fold(qwt2.quantize(tiny.randomize(model, seed), [tiny.images()], "minmax", precision, variant))
+    return qwt2.fold(qwt2.quantize(tiny.randomize(model, seed), [tiny.images()], "minmax", precision, target))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -192,11 +192,11 @@ def test_codes_below_8_bits_are_clipped_8_bit_codes(bits, tmp_path):
 
 
 @TINY
-@pytest.mark.parametrize("variant, signed", [("default", False), ("tensorrt", True)])
-def test_clipping_values_in_place_of_codes_changes_no_output(variant, signed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("target, signed", [("portable", False), ("tensorrt", True)])
+def test_clipping_values_in_place_of_codes_changes_no_output(target, signed, tmp_path, monkeypatch):
     if signed:  # with zero points in biases, codes stay as they are
         monkeypatch.setattr("qwt2.onnx.passes.fold_zero_points", lambda model: None)
-    model = load_onnx(export_onnx(small(4, variant=variant), tmp_path / "a.onnx", tiny.images(2)))
+    model = load_onnx(export_onnx(small(4, target=target), tmp_path / "a.onnx", tiny.images(2)))
     x = {"images": 3 * tiny.images(4).numpy()}
     expected = ReferenceEvaluator(model).run(None, x)
     clip_values(model)
@@ -292,7 +292,7 @@ def test_for_openvino_layer_and_addition_that_read_one_tensor_share_a_quantizer(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), *[Bottleneck() for _ in range(3)], nn.Flatten(), nn.Linear(8 * 36, 4))
     images = torch.randn(16, 3, 8, 8)
-    qmodel = qwt2.quantize(model, [images], "percentile", qwt2.Precision(bits, bits), variant="openvino")
+    qmodel = qwt2.quantize(model, [images], "percentile", qwt2.Precision(bits, bits), target="openvino")
     path = export_onnx(qwt2.fold(qmodel), tmp_path / "m.onnx", images[:2])
     readers = Counter(node.input[0] for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear")
     several = sum(count > 1 for count in readers.values())

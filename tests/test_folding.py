@@ -285,10 +285,10 @@ class TestRefusals:
         self.refused(qmodel, "blocks.1.attn.matmul2.a_quantizer", "log-sqrt2")
 
     @pytest.mark.parametrize("name", ["vit", "resnet"])
-    def test_published_variants(self, name):
-        qmodel = tiny.quantized(name, variant="published")
+    def test_published_methods(self, name):
+        qmodel = tiny.quantized(name, published=True)
         assert not qmodel.quantization.exportable
-        with pytest.raises(qwt2.Qwt2Error, match="variant='default'"):
+        with pytest.raises(qwt2.Qwt2Error, match="quantize with another method"):
             qwt2.fold(qmodel)
 
     def test_fractional_zero_point(self):

@@ -85,7 +85,7 @@ def test_float_logits(golden):
 def test_quantizers_after_calibration(golden, monkeypatch):
     monkeypatch.setattr(repq, "reparameterize", lambda *args: None)
     precision = qwt2.Precision(weight_bits=4, activation_bits=4)
-    qmodel = qwt2.quantize(golden.network(), [golden.calibration[:32]], "repq", precision, "published")
+    qmodel = qwt2.quantize(golden.network(), [golden.calibration[:32]], "repq_published", precision)
     expected = comparable(golden, "init")
     found = quantizer_parameters(qmodel)
     assert not differing(found, first(expected), 1e-5)

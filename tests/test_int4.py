@@ -106,14 +106,19 @@ def test_a_model_without_low_bit_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"profile": "coreml"}, "unknown profile 'coreml'; use one of: default, tensorrt"),
         ({"weight_storage": "int2"}, "unknown weight storage 'int2'; use one of: int8, int4"),
-        ({"profile": "tensorrt", "weight_storage": "int4"}, "needs weight storage 'int8'"),
     ],
 )
 def test_unknown_formats_are_refused(options, message, tmp_path):
     with pytest.raises(Qwt2Error, match=message):
         export_onnx(linear(4, 16), tmp_path / "a.onnx", tiny.images(2), **options)
+
+
+def test_tensorrt_takes_no_int4_weights(tmp_path):
+    folded = qwt2.fold(tiny.quantized("vit", 4, 8, "tensorrt"))
+    with pytest.raises(Qwt2Error, match="target 'tensorrt' needs weight storage 'int8'"):
+        export_onnx(folded, tmp_path / "a.onnx", tiny.images(2), weight_storage="int4")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_int8_models_pass_through_widening():

@@ -360,7 +360,7 @@ class Largest(nn.Module):
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet"])
 def test_openvino_pools_what_convolutions_round(name, tmp_path):
-    qmodel = qwt2.quantize(BUILDERS[name](), batches(), "percentile", variant="openvino")
+    qmodel = qwt2.quantize(BUILDERS[name](), batches(), "percentile", target="openvino")
     qwt2.compensate(qmodel, batches(), "cwac")
     folded = qwt2.fold(qmodel)
     path = qwt2.export_onnx(folded, tmp_path / "model.onnx", images(1))
@@ -375,7 +375,7 @@ def test_openvino_pools_what_convolutions_round(name, tmp_path):
 def test_what_is_not_rounded_is_quantized_where_one_quantizer_reads_the_sum_and_else_clipped(tmp_path):
     model = BUILDERS["resnet"]()
     model.global_pool = Largest()
-    qmodel = qwt2.quantize(model, batches(), "percentile", variant="openvino")
+    qmodel = qwt2.quantize(model, batches(), "percentile", target="openvino")
     folded, additions = qwt2.fold(qmodel), qmodel.quantization.additions
     path = qwt2.export_onnx(folded, tmp_path / "model.onnx", images(1))
     made_by = {

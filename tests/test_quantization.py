@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import BUILDERS, PTQ, images, mlp, quantized, randomize
+from tiny_models import BUILDERS, images, mlp, quantized, randomize
 from torch import nn
 
 import qwt2
@@ -94,11 +94,16 @@ def test_reparameterisation_keeps_the_float_function(name):
 
 
 @pytest.mark.parametrize("method", ["repq", "percentile"])
-def test_default_variant_suits_integer_engines_and_the_published_one_does_not(method):
-    assert PTQ_METHODS.get(method).recipe("default").exportable
-    assert not PTQ_METHODS.get(method).recipe("published").exportable
-    with pytest.raises(Qwt2Error, match="has no variant 'paper'; use one of: default"):
-        qwt2.quantize(mlp(), [images()], method, variant="paper")
+def test_published_methods_run_in_simulation_only(method):
+    assert PTQ_METHODS.get(method).recipe.exportable
+    assert not PTQ_METHODS.get(f"{method}_published").recipe.exportable
+    with pytest.raises(Qwt2Error, match=f"{method}_published runs in simulation only; leave out target='openvino'"):
+        qwt2.quantize(mlp(), [images()], f"{method}_published", target="openvino")
+
+
+def test_unknown_targets_are_refused_with_the_known_ones():
+    with pytest.raises(Qwt2Error, match="unknown target 'coreml'; use one of: portable, openvino, tensorrt"):
+        qwt2.quantize(mlp(), [images()], target="coreml")
 
 
 def test_shared_layers_and_layers_called_twice():
@@ -203,11 +208,6 @@ def test_bad_calibration_sets_are_refused(calibration, message):
 def test_unknown_methods_are_refused_with_the_known_ones():
     with pytest.raises(Qwt2Error, match="gptq.*repq"):
         qwt2.quantize(mlp(), [images()], "gptq")
-
-
-def test_every_method_has_the_variants_it_promises():
-    for method in set(PTQ.values()):
-        assert set(PTQ_METHODS.get(method).variants) == {"default", "openvino", "published", "tensorrt"}
 
 
 def test_a_float_model_is_no_quantized_model():

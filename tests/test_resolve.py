@@ -60,8 +60,9 @@ def test_every_stage_and_cell_has_a_file(conf):
         ("model/vit_micro.yaml", "steps: 1500", "steps: 10", {"baseline@vit_micro"}),
         ("compensation/cwac.yaml", "order: sequential", "order: one_pass", cells("compensate")),
         ("precision/w4a4.yaml", "weight_bits: 4", "weight_bits: 5", cells("ptq", precisions=["w4a4"])),
-        ("ptq/percentile.yaml", "[default, published]", "[default]",
+        ("ptq/percentile.yaml", "[percentile_published]", "[]",
          cells("ptq", "compensate", "evaluate", models=["resnet_micro"])),
+        ("ptq/percentile.yaml", "portable", "openvino", cells("ptq", models=["resnet_micro"])),
     ],
 )  # fmt: skip
 def test_a_change_reaches_exactly_the_stages_that_read_it(conf, file, old, new, readers):

@@ -168,11 +168,11 @@ def test_malformed_layers_are_refused(tmp_path, field, text, complaint):
 
 
 def test_method_names_come_apart():
-    assert Method.parse("repq") == ("repq", "", "")
-    assert Method.parse("repq+cwac") == ("repq", "", "cwac")
-    assert Method.parse("repq_published+qwt") == ("repq", "published", "qwt")
-    assert Method.parse("repq_published+qwt").quantizer == "repq_published"
-    assert Method.parse("percentile+cwac").quantizer == "percentile"
+    assert Method.parse("repq") == ("repq", "")
+    assert Method.parse("repq+cwac") == ("repq", "cwac")
+    assert Method.parse("repq_published+qwt") == ("repq_published", "qwt")
+    assert Method.parse("repq_published+qwt").is_published and not Method.parse("repq+qwt").is_published
+    assert Method.parse("percentile+cwac").ptq == "percentile"
 
 
 def test_reading_order_of_precisions_and_methods():

@@ -1,5 +1,6 @@
 """The TensorRT profile: its files keep TensorRT's rules, which are checked without it, and say what was simulated."""
 
+import copy
 import functools
 import importlib.util
 import tempfile
@@ -35,7 +36,7 @@ def exported(network: str, bits: int) -> tuple[torch.nn.Module, Path]:
         sign[0] = -1
         layer.set_compensation(layer.alpha * sign, layer.beta)
     folded = qwt2.fold(qmodel)
-    return folded, export_onnx(folded, Path(_FILES.name) / f"{network}-{bits}.onnx", tiny.images(2), profile="tensorrt")
+    return folded, export_onnx(folded, Path(_FILES.name) / f"{network}-{bits}.onnx", tiny.images(2))
 
 
 @pytest.mark.parametrize("network", MODELS)
@@ -84,9 +85,10 @@ def test_folding_agrees_with_the_symmetric_simulation():
 
 
 def test_files_of_other_recipes_are_refused(tmp_path):
-    folded, _ = tiny.exported("resnet", 8, None)
-    with pytest.raises(Qwt2Error, match="profile 'tensorrt': .*zero point.*variant='tensorrt'"):
-        export_onnx(folded, tmp_path / "a.onnx", tiny.images(2), profile="tensorrt")
+    folded = copy.deepcopy(tiny.exported("resnet", 8, None)[0])
+    folded.quantization.target = "tensorrt"  # which it was not quantized for
+    with pytest.raises(Qwt2Error, match="target 'tensorrt': .*zero point.*leave that module in float"):
+        export_onnx(folded, tmp_path / "a.onnx", tiny.images(2))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -150,7 +152,7 @@ def test_each_rule_names_the_node_that_breaks_it(change, node, reason):
 
 def test_the_engine_refuses_other_files_before_it_needs_tensorrt():
     _, path = tiny.exported("vit", 8, None)
-    with pytest.raises(Qwt2Error, match="TensorRT cannot run this file: .*profile='tensorrt'"):
+    with pytest.raises(Qwt2Error, match="TensorRT cannot run this file: .*target='tensorrt'"):
         qwt2.load_engine(path, "tensorrt")(tiny.images(1).numpy())
 
 

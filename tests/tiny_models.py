@@ -183,14 +183,17 @@ BUILDERS = {"vit": vit, "swin": swin, "resnet": resnet, "mobilenet": mobilenet}
 
 
 @functools.cache
-def _quantized(name: str, weight_bits: int, activation_bits: int, variant: str) -> nn.Module:
+def _quantized(name: str, weight_bits: int, activation_bits: int, target: str, published: bool) -> nn.Module:
     precision = qwt2.Precision(weight_bits=weight_bits, activation_bits=activation_bits)
-    return qwt2.quantize(BUILDERS[name](), [images()], PTQ[name], precision, variant)
+    method = f"{PTQ[name]}_published" if published else PTQ[name]
+    return qwt2.quantize(BUILDERS[name](), [images()], method, precision, target)
 
 
-def quantized(name: str, weight_bits: int = 4, activation_bits: int = 4, variant: str = "default") -> nn.Module:
+def quantized(
+    name: str, weight_bits: int = 4, activation_bits: int = 4, target: str = "portable", published: bool = False
+) -> nn.Module:
     """A quantized copy of one of `BUILDERS`, the caller's own."""
-    return copy.deepcopy(_quantized(name, weight_bits, activation_bits, variant))
+    return copy.deepcopy(_quantized(name, weight_bits, activation_bits, target, published))
 
 
 _FILES = tempfile.TemporaryDirectory(prefix="qwt2-tests-")
@@ -204,13 +207,13 @@ def _exporter(name: str):
 
 
 @functools.cache
-def exported(name: str, bits: int = 8, method: str | None = None, variant: str = "default") -> tuple[nn.Module, Path]:
+def exported(name: str, bits: int = 8, method: str | None = None, target: str = "portable") -> tuple[nn.Module, Path]:
     """A folded model, to be read only, and its ONNX file; compensated by every module's fit if `method` says so."""
-    qmodel = quantized(name, bits, bits, variant)
+    qmodel = quantized(name, bits, bits, target)
     if method:
         qwt2.compensate(qmodel, batches(), method, **({"gate": "none"} if method == "cwac" else {}))
     folded = qwt2.fold(qmodel)
-    return folded, _exporter(name).export(folded, Path(_FILES.name) / f"{name}-{bits}-{method}-{variant}.onnx")
+    return folded, _exporter(name).export(folded, Path(_FILES.name) / f"{name}-{bits}-{method}-{target}.onnx")
 
 
 def exported_models(names=tuple(BUILDERS)):

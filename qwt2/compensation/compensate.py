@@ -58,7 +58,7 @@ def compensate(
     check_batches(batches, info.input_shape, qmodel)
     with torch.no_grad(), _temporary_folder(offload_dir) as folder:
         walk = Walk(qmodel, batches, folder, memory_limit)
-        modules = compensation.fit(walk, PTQ_METHODS.get(info.method).recipe(info.variant))
+        modules = compensation.fit(walk, PTQ_METHODS.get(info.method).recipe)
     return CompensationReport(method, modules, time.perf_counter() - started)
 
 

@@ -7,7 +7,7 @@ import onnx
 
 from qwt2.engines import ENGINES
 from qwt2.engines.operations import Operation
-from qwt2.onnx.file import VARIANT_KEY
+from qwt2.onnx.file import TARGET_KEY
 from qwt2.onnx.graph import OnnxGraph
 
 _FUSED = ("Clip", "Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")  # computed in a convolution's kernel
@@ -49,10 +49,10 @@ def quantize_added_twice(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose additions read the quantized outputs of convolutions through a second, equal quantizer.
 
     Where OpenVINO (2026.4) computes a convolution, the quantizer behind it and an addition in one kernel, it leaves out
-    the quantizer's rounding. A repeated one changes no value, and the rounding is kept. Models of variant="openvino" are
+    the quantizer's rounding. A repeated one changes no value, and the rounding is kept. Models of target="openvino" are
     meant to run without it.
     """
-    if any(entry.key == VARIANT_KEY and entry.value == "openvino" for entry in model.metadata_props):
+    if any(entry.key == TARGET_KEY and entry.value == "openvino" for entry in model.metadata_props):
         return model
     changed = onnx.ModelProto()
     changed.CopyFrom(model)

@@ -1,4 +1,4 @@
-"""TensorRT on an NVIDIA GPU, for files of the profile "tensorrt"."""
+"""TensorRT on an NVIDIA GPU, for files of the target "tensorrt"."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TensorRTSession:
     def __init__(self, model: onnx.ModelProto, threads: int):
         if violations := check(model):
             raise Qwt2Error(
-                f"TensorRT cannot run this file: {violations[0]}; quantize with variant='tensorrt' and export with profile='tensorrt'"
+                f"TensorRT cannot run this file: {violations[0]}; quantize the model with target='tensorrt'"
             )
         trt = load_package("tensorrt", "tensorrt")
         self.logger = trt.Logger(trt.Logger.ERROR)

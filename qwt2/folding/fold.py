@@ -74,7 +74,7 @@ def _refuse_simulation_only(qmodel: nn.Module) -> None:
         if isinstance(module, AffineCompensation):
             raise Qwt2Error(f"{name}: CWAC on a whole block cannot be folded; compensate with granularity='module'")
         if isinstance(module, Quantizer) and (reason := _not_integer(module, name)):
-            raise Qwt2Error(f"{name}: {reason}; integer engines cannot run it, quantize with variant='default'")
+            raise Qwt2Error(f"{name}: {reason}; integer engines cannot run it, quantize with another method")
 
 
 def _not_integer(quantizer: Quantizer, name: str) -> str:

@@ -26,7 +26,7 @@ from qwt2.folding.layers import IntegerLayer, QuantizeDequantize
 from qwt2.io import quiet
 from qwt2.onnx.file import (
     PRODUCER_KEY,
-    VARIANT_KEY,
+    TARGET_KEY,
     load_onnx,
     save_onnx,
     set_shared_quantizers,
@@ -36,10 +36,10 @@ from qwt2.onnx.file import (
 from qwt2.onnx.int4 import pack_int4
 from qwt2.onnx.passes import clip_values, rewrite_for_engines, rewrite_for_numbers
 from qwt2.onnx.tensorrt_rules import check as check_tensorrt
+from qwt2.quantization.targets import TARGETS, find_target
 
 # In files of later opsets, ONNX Runtime 1.32 gives quantizers the wrong type when it moves them past other operations.
 OPSETS = (18, 19, 20)
-PROFILES = ("default", "tensorrt")
 WEIGHT_STORAGE = ("int8", "int4")
 STRUCTURE_KEY = "qwt2_structure"
 # The exporter reports its progress on the console and through warnings; a library must not.
@@ -50,7 +50,6 @@ def export_onnx(
     folded: nn.Module,
     path: str | os.PathLike,
     example_input: Inputs,
-    profile: str = "default",
     weight_storage: str = "int8",
     opset: int = OPSETS[-1],
     output_names: Sequence[str] | None = None,
@@ -62,11 +61,11 @@ def export_onnx(
     8-bit codes behind a Clip to those of the grid.
 
     Args:
-        folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks).
+        folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks). One quantized with
+            target="tensorrt" gets float biases and nothing that breaks TensorRT's rules
+            (:mod:`qwt2.onnx.tensorrt_rules`).
         path: the file; written atomically.
         example_input: one input batch; the file's inputs are called "images", or as in a dictionary.
-        profile: "default" for CPU engines; "tensorrt" has float biases and nothing that breaks TensorRT's rules
-            (:mod:`qwt2.onnx.tensorrt_rules`), for models quantized with variant="tensorrt".
         weight_storage: "int4" stores codes of at most 4 bits in half the bytes; :func:`qwt2.load_engine` makes
             the same int8 model of it. The file is of opset 21, the first one with INT4, and the model that is
             restored of ``opset``.
@@ -78,11 +77,13 @@ def export_onnx(
         ``path``.
 
     Raises:
-        Qwt2Error: a quantized model that was not folded, a model that cannot be exported, an unknown profile or
-            storage, an unsupported opset, or a model that the profile or storage cannot hold.
+        Qwt2Error: a quantized model that was not folded, a model that cannot be exported, an unknown
+            storage, an unsupported opset, or a model that the target's rules or the storage cannot hold.
     """
     _refuse_unfolded(folded)
-    check_format(profile, weight_storage, opset)
+    info = getattr(folded, "quantization", None)
+    target = "portable" if info is None else info.target
+    check_format(target, weight_storage, opset)
     arguments, free = _example(example_input)
     with evaluation_mode(folded), quiet(*_LOGGERS), torch.no_grad(), _without_collection():
         try:
@@ -101,9 +102,9 @@ def export_onnx(
     _strip(model)
     _strip_later_attributes(model)
     _use_first_names(model, folded)
-    rewrite_for_engines(model, _clipped(folded), keeps_pairs=profile == "tensorrt")
+    rewrite_for_engines(model, _clipped(folded), keeps_pairs=TARGETS[target].float_biases)
     _stamp(model, folded)
-    if profile == "tensorrt":
+    if TARGETS[target].float_biases:
         _fit_tensorrt(model)
     return save_onnx(pack_int4(model) if weight_storage == "int4" else model, path)
 
@@ -138,19 +139,18 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def check_format(profile: str, weight_storage: str, opset: int) -> None:
+def check_format(target: str, weight_storage: str, opset: int) -> None:
     """Refuse what :func:`export_onnx` has not.
 
     Raises:
-        Qwt2Error: unknown profile, storage or opset, or two that exclude each other.
+        Qwt2Error: unknown target, storage or opset, or two that exclude each other.
     """
     if opset not in OPSETS:
         raise Qwt2Error(f"opset {opset} is not supported; use one of: {', '.join(map(str, OPSETS))}")
-    for kind, value, known in (("profile", profile, PROFILES), ("weight storage", weight_storage, WEIGHT_STORAGE)):
-        if value not in known:
-            raise Qwt2Error(f"unknown {kind} {value!r}; use one of: {', '.join(known)}")
-    if profile == "tensorrt" and weight_storage == "int4":
-        raise Qwt2Error("profile 'tensorrt' needs weight storage 'int8': TensorRT multiplies int4 weights in float alone")
+    if weight_storage not in WEIGHT_STORAGE:
+        raise Qwt2Error(f"unknown weight storage {weight_storage!r}; use one of: {', '.join(WEIGHT_STORAGE)}")
+    if find_target(target).float_biases and weight_storage == "int4":
+        raise Qwt2Error(f"target {target!r} needs weight storage 'int8': it multiplies int4 weights only in float")
 
 
 class Exporter:
@@ -234,7 +234,7 @@ def _fit_tensorrt(model: onnx.ModelProto) -> None:
     [structure] = [entry for entry in model.metadata_props if entry.key == STRUCTURE_KEY]
     structure.value = f"tensorrt {structure.value}"  # another file than the model's own names and types tell
     if violations := check_tensorrt(model):
-        raise Qwt2Error(f"profile 'tensorrt': {violations[0]}; quantize the model with variant='tensorrt'")
+        raise Qwt2Error(f"target 'tensorrt': {violations[0]}; leave that module in float, or choose another target")
 
 
 def _float_biases(model: onnx.ModelProto) -> None:
@@ -300,8 +300,8 @@ def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:
     shared = shared_quantizers(model)
     info = getattr(folded, "quantization", None)
     label = "float" if info is None else f"{info.method} W{info.precision.weight_bits}A{info.precision.activation_bits}"
-    variant = {} if info is None else {VARIANT_KEY: info.variant}
-    onnx.helper.set_model_props(model, {PRODUCER_KEY: label, STRUCTURE_KEY: structure(folded)} | variant)
+    target = {} if info is None else {TARGET_KEY: info.target}
+    onnx.helper.set_model_props(model, {PRODUCER_KEY: label, STRUCTURE_KEY: structure(folded)} | target)
     set_shared_quantizers(model, shared)
 
 

@@ -18,7 +18,7 @@ from qwt2.io import atomic_path
 from qwt2.onnx.int4 import widen_int4
 
 PRODUCER_KEY = "qwt2"
-VARIANT_KEY = "qwt2_variant"  # how the model was quantized
+TARGET_KEY = "qwt2_target"  # what the model was quantized for
 SHARED_KEY = "qwt2_shared"  # quantizers that are not in the file -> equal ones that do their work
 # Names of nodes that qwt2.onnx.passes adds in front of a pooling.
 POOLED = "pooled/"

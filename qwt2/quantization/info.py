@@ -19,6 +19,9 @@ class QuantizationInfo:
     """What was quantized how; an attribute ``quantization`` of every quantized model.
 
     Attributes:
+        method: the PTQ method.
+        target: what the model will run on.
+        precision: bit widths.
         layers: quantized Linear and Conv2d modules in execution order.
         matmuls: quantized products of activations.
         additions: residual additions with quantized operands.
@@ -38,7 +41,7 @@ class QuantizationInfo:
     """
 
     method: str
-    variant: str
+    target: str
     precision: Precision
     layers: list[str] = field(default_factory=list)
     matmuls: list[str] = field(default_factory=list)
@@ -56,6 +59,10 @@ class QuantizationInfo:
     additions: list[str] = field(default_factory=list)
     poolings: list[str] = field(default_factory=list)
     structure: str = ""
+
+    def covers(self, name: str) -> bool:
+        """Whether a module is among the parts that were to be quantized."""
+        return self.parts is None or any(is_inside(name, part) for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -56,7 +56,7 @@ class UniformQuantizer(Quantizer):
 
     Attributes:
         scale, zero_point: float tensors; shape () per tensor, (channels,) per channel. The zero
-            point is whole unless a method sets it otherwise (RepQ-ViT's published variant).
+            point is whole unless a method sets it otherwise (RepQ-ViT as published).
     """
 
     def __init__(self, grid: Grid, observer: str, channel_axis: int | None = None, rounds: bool = True):

@@ -111,13 +111,13 @@ def _accuracy_points(results: Results, model: str) -> list[dict[str, Any]]:
                 continue
             method = Method.parse(name)
             std = row.std or 0.0
-            plain = results.get(model, precision, method.quantizer, "torch", "top1")
+            plain = results.get(model, precision, method.ptq, "torch", "top1")
             points.append(
                 {
                     "precision": precision,
                     "method": name,
                     "compensation": method.compensation,
-                    "published": bool(method.variant),
+                    "published": method.is_published,
                     "top1": row.value,
                     "low": row.value - std,
                     "high": row.value + std,
@@ -138,7 +138,7 @@ def _fp32_rule(results: Results, model: str) -> list[alt.Chart]:
 
 
 def _ratio_to_ptq(results: Results, row: Row) -> str:
-    plain = results.get(row.model, row.precision, Method.parse(row.method).quantizer, row.engine, row.metric)
+    plain = results.get(row.model, row.precision, Method.parse(row.method).ptq, row.engine, row.metric)
     return f"{row.value / plain.value:.3f}" if plain and plain.value else ""
 
 

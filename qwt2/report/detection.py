@@ -40,8 +40,8 @@ def lines(results: Results) -> list[Line]:
 def _lines(results: Results, model: str, precision: str) -> Iterator[Line]:
     fp32 = {metric: results.get(model, "fp32", "fp32", "torch", metric) for metric in FP32_AP}
     methods = results.methods(model, precision)
-    for ptq in (name for name in methods if Method.parse(name)[1:] == ("", "")):
-        known = {Method.parse(name).compensation: name for name in methods if Method.parse(name).quantizer == ptq}
+    for ptq in (name for name in methods if Method.parse(name).is_plain):
+        known = {Method.parse(name).compensation: name for name in methods if Method.parse(name).ptq == ptq}
         rows = {c: results.get(model, precision, name, "torch", "bbox_ap") for c, name in known.items()}
         masks = {c: results.get(model, precision, name, "torch", "segm_ap") for c, name in known.items()}
         if fp32["bbox_ap"] and all(rows.values()):

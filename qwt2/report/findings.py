@@ -58,11 +58,11 @@ class Target(NamedTuple):
 
 
 def comparisons(results: Results, compensation: str) -> list[Comparison]:
-    """Every cell in which `compensation` on a default PTQ variant and that plain PTQ were both measured."""
+    """Every cell in which `compensation` on a PTQ method that engines run and that plain PTQ were both measured."""
     return [
         found
         for model, precision, method in _cells(results)
-        if Method.parse(method)[1:] == ("", compensation)
+        if Method.parse(method).compensation == compensation and not Method.parse(method).is_published
         if (found := _compare(results, model, precision, method)) is not None
     ]
 
@@ -234,7 +234,7 @@ def _range(values: list[float], form: str) -> str:
 
 
 def _compare(results: Results, model: str, precision: str, method: str) -> Comparison | None:
-    plain = Method.parse(method).quantizer
+    plain = Method.parse(method).ptq
     fp32 = results.fp32_top1(model)
     ptq, compensated = (results.get(model, precision, name, "torch", "top1") for name in (plain, method))
     if fp32 is None or ptq is None or compensated is None:
@@ -260,8 +260,8 @@ def _cells(results: Results) -> Iterator[tuple[str, str, str]]:
 
 
 def _engine_deltas(results: Results) -> list[Row]:
-    """Engine against simulation, for the variants that are meant to be exported."""
-    return [row for row in results.rows if row.metric == "engine_top1_delta" and not Method.parse(row.method).variant]
+    """Engine against simulation, for the methods that are meant to be exported."""
+    return [row for row in results.rows if row.metric == "engine_top1_delta" and not Method.parse(row.method).is_published]
 
 
 def _folded(results: Results, metric: str) -> list[Row]:
@@ -283,7 +283,7 @@ def _file_growth(results: Results) -> list[tuple[Row, float]]:
     pairs = []
     for row in (row for row in results.rows if row.metric == "file_bytes"):
         method = Method.parse(row.method)
-        plain = results.get(row.model, row.precision, method.quantizer, row.engine, "file_bytes")
+        plain = results.get(row.model, row.precision, method.ptq, row.engine, "file_bytes")
         if method.compensation == "cwac" and plain is not None:
             pairs.append((row, row.value / plain.value - 1))
     return pairs

@@ -114,22 +114,25 @@ class Layer(NamedTuple):
 
 
 class Method(NamedTuple):
-    """The parts of a method's name `<ptq>[_<variant>][+<compensation>]`; absent parts are empty."""
+    """The parts of a method's name `<ptq>[+<compensation>]`; an absent compensation is empty."""
 
     ptq: str
-    variant: str
     compensation: str
 
     @classmethod
     def parse(cls, name: str) -> "Method":
-        quantizer, _, compensation = name.partition("+")
-        ptq, _, variant = quantizer.partition("_")
-        return cls(ptq, variant, compensation)
+        ptq, _, compensation = name.partition("+")
+        return cls(ptq, compensation)
 
     @property
-    def quantizer(self) -> str:
-        """The method's name without its compensation: the plain PTQ it is compared with."""
-        return f"{self.ptq}_{self.variant}" if self.variant else self.ptq
+    def is_plain(self) -> bool:
+        """Whether it is a PTQ method that engines run, uncompensated."""
+        return not self.compensation and not self.is_published
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the PTQ method follows a paper's own code, which runs in simulation only."""
+        return self.ptq.endswith("_published")
 
 
 class Results:
@@ -156,7 +159,7 @@ class Results:
         return sorted({row.precision for row in self.rows if row.model == model} - {"fp32"}, key=precision_order)
 
     def methods(self, model: str, precision: str) -> list[str]:
-        """The methods of a cell: plain PTQ before compensated, default variants before others."""
+        """The methods of a cell: PTQ methods by name, each plain before compensated."""
         names = {row.method for row in self.rows if (row.model, row.precision) == (model, precision)}
         return sorted(names, key=method_order)
 
@@ -175,11 +178,11 @@ def precision_order(name: str) -> tuple:
 
 
 def method_order(name: str) -> tuple:
-    """Sort key: by PTQ, default variant first; within one quantizer plain, qwt, cwac, then the others by name."""
+    """Sort key: by PTQ; on one PTQ plain, qwt, cwac, then the others by name."""
     known = ("", "qwt", "cwac")
     method = Method.parse(name)
     rank = known.index(method.compensation) if method.compensation in known else len(known)
-    return (method.ptq, method.variant, rank, method.compensation)
+    return (method.ptq, rank, method.compensation)
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:

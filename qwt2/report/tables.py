@@ -94,7 +94,7 @@ def kind(method: str) -> str:
         return method
     parts = Method.parse(method)
     name = COMPENSATION_NAMES.get(parts.compensation, f"PTQ + {parts.compensation}")
-    return name.replace("PTQ", f"PTQ ({parts.variant})") if parts.variant else name
+    return name.replace("PTQ", "PTQ (published)") if parts.is_published else name
 
 
 def _columns(results: Results, model: str) -> list[Column]:
@@ -160,7 +160,7 @@ def _misses(row: Row) -> bool:
     """Whether a figure misses the target set for it, where there is one."""
     method = Method.parse(row.method)
     if row.metric in ("engine_top1_delta", "engine_bbox_ap_delta"):
-        return not method.variant and abs(row.value) > ENGINE_DELTA
+        return not method.is_published and abs(row.value) > ENGINE_DELTA
     if row.metric == "latency_ratio_to_ptq":
         return method.compensation == "cwac" and not LATENCY_RATIO[0] <= row.value <= LATENCY_RATIO[1]
     return False
@@ -169,7 +169,7 @@ def _misses(row: Row) -> bool:
 def _gain_cell(results: Results, model: str, precision: str, method: str) -> Cell:
     parts = Method.parse(method)
     fp32 = results.fp32_top1(model)
-    row, plain = (results.get(model, precision, name, "torch", "top1") for name in (method, parts.quantizer))
+    row, plain = (results.get(model, precision, name, "torch", "top1") for name in (method, parts.ptq))
     if not parts.compensation or row is None or plain is None:
         return Cell("", "", "")
     gain = row.value - plain.value

@@ -3,12 +3,9 @@
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.recipe import PTQMethod, Recipe
 
-PTQ_METHODS.register("minmax")(
-    PTQMethod(
-        variants={
-            "default": Recipe(observer="minmax"),
-            "openvino": Recipe(observer="minmax", output_bits=None, pooling_bits=8, centred=True),
-            "tensorrt": Recipe(observer="minmax", symmetric_activations=True),
-        }
-    )
-)
+
+@PTQ_METHODS.register("minmax")
+class MinMax(PTQMethod):
+    """Ranges from the smallest to the largest value."""
+
+    recipe = Recipe(observer="minmax")

@@ -3,12 +3,9 @@
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.recipe import PTQMethod, Recipe
 
-PTQ_METHODS.register("mse")(
-    PTQMethod(
-        variants={
-            "default": Recipe(observer="mse"),
-            "openvino": Recipe(observer="mse", output_bits=None, pooling_bits=8, centred=True),
-            "tensorrt": Recipe(observer="mse", symmetric_activations=True),
-        }
-    )
-)
+
+@PTQ_METHODS.register("mse")
+class MSE(PTQMethod):
+    """Ranges of least squared error."""
+
+    recipe = Recipe(observer="mse")

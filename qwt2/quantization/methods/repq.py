@@ -1,14 +1,12 @@
 """RepQ-ViT (arXiv 2212.08254): scale re-parameterisation for post-LayerNorm activations.
 
-LayerNorm outputs are calibrated with one scale and zero point a channel, which no integer kernel
+LayerNorm outputs are calibrated with one scale and zero point per channel, which no integer kernel
 can run. The channel-wise part then moves into the LayerNorm's affine parameters and the following
-Linear's weight and bias (equations 6-9), which leaves one scale and one zero point a tensor and
+Linear's weight and bias (equations 6-9), which leaves one scale and one zero point per tensor and
 does not change the float function.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +15,16 @@ from qwt2.quantization.info import quantization_info
 from qwt2.quantization.layers import QuantizedLinear
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.quantizers import UniformQuantizer
-from qwt2.quantization.recipe import PTQMethod, Recipe
+from qwt2.quantization.recipe import PAPER, PTQMethod, Recipe
 from qwt2.quantization.walk import Walk
 
 
-@dataclass
+@PTQ_METHODS.register("repq")
 class RepQ(PTQMethod):
+    """RepQ-ViT on grids that integer engines have."""
+
+    recipe = Recipe(observer="percentile")
+
     def fit(self, walk: Walk, recipe: Recipe) -> None:
         def modules(names: list[str]) -> list[nn.Module]:
             return [walk.model.get_submodule(name) for name in names]
@@ -76,23 +78,17 @@ def _absorb(linear: QuantizedLinear, ratio: Tensor, shift: Tensor) -> None:
     linear.bias = nn.Parameter(bias if linear.bias is None else linear.bias + bias, requires_grad=False)
 
 
-PTQ_METHODS.register("repq")(
-    RepQ(
-        variants={
-            "default": Recipe(observer="percentile"),
-            "openvino": Recipe(observer="percentile", output_bits=None, pooling_bits=8, centred=True),
-            "tensorrt": Recipe(observer="percentile", symmetric_activations=True),
-            "published": Recipe(
-                observer="percentile",
-                symmetric_weights=False,
-                symmetric_matmuls=False,
-                zero_in_range=False,
-                integer_zero_points=False,
-                log_softmax=True,
-                log_floor=1e-6,
-                output_bits=None,
-                addition_bits=None,
-            ),
-        }
+@PTQ_METHODS.register("repq_published")
+class PublishedRepQ(RepQ):
+    """RepQ-ViT's own grids: asymmetric weights, fractional zero points, a log-sqrt2 softmax; simulation only."""
+
+    recipe = Recipe(
+        observer="percentile",
+        symmetric_weights=False,
+        symmetric_matmuls=False,
+        zero_in_range=False,
+        integer_zero_points=False,
+        log_softmax=True,
+        log_floor=1e-6,
+        placement=PAPER,
     )
-)
