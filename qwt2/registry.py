@@ -1,10 +1,19 @@
-"""Named implementations: one file each, registered under the name that configurations use."""
+"""Named implementations: one file each, registered under the name that configurations use.
+
+An implementation is a module of this library or of another installed package. The other package names its module in an
+entry point, and the module registers itself just as a file of this library does:
+
+    [project.entry-points."qwt2.ptq_methods"]
+    my_method = "my_package.my_method"
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Callable, Generic, TypeVar
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
 
 from qwt2.errors import Qwt2Error
 
@@ -12,35 +21,49 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps names to implementations found in the modules of one package.
+    """Maps names to implementations found in one package of this library and in plug-ins.
 
     Args:
         kind: what is registered, for error messages ("PTQ method").
         package: package whose modules register themselves when imported.
+        group: entry-point group in which other packages name modules that do the same. A plug-in is imported when its
+            name is asked for, and not before.
     """
 
-    def __init__(self, kind: str, package: str):
-        self.kind, self.package = kind, package
+    def __init__(self, kind: str, package: str, group: str):
+        self.kind, self.package, self.group = kind, package, group
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
+        """Decorate an implementation to register it as ``name``.
+
+        Raises:
+            Qwt2Error: when applied, if the name is taken.
+        """
+
         def add(entry: T) -> T:
+            if name in self._entries:
+                raise Qwt2Error(f"the name {name!r} is taken by another {self.kind}")
             self._entries[name] = entry
             return entry
 
         return add
 
     def names(self) -> list[str]:
+        """Return the names that can be asked for, in alphabetical order; plug-ins are not imported for it."""
         self._discover()
-        return sorted(self._entries)
+        return sorted({*self._entries, *(point.name for point in entry_points(group=self.group))})
 
     def get(self, name: str) -> T:
-        """The implementation called ``name``.
+        """Return the implementation called ``name``.
 
         Raises:
-            Qwt2Error: unknown name; the message lists the known ones.
+            Qwt2Error: the name is unknown (the message lists the known ones), or a package that offers it fails to
+                import or takes a name that another one has (the message names the package).
         """
         self._discover()
+        for point in entry_points(group=self.group, name=name):
+            self._load(point)
         if name not in self._entries:
             raise Qwt2Error(f"unknown {self.kind} {name!r}; use one of: {', '.join(self.names())}")
         return self._entries[name]
@@ -49,3 +72,26 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
+
+    def _load(self, point: EntryPoint) -> None:
+        """Import a plug-in; what it registered is taken back if it fails."""
+        before = dict(self._entries)
+        try:
+            point.load()
+            if point.name not in self._entries:
+                raise Qwt2Error(f"{point.value} registers nothing of that name")
+        except Exception as error:  # a module may raise anything
+            self._entries = before
+            raise Qwt2Error(
+                f"the {self.kind} {point.name!r} of package {_package(point)} cannot be used: {_first_line(error)}; "
+                "correct or uninstall that package"
+            ) from error
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.module
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error) if isinstance(error, Qwt2Error) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0].rstrip(".")

@@ -16,7 +16,7 @@ from qwt2.errors import Qwt2Error
 from qwt2.onnx.file import load_onnx, with_batch_size
 from qwt2.registry import Registry
 
-ENGINES: Registry = Registry("engine", __name__)
+ENGINES: Registry = Registry("engine", __name__, "qwt2.engines")
 
 
 class Session(Protocol):

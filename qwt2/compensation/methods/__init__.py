@@ -2,4 +2,4 @@
 
 from qwt2.registry import Registry
 
-COMPENSATIONS: Registry = Registry("compensation method", __name__)
+COMPENSATIONS: Registry = Registry("compensation method", __name__, "qwt2.compensations")

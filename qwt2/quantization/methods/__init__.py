@@ -2,4 +2,4 @@
 
 from qwt2.registry import Registry
 
-PTQ_METHODS: Registry = Registry("PTQ method", __name__)
+PTQ_METHODS: Registry = Registry("PTQ method", __name__, "qwt2.ptq_methods")
