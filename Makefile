@@ -56,6 +56,7 @@ readme: $(STAMP)
 	python -m pipeline.readme
 
 $(STAMP): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "error: qwt2 needs Python 3.11 or newer; give one as PYTHON=")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install --quiet uv
 	$(VENV)/bin/uv pip sync --quiet requirements.lock
@@ -69,9 +70,10 @@ $(PEERS)/.installed: requirements-peers.lock $(STAMP)
 
 LOCK := uv pip compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --python-version 3.11
 
+# Names and ranges stand in pyproject.toml; the locks pin them with hashes. What is pinned stays, unless ARGS=--upgrade.
 lock: $(STAMP)
-	$(LOCK) requirements.in -o requirements.lock
-	$(LOCK) requirements-peers.in -o requirements-peers.lock
+	$(LOCK) pyproject.toml --extra dev $(ARGS) -o requirements.lock
+	$(LOCK) pyproject.toml --extra peers $(ARGS) -o requirements-peers.lock
 
 clean:
 	rm -rf $(VENV) $(PEERS) out

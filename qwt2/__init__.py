@@ -1,7 +1,11 @@
 """qwt2: post-training quantization with compensation that costs nothing at inference."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
+
+if sys.version_info < (3, 11):
+    raise ImportError(f"qwt2 needs Python 3.11 or newer; this is Python {sys.version.split()[0]}", name=__name__)
 
 from qwt2.errors import Qwt2Error
 
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from qwt2.quantization.precision import Precision
     from qwt2.quantization.quantize import quantize
 
+    __version__: str
+
 _LAZY = {
     "Precision": "qwt2.quantization.precision",
     "quantize": "qwt2.quantization.quantize",
@@ -25,6 +31,7 @@ _LAZY = {
     "load_engine": "qwt2.engines",
     "save_quantized": "qwt2.checkpoint",
     "load_quantized": "qwt2.checkpoint",
+    "__version__": "qwt2.version",
 }
 
 __all__ = ["Qwt2Error", *_LAZY]

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import qwt2
 from qwt2.errors import Qwt2Error, guarded
+from qwt2.extras import extra
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "report beside it (same name, .json; to read: .html).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    p.add_argument("--version", action="version", version=qwt2.__version__)
     p.add_argument("model", help="a timm name, or module:factory for a function that returns the nn.Module")
     p.add_argument("--images", required=True, type=Path, help="folder of calibration images, searched to any depth")
     p.add_argument("--output", required=True, type=Path, help="the ONNX file to write")
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from qwt2.compensation.compensate import compensate
     from qwt2.compensation.methods import COMPENSATIONS
-    from qwt2.engines import ENGINES
+    from qwt2.engines import check_engine
     from qwt2.folding.fold import fold
     from qwt2.io import write_json, write_text
     from qwt2.onnx.export import check_format, export_onnx
@@ -70,8 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     precision = Precision(arguments.weight_bits, arguments.activation_bits)
     check_format(arguments.target, arguments.weight_storage, arguments.opset)
-    for engine in arguments.engines:  # a wrong name must not cost the work that comes before
-        ENGINES.get(engine)
+    for engine in arguments.engines:  # a wrong name or a missing package must not cost the work that comes before
+        check_engine(engine)
     if arguments.compensation != "none":
         COMPENSATIONS.get(arguments.compensation)
     if arguments.threads:
@@ -201,8 +204,10 @@ def _call_factory(spec: str) -> "nn.Module":
 
 def _batches(files: list[Path], settings: dict[str, Any], batch_size: int) -> Iterator["torch.Tensor"]:
     import torch
-    from timm.data import create_transform
     from tqdm import tqdm
+
+    with extra("timm"):
+        from timm.data import create_transform
 
     from qwt2.data.imagefolder import read_rgb
 

@@ -7,7 +7,7 @@ import tiny_models as tiny
 from onnx import TensorProto, helper
 
 import qwt2
-from qwt2.engines import ENGINES, load_package
+from qwt2.engines import ENGINES
 from qwt2.engines.operations import count_operations
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.mismatch import record_modules
@@ -83,12 +83,6 @@ def test_constant_shapes_change_no_output(network):
     feeds = {"images": tiny.images(2).numpy()}
     [before], [after] = (ENGINES.get("torch_int8")(m, 1)(feeds).values() for m in (model, folded))
     assert np.array_equal(before, after)
-
-
-def test_a_missing_package_is_named():
-    with pytest.raises(Qwt2Error, match=r"needs absent_one,.*pip install absent-one") as error:
-        load_package("absent_one.part", "absent-one")
-    assert "\n" not in str(error.value)
 
 
 def test_inductor_names_operations_it_has_not():

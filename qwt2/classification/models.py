@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwt2.errors import Qwt2Error
+from qwt2.extras import extra
 from qwt2.io import load_tensors
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ def build_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
 
     Raises `Qwt2Error` for an unknown name, a refused argument, or weights that do not fit.
     """
-    import timm
     import torch
+
+    with extra("timm"):
+        import timm
 
     name = cfg["timm"]
     if not timm.is_model(name):

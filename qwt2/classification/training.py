@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from qwt2.data import Dataset
+from qwt2.extras import extra
 
 
 def train(model: nn.Module, dataset: Dataset, cfg: Mapping[str, Any], progress: bool = True) -> nn.Module:
@@ -22,7 +23,8 @@ def train(model: nn.Module, dataset: Dataset, cfg: Mapping[str, Any], progress: 
     float32) and `seed` (of those weights, of the images' order, of everything random inside the model). With the same
     number of threads the result is the same on every run. `progress` shows a bar on a terminal.
     """
-    from timm.optim import param_groups_weight_decay
+    with extra("timm"):
+        from timm.optim import param_groups_weight_decay
 
     initialize(model, cfg["seed"])
     parameters = param_groups_weight_decay(model, cfg["weight_decay"])

@@ -26,6 +26,7 @@ import numpy as np
 
 from qwt2.data.dataset import Dataset
 from qwt2.errors import Qwt2Error
+from qwt2.extras import extra
 from qwt2.io import load_arrays, read_json, save_arrays, write_json
 
 CLASSES = [str(digit) for digit in range(10)]
@@ -86,7 +87,9 @@ def read_scans() -> tuple[np.ndarray, np.ndarray]:
 
     Reads the data file of the installed package: importing `sklearn.datasets` for it would cost seconds.
     """
-    path = importlib.metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    with extra("pipeline"):
+        scikit_learn = importlib.metadata.distribution("scikit-learn")
+    path = scikit_learn.locate_file("sklearn/datasets/data/digits.csv.gz")
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     return table[:, :-1].reshape(-1, 8, 8) / 16, table[:, -1].astype(np.int64)
@@ -133,7 +136,8 @@ def _render_chunk(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.
 
 def warped_ink(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Coverage (N, size, size) in [0, 1] of the warped digits."""
-    from scipy.ndimage import map_coordinates
+    with extra("pipeline"):
+        from scipy.ndimage import map_coordinates
 
     count, margin = len(scans), 2
     # A margin of empty cells: the warp may look beyond the scan, and must find paper there.
@@ -196,7 +200,8 @@ def _enlarged(images: np.ndarray, size: int, order: int) -> np.ndarray:
     Interpolation is linear and separable, so two products with the matrix that enlarges the identity do
     what `zoom` would do to each image, many times faster.
     """
-    from scipy.ndimage import zoom
+    with extra("pipeline"):
+        from scipy.ndimage import zoom
 
     cells = images.shape[-1]
     matrix = zoom(np.eye(cells), (size / cells, 1), order=order, grid_mode=True, mode="nearest")

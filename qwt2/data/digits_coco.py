@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from qwt2.data.digits import CLASSES, background_texture, ink_colour, read_scans, split_sources, warped_ink
 from qwt2.errors import Qwt2Error
+from qwt2.extras import extra
 from qwt2.io import atomic_path, write_json, write_text
+
+with extra("detection"):
+    from PIL import Image
 
 SIZES = (28, 36, 44, 54)  # pixels along a digit's side
 MOST_DIGITS = 5
@@ -108,7 +111,8 @@ def _annotations(scenes: list[list[dict]], size: int) -> str:
     """COCO's annotation file; masks are run lengths, compressed as pycocotools does."""
     import json
 
-    from pycocotools import mask as coco_mask
+    with extra("detection"):
+        from pycocotools import mask as coco_mask
 
     annotations = []
     for image, objects in enumerate(scenes):

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from qwt2.data.dataset import Dataset
 from qwt2.errors import Qwt2Error
+from qwt2.extras import extra
 from qwt2.io import read_json, write_json
+
+with extra("timm"):
+    from PIL import Image
 
 SPLITS = ("train", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
@@ -31,7 +34,8 @@ class ImageFolderDataset(Dataset):
     """The indexed images, decoded when asked for and put through timm's own transform of the model."""
 
     def __init__(self, cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any]):
-        from timm.data import create_transform
+        with extra("timm"):
+            from timm.data import create_transform
 
         from qwt2.data.transforms import transform_config
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qwt2.detection.ops import ensure_operators
 from qwt2.errors import Qwt2Error
+from qwt2.extras import extra
 
 
 def detector_config(cfg: Mapping[str, Any]) -> Any:
@@ -26,9 +27,10 @@ def detector_config(cfg: Mapping[str, Any]) -> Any:
     Raises `Qwt2Error` for a file that does not exist and for options that do not fit it.
     """
     ensure_operators()
-    import mmdet
-    from mmdet.utils import register_all_modules
-    from mmengine.config import Config
+    with extra("detection"):
+        import mmdet
+        from mmdet.utils import register_all_modules
+        from mmengine.config import Config
 
     register_all_modules(init_default_scope=True)
     own = Path(mmdet.__file__).parent / ".mim" / "configs" / cfg["mmdet"]

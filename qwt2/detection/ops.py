@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwt2.errors import Qwt2Error
+from qwt2.extras import extra
 
 _EXTENSION = "mmcv._ext"
 
@@ -29,7 +30,8 @@ def ensure_operators() -> str:
         return "torchvision"
     if importlib.util.find_spec(_EXTENSION) is not None:
         return "mmcv"
-    import torchvision  # noqa: F401  # registers the operators
+    with extra("detection"):
+        import torchvision  # noqa: F401  # registers the operators
 
     sys.modules[_EXTENSION] = _Bridge(_EXTENSION)
     return "torchvision"

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+
+from qwt2.extras import extra
+
+with extra("detection"):
+    from PIL import Image, ImageDraw
 
 _WIDTH = 256  # pixels of a scene
 _GAP, _HEAD = 8, 22

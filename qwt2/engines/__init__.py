@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ import onnx
 
 from qwt2.engines.operations import Operation
 from qwt2.errors import Qwt2Error
+from qwt2.extras import extra
 from qwt2.onnx.file import load_onnx, with_batch_size
 from qwt2.registry import Registry
 
@@ -20,7 +20,10 @@ ENGINES: Registry = Registry("engine", __name__, "qwt2.engines")
 
 
 class Session(Protocol):
-    """A model compiled for fixed input shapes: feeds by name in, outputs by name out."""
+    """A model compiled for fixed input shapes: feeds by name in, outputs by name out.
+
+    A class attribute ``package`` names the module that it needs from the extra of the engine's name.
+    """
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
@@ -84,17 +87,16 @@ class Engine:
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
 
-def load_package(module: str, package: str) -> ModuleType:
-    """Import what an optional engine needs.
+def check_engine(name: str) -> None:
+    """Refuse an engine that is unknown, or whose package cannot be imported, before any work is done for it.
 
     Raises:
-        Qwt2Error: it is not installed; the message says what to install.
+        Qwt2Error: naming the engine, or the extra that brings its package.
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = module.partition(".")[0]
-        raise Qwt2Error(f"the engine needs {name}, which cannot be imported ({error}); install it with: pip install {package}") from error
+    package = getattr(ENGINES.get(name), "package", None)
+    if package is not None:
+        with extra(name):
+            importlib.import_module(package)
 
 
 def load_engine(path: str | os.PathLike, name: str = "onnxruntime", threads: int = 1) -> Engine:

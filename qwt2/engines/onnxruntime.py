@@ -10,6 +10,7 @@ import onnx
 
 from qwt2.engines import ENGINES
 from qwt2.engines.operations import Operation
+from qwt2.extras import extra
 
 _INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention", "NhwcMaxPool")
 _CODES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
@@ -19,8 +20,11 @@ _CODES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 class OnnxRuntimeSession:
     """See :class:`qwt2.engines.Session`."""
 
+    package = "onnxruntime"
+
     def __init__(self, model: onnx.ModelProto, threads: int):
-        import onnxruntime
+        with extra("onnxruntime"):
+            import onnxruntime
 
         onnxruntime.set_default_logger_severity(3)
         self.model = model.SerializeToString()

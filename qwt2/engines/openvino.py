@@ -7,6 +7,7 @@ import onnx
 
 from qwt2.engines import ENGINES
 from qwt2.engines.operations import Operation
+from qwt2.extras import extra
 from qwt2.onnx.file import TARGET_KEY
 from qwt2.onnx.graph import OnnxGraph
 
@@ -21,8 +22,11 @@ class OpenVinoSession:
     would blur the comparison with the simulation.
     """
 
+    package = "openvino"
+
     def __init__(self, model: onnx.ModelProto, threads: int):
-        import openvino
+        with extra("openvino"):
+            import openvino
 
         options = {
             "INFERENCE_NUM_THREADS": threads,

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from qwt2.engines import ENGINES, load_package
+from qwt2.engines import ENGINES
 from qwt2.engines.operations import Operation
 from qwt2.errors import Qwt2Error
+from qwt2.extras import extra
 from qwt2.onnx.tensorrt_rules import check
 
 if TYPE_CHECKING:
@@ -26,12 +27,15 @@ class TensorRTSession:
             or TensorRT refuses it all the same.
     """
 
+    package = "tensorrt"
+
     def __init__(self, model: onnx.ModelProto, threads: int):
         if violations := check(model):
             raise Qwt2Error(
                 f"TensorRT cannot run this file: {violations[0]}; quantize the model with target='tensorrt'"
             )
-        trt = load_package("tensorrt", "tensorrt")
+        with extra("tensorrt"):
+            import tensorrt as trt
         self.logger = trt.Logger(trt.Logger.ERROR)
         plan = _build(model, self.logger)
         self.runtime = trt.Runtime(self.logger)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from qwt2.engines import ENGINES, load_package
+from qwt2.engines import ENGINES
 from qwt2.engines.operations import Operation
+from qwt2.extras import extra
 from qwt2.io import quiet
 from qwt2.onnx.file import with_constant_shapes
 
@@ -31,10 +32,13 @@ class TvmSession:
     bias is added in float32. One thread, whatever is asked for: without tuning no loop is parallel.
     """
 
+    package = "tvm"
+
     def __init__(self, model: onnx.ModelProto, threads: int):
-        tvm = load_package("tvm", "apache-tvm")
-        from tvm import relax
-        from tvm.relax.frontend.onnx import from_onnx
+        with extra("tvm"):
+            import tvm
+            from tvm import relax
+            from tvm.relax.frontend.onnx import from_onnx
 
         target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
         self.inputs = [value.name for value in model.graph.input]

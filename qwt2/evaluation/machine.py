@@ -24,8 +24,16 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instruction_sets": [name for name in _INTEGER_ISA if name in flags],
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        | {name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package; None where it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -5,11 +5,13 @@ Text and rules take the page's own colour (`currentColor`), so one chart serves 
 
 from typing import Any
 
-import altair as alt
-
+from qwt2.extras import extra
 from qwt2.report.findings import ENGINE_NAMES
 from qwt2.report.results import Method, Results, Row, method_order
 from qwt2.report.tables import COMPENSATION_NAMES
+
+with extra("report"):
+    import altair as alt
 
 # Told apart with any colour vision, and on light and dark grounds alike.
 COLOURS = {"": "#d97706", "qwt": "#3b82f6", "cwac": "#0f9d76"}

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-import altair as alt
-
+from qwt2.extras import extra
 from qwt2.report.charts import BEFORE_COLOUR, COLOURS, Spec, to_spec
 from qwt2.report.findings import ENGINE_NAMES
 from qwt2.report.results import QUANTILES, Layer, method_order, precision_order
 from qwt2.report.tables import kind
+
+with extra("report"):
+    import altair as alt
 
 WORSE_COLOUR = "#dc2626"
 ENGINE_COLOURS = ("#3b82f6", "#d97706", "#a855f7", "#0f9d76", "#64748b", "#db2777")

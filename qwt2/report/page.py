@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import altair as alt
-import jinja2
-import vl_convert
-
+from qwt2.extras import extra
 from qwt2.report import charts, detection, findings, modules, tables, templates
 from qwt2.report.results import LAYER_FIGURES, Layer, Results, precision_order
+
+with extra("report"):
+    import altair as alt
+    import jinja2
+    import vl_convert
 
 
 @dataclass(frozen=True)
