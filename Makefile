@@ -9,7 +9,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3.11
 
-.PHONY: repro repro-classification test readme lock benchmarks dashboard publish experiments verify determinism kills clean
+.PHONY: repro repro-classification test lint docs readme lock benchmarks dashboard publish experiments verify determinism kills clean
 
 repro: $(STAMP)
 	python -m pipeline.warm dvc repro
@@ -52,6 +52,10 @@ determinism: $(STAMP)
 kills: $(STAMP)
 	python -m benchmarks.kills
 
+# The documentation, as pages in site/; a warning is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
 readme: $(STAMP)
 	python -m pipeline.readme
 
@@ -76,4 +80,4 @@ lock: $(STAMP)
 	$(LOCK) pyproject.toml --extra peers $(ARGS) -o requirements-peers.lock
 
 clean:
-	rm -rf $(VENV) $(PEERS) out
+	rm -rf $(VENV) $(PEERS) out site

@@ -1,4 +1,4 @@
-"""Command: rewrite the README's tables from results/summary.csv and results/benchmarks (`python -m pipeline.readme`)."""
+"""Command: rewrite the tables of README.md and docs/results.md from results/summary.csv and results/benchmarks (`python -m pipeline.readme`)."""
 
 import csv
 from pathlib import Path
@@ -158,11 +158,11 @@ def _percent(row: Row | None) -> str:
 
 
 def main() -> None:
-    readme = Path("README.md")
-    update(readme, RESULTS / "summary.csv")
-    update_detection(readme, RESULTS / "summary.csv")
-    update_peers(readme, RESULTS / "benchmarks")
-    update_costs(readme, RESULTS / "benchmarks")
+    update(Path("README.md"), RESULTS / "summary.csv")
+    page = Path("docs/results.md")
+    update_detection(page, RESULTS / "summary.csv")
+    update_peers(page, RESULTS / "benchmarks")
+    update_costs(page, RESULTS / "benchmarks")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class Grid:
         """Scale and zero point for a range, in one or several equally natural roundings.
 
         Args:
-            low, high: ends of the range, shape (channels,).
+            low: lower end of the range, shape (channels,).
+            high: its upper end, likewise.
         """
         if self.symmetric:
             bound = torch.maximum(low.abs(), high.abs())
