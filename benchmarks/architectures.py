@@ -46,7 +46,9 @@ def ptq_method(cfg: dict) -> str:
 
 def measure(cfg: dict, method: str) -> dict:
     model = build_model({**cfg, "pretrained": False, "num_classes": 1000})
-    images = torch.randn(CALIBRATION_IMAGES, 3, *model.pretrained_cfg["input_size"][1:], generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        CALIBRATION_IMAGES, 3, *model.pretrained_cfg["input_size"][1:], generator=torch.Generator().manual_seed(0)
+    )
     batches = list(images.split(BATCH))
     seconds = {}
     with PeakMemory() as memory, tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -67,8 +69,12 @@ def measure(cfg: dict, method: str) -> dict:
         gc.collect()
         for engine in ENGINES:
             logits = load_engine(path, engine, THREADS)(images[:1].numpy())
-            row[f"{engine}_logits_relative_error"] = f"{np.linalg.norm(logits - simulated) / np.linalg.norm(simulated):.2e}"
-            row |= figures(engine, Mismatch.worst(list(engine_mismatch(load_onnx(path), engine, records, THREADS).values())))
+            row[f"{engine}_logits_relative_error"] = (
+                f"{np.linalg.norm(logits - simulated) / np.linalg.norm(simulated):.2e}"
+            )
+            row |= figures(
+                engine, Mismatch.worst(list(engine_mismatch(load_onnx(path), engine, records, THREADS).values()))
+            )
     row |= {f"{step}_seconds": round(value, 2) for step, value in seconds.items()}
     row["peak_memory_mb"] = round(memory.megabytes)
     described = machine.describe()

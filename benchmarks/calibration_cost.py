@@ -1,8 +1,9 @@
 """What compensating a network costs: this library against an implementation that stores every output of a block.
 
-deit_small with random weights at 224 x 224, W4A4; the other implementation is the tests' oracle (tests/oracles.py, `Stored`),
-which finds the same parameters. Each measurement has a process of its own. `peak_rss_mb` is the process' peak as the system
-tells it, with libraries, network and images in it; `added_mb` is what the work itself added to what was resident before it.
+deit_small with random weights at 224 x 224, W4A4; the other implementation is the tests' oracle (tests/oracles.py,
+`Stored`), which finds the same parameters. Each measurement has a process of its own. `peak_rss_mb` is the process'
+peak as the system tells it, with libraries, network and images in it; `added_mb` is what the work itself added to
+what was resident before it.
 """
 
 import argparse
@@ -36,22 +37,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--own", action="store_true", help="measure this library alone, and keep the file's rows of the other")
+    parser.add_argument(
+        "--own", action="store_true", help="measure this library alone, and keep the file's rows of the other"
+    )
     parser.add_argument("--child", nargs=3, metavar=("METHOD", "IMPLEMENTATION", "FILE"), help="measure one, here")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(*arguments.child, arguments.images, arguments.threads)))
         return
     path = machine_file("calibration-cost", torch="torch")
-    rows = [row for row in read_dicts(path) if row["implementation"] != "qwt2"] if arguments.own and path.is_file() else []
+    rows = (
+        [row for row in read_dicts(path) if row["implementation"] != "qwt2"] if arguments.own and path.is_file() else []
+    )
     runs = [run for run in RUNS if run[1] == "qwt2" or not arguments.own]
     with tempfile.TemporaryDirectory() as folder:
         for method, implementation in tqdm(runs, desc="calibration cost"):
             command = [sys.executable, "-m", "benchmarks.calibration_cost", "--images", str(arguments.images)]
-            command += ["--threads", str(arguments.threads), "--child", method, implementation, str(Path(folder) / "ptq.safetensors")]
+            command += [
+                "--threads",
+                str(arguments.threads),
+                "--child",
+                method,
+                implementation,
+                str(Path(folder) / "ptq.safetensors"),
+            ]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
-            rows.append({"method": method, "implementation": implementation, **found, **facts(arguments.images, arguments.threads)})
+            rows.append(
+                {
+                    "method": method,
+                    "implementation": implementation,
+                    **found,
+                    **facts(arguments.images, arguments.threads),
+                }
+            )
             write_csv(path, sorted(rows, key=lambda row: RUNS.index((row["method"], row["implementation"]))))
 
 
@@ -69,7 +88,12 @@ def measure(method: str, implementation: str, file: str, images: int, threads: i
         work()
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_rss_mb": round(peak), "added_mb": round(memory.megabytes)}
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+        "peak_rss_mb": round(peak),
+        "added_mb": round(memory.megabytes),
+    }
 
 
 def compensation(method: str, implementation: str, qmodel: torch.nn.Module, batches: list[torch.Tensor]):
@@ -85,7 +109,8 @@ def facts(images: int, threads: int) -> dict:
     """What every row tells of its measurement."""
     described = machine.describe()
     return {
-        "model": MODEL, "precision": f"W{PRECISION.weight_bits}A{PRECISION.activation_bits}", "images": images, "batch": BATCH,
+        "model": MODEL, "precision": f"W{PRECISION.weight_bits}A{PRECISION.activation_bits}",
+        "images": images, "batch": BATCH,
         "threads": threads, "cpu": described["cpu"], "torch": described["versions"]["torch"],
     }  # fmt: skip
 

@@ -52,7 +52,9 @@ def measure(name: str) -> dict:
     wanted = parts(network.detector, cfg["model"]["parts"])
     seconds: dict[str, float] = {}
     with PeakMemory() as memory, tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        qmodel = timed(seconds, "quantize", lambda: quantize(network, batches, method, PRECISION, observer_images=2, parts=wanted))
+        qmodel = timed(
+            seconds, "quantize", lambda: quantize(network, batches, method, PRECISION, observer_images=2, parts=wanted)
+        )
         timed(seconds, "compensate", lambda: compensate(qmodel, batches, "cwac"))
         folded = timed(seconds, "fold", lambda: fold(qmodel))
         exporters = file_exporters(qmodel, batches[0])

@@ -1,8 +1,8 @@
 """Capture and calibration of timm's model families, the smallest member of each, with random weights.
 
-A row tells whether the captured graph gives what the model gives (`same_db`; -log of the relative squared error, "exact"
-for no difference at all), what of it can be quantized, and what CWAC and QwT cost: multiply-accumulates of the whole
-compensation, and CPU seconds, in float forward passes of the calibration set.
+A row tells whether the captured graph gives what the model gives (`same_db`; -log of the relative squared error,
+"exact" for no difference at all), what of it can be quantized, and what CWAC and QwT cost: multiply-accumulates of the
+whole compensation, and CPU seconds, in float forward passes of the calibration set.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def smallest(families: list[str]) -> Iterator[tuple[str, str, int]]:
             try:
                 with torch.device("meta"):
                     sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-            except Exception:  # noqa: BLE001, S112  # what needs weights or another package
+            except Exception:  # what needs weights or another package
                 continue
         if sizes:
             yield family, *min(sizes.items(), key=lambda item: (item[1], item[0]))
@@ -98,7 +98,7 @@ def measured(family: str, name: str) -> dict[str, Any]:
             model = with_signal(timm.create_model(name).eval())
             images = torch.randn(IMAGES, *model.default_cfg["input_size"], generator=torch.Generator().manual_seed(0))
             return captured(model, images) | (costs(model, images) if family in COSTS else {})
-    except Exception as error:  # noqa: BLE001  # a row tells it, and the next family follows
+    except Exception as error:  # a row tells it, and the next family follows
         return {"outcome": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
 
 
@@ -112,9 +112,11 @@ def captured(model: nn.Module, images: Tensor) -> dict[str, Any]:
     macs = wiring.multiply_accumulates(graph, images[:1])
     left = sum(count for node, count in macs.items() if node.op != "call_module")
     return {
-        "outcome": "captured", "capture_seconds": round(seconds, 1), "same_db": "exact" if math.isinf(same) else round(same),
+        "outcome": "captured", "capture_seconds": round(seconds, 1),
+        "same_db": "exact" if math.isinf(same) else round(same),
         "layers": len(wiring.layers(graph)), "products": len(graph.calls(Product)), "blocks": len(find_blocks(graph)),
-        "float_macs_percent": round(100 * left / sum(macs.values()), 2), "float_modules": len(wiring.float_operations(graph)),
+        "float_macs_percent": round(100 * left / sum(macs.values()), 2),
+        "float_modules": len(wiring.float_operations(graph)),
     }  # fmt: skip
 
 
@@ -149,7 +151,7 @@ def decibel(exact: Tensor, found: Tensor) -> float:
 def with_signal(model: nn.Module) -> nn.Module:
     """The model with norms and heads that pass something on: timm starts many of them at zero."""
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if not parameter.detach().any():
             parameter.data.normal_(0, 0.02 if parameter.dim() > 1 else 0.1, generator=generator)
     return model

@@ -1,8 +1,8 @@
 """Command: kill the chain at random points and run it again (`make kills`); the results must be those of a quiet run.
 
-Each round starts the tiny chain from nothing, sends SIGKILL to DVC or to the stage that runs, at a random moment, and then
-only repeats the command: no other step. That is `dvc repro` in half the rounds, and in the others what `make repro` runs,
-which starts stages warm (`pipeline.warm`).
+Each round starts the tiny chain from nothing, sends SIGKILL to DVC or to the stage that runs, at a random moment, and
+then only repeats the command: no other step. That is `dvc repro` in half the rounds, and in the others what
+`make repro` runs, which starts stages warm (`pipeline.warm`).
 """
 
 import argparse
@@ -80,8 +80,9 @@ def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str
     if what == "dvc":
         process.kill()  # with DVC goes the process that started it warm, as when a machine is switched off
     process.wait()
-    # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice, seconds
-    # on a busy machine, and DVC alone, without `pipeline.warm`, takes the lock of a process that is still listed for held.
+    # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice,
+    # seconds on a busy machine, and DVC by itself, without `pipeline.warm`, takes the lock of a process that is still
+    # listed for held.
     psutil.wait_procs([victim], timeout=60)
     return f"{name} killed after {after:.1f} s"
 

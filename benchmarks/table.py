@@ -13,7 +13,9 @@ def machine_file(kind: str, **versions: str) -> Path:
     """``<kind>-<cpu>[-<short name><version>...].csv``; ``versions`` maps short names to packages."""
     described = machine.describe()
     cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
-    return RESULTS / ("-".join([kind, cpu, *(f"{short}{described['versions'][name]}" for short, name in versions.items())]) + ".csv")
+    return RESULTS / (
+        "-".join([kind, cpu, *(f"{short}{described['versions'][name]}" for short, name in versions.items())]) + ".csv"
+    )
 
 
 def versions_text(described: dict[str, Any]) -> str:

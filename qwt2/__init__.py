@@ -4,7 +4,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036, a checkout is run without being installed
     raise ImportError(f"qwt2 needs Python 3.11 or newer; this is Python {sys.version.split()[0]}", name=__name__)
 
 from qwt2.errors import Qwt2Error

@@ -25,7 +25,9 @@ def guarded(action: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in _REPAIRABLE:
             raise
-        _fail(f"cannot write {error.filename or 'a result'}: {error.strerror}; make room or give access, then run again")
+        _fail(
+            f"cannot write {error.filename or 'a result'}: {error.strerror}; make room or give access, then run again"
+        )
 
 
 def _fail(sentence: str) -> None:

@@ -18,4 +18,6 @@ def extra(name: str) -> Iterator[None]:
     except ImportError as error:
         missing = (error.name or "a package").partition(".")[0]
         reason = str(error).splitlines()[0]
-        raise Qwt2Error(f"{missing} cannot be imported ({reason}); install it with: pip install 'qwt2[{name}]'") from error
+        raise Qwt2Error(
+            f"{missing} cannot be imported ({reason}); install it with: pip install 'qwt2[{name}]'"
+        ) from error

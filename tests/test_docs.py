@@ -37,7 +37,12 @@ def commands() -> list[str]:
 
 def test_every_block_is_of_a_known_kind():
     """Blocks of these languages are checked below; text is a picture."""
-    assert {language for page in PAGES for language, _ in FENCE.findall(page.read_text())} == {"python", "sh", "toml", "text"}
+    assert {language for page in PAGES for language, _ in FENCE.findall(page.read_text())} == {
+        "python",
+        "sh",
+        "toml",
+        "text",
+    }
     assert all(page.read_text().count("\n```") == 2 * len(FENCE.findall(page.read_text())) for page in PAGES)
 
 
@@ -47,7 +52,12 @@ def given() -> dict:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(392, 5)).eval()
     calibration = [torch.randn(8, 3, 16, 16) for _ in range(2)]
-    return {"model": model, "calibration": calibration, "example_input": calibration[0][:1], "images": calibration[0].numpy()}
+    return {
+        "model": model,
+        "calibration": calibration,
+        "example_input": calibration[0][:1],
+        "images": calibration[0].numpy(),
+    }
 
 
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
@@ -131,7 +141,11 @@ def test_files_that_the_pages_name_exist():
     for page in PAGES:
         text = page.read_text()
         for name in re.findall(r"`((?:qwt2|conf|tests|docs|results|pipeline)/[\w./*-]*)`", text):
-            if "NAME" not in name and not name.startswith(("results/report", "docs/site")) and not list(ROOT.glob(name.rstrip("/"))):
+            if (
+                "NAME" not in name
+                and not name.startswith(("results/report", "docs/site"))
+                and not list(ROOT.glob(name.rstrip("/")))
+            ):
                 missing.append((page.name, name))
         for name in re.findall(r"`(test_\w+\.py)`", text):
             if not list((ROOT / "tests").rglob(name)):

@@ -107,7 +107,11 @@ def test_every_extra_that_a_message_names_exists():
     named = set()
     for path in (ROOT / "qwt2").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "extra" and isinstance(node.args[0], ast.Constant):
+            if (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") == "extra"
+                and isinstance(node.args[0], ast.Constant)
+            ):
                 named.add(node.args[0].value)
     assert {"timm", "report", "detection", "pipeline", "openvino"} <= named <= PROJECT["optional-dependencies"].keys()
 

@@ -16,7 +16,7 @@ from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.precision import Precision
 
 # Ranges of two thirds of what is seen: no method of this library has them.
-METHOD = '''
+METHOD = """
 from dataclasses import dataclass
 
 from qwt2.quantization.methods import PTQ_METHODS
@@ -33,9 +33,9 @@ class Narrow(PTQMethod):
 
 
 PTQ_METHODS.register("narrow")(Narrow(variants={"default": Recipe(observer="minmax")}))
-'''
+"""
 # The output's mean error is taken off, as a bias; alpha stays 1.
-COMPENSATION = '''
+COMPENSATION = """
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,7 @@ class MeanError:
             visit.module.set_compensation(torch.ones_like(beta), beta)
             reports.append(ModuleReport(visit.name, 0.0, 0.0, 0.0, True, ""))
         return reports
-'''
+"""
 ENGINE = """
 import numpy as np
 
@@ -172,5 +172,7 @@ def test_two_packages_with_one_name(install):
 
 def test_an_unknown_name_lists_plugins(install):
     install("my-narrow", METHOD, "qwt2.ptq_methods", "narrow")
-    with pytest.raises(Qwt2Error, match="unknown PTQ method 'narow'; use one of: minmax, mse, narrow, percentile, repq"):
+    with pytest.raises(
+        Qwt2Error, match="unknown PTQ method 'narow'; use one of: minmax, mse, narrow, percentile, repq"
+    ):
         PTQ_METHODS.get("narow")

@@ -18,10 +18,11 @@ from qwt2.extras import extra
 def train(model: nn.Module, dataset: Dataset, cfg: Mapping[str, Any], progress: bool = True) -> nn.Module:
     """Train `model` from scratch, in place, on the training split and return it in evaluation mode.
 
-    Linear layers and position embeddings are drawn anew (`initialize`). AdamW with linear warm-up and cosine decay. Keys of `cfg`: `steps`, `batch_size`, `learning_rate`,
-    `weight_decay`, `warmup_steps`, `label_smoothing`, `autocast` (bfloat16 arithmetic; weights stay
-    float32) and `seed` (of those weights, of the images' order, of everything random inside the model). With the same
-    number of threads the result is the same on every run. `progress` shows a bar on a terminal.
+    Linear layers and position embeddings are drawn anew (`initialize`). AdamW with linear warm-up and cosine decay.
+    Keys of `cfg`: `steps`, `batch_size`, `learning_rate`, `weight_decay`, `warmup_steps`, `label_smoothing`, `autocast`
+    (bfloat16 arithmetic; weights stay float32) and `seed` (of those weights, of the images' order, of everything random
+    inside the model). With the same number of threads the result is the same on every run. `progress` shows a bar on a
+    terminal.
     """
     with extra("timm"):
         from timm.optim import param_groups_weight_decay
@@ -89,12 +90,12 @@ def unfused_attention(model: nn.Module) -> Iterator[None]:
     """Compute timm's attention as plain matrix products: on a CPU, training small models is twice as fast."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
-        module.fused_attn = False
+        module.fused_attn = False  # type: ignore[assignment]
     try:
         yield
     finally:
         for module in fused:
-            module.fused_attn = True
+            module.fused_attn = True  # type: ignore[assignment]
 
 
 def _endless_batches(dataset: Dataset, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -26,9 +26,7 @@ def write_dataset(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
     write(cfg, folder)
 
 
-def open_dataset(
-    cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None = None
-) -> Dataset:
+def open_dataset(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None = None) -> Dataset:
     """Open a dataset that `write_dataset` stored in `folder`.
 
     `model` is the model's configuration (see `qwt2.classification.models.build_model`); `imagefolder` needs it, because
@@ -42,6 +40,8 @@ def open_dataset(
         return DigitsDataset(folder)
     from qwt2.data.imagefolder import ImageFolderDataset
 
+    if model is None:
+        raise Qwt2Error("a folder of images needs the model's configuration, for the transform; give model=")
     return ImageFolderDataset(cfg, folder, model)
 
 

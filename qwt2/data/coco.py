@@ -75,7 +75,9 @@ def write_coco(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
     if [category["name"] for category in contents["val"]["categories"]] != classes:
         raise Qwt2Error(f"{root}: the training and validation annotations must define the same categories in one order")
     if len(classes) != cfg["num_classes"]:
-        raise Qwt2Error(f"{root} has {len(classes)} categories, but data.num_classes is {cfg['num_classes']}; set it to that")
+        raise Qwt2Error(
+            f"{root} has {len(classes)} categories, but data.num_classes is {cfg['num_classes']}; set it to that"
+        )
     for number, (split, content) in enumerate(contents.items()):
         rng = np.random.default_rng([cfg["seed"], number])
         write_text(folder / f"{split}.json", json.dumps(_drawn(content, cfg[f"{split}_images"], rng)))
@@ -99,9 +101,13 @@ def read_annotations(path: Path) -> dict[str, Any]:
     for annotation in content["annotations"]:
         where = f"{path}: annotation {annotation['id']}"
         if annotation["category_id"] not in categories:
-            raise Qwt2Error(f"{where} is of category {annotation['category_id']}, which the file does not define; add it")
+            raise Qwt2Error(
+                f"{where} is of category {annotation['category_id']}, which the file does not define; add it"
+            )
         if annotation["image_id"] not in images:
-            raise Qwt2Error(f"{where} is of image {annotation['image_id']}, which the file does not list; add or remove it")
+            raise Qwt2Error(
+                f"{where} is of image {annotation['image_id']}, which the file does not list; add or remove it"
+            )
         box = annotation["bbox"]
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite_number, box)):
             raise Qwt2Error(f"{where} has the box {box}; give four numbers: left, top, width and height")
@@ -114,7 +120,9 @@ def _is_finite_number(value: Any) -> bool:
 
 def _check_images(path: Path, content: dict[str, Any], folder: Path) -> None:
     if not folder.is_dir():
-        raise Qwt2Error(f"{folder} is not a folder; data.path must name a folder that holds annotations/, train2017/ and val2017/")
+        raise Qwt2Error(
+            f"{folder} is not a folder; data.path must name a folder that holds annotations/, train2017/ and val2017/"
+        )
     present = {entry.name for entry in os.scandir(folder)}
     for image in content["images"]:
         if image["file_name"] not in present:

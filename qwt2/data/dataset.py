@@ -31,6 +31,7 @@ class Dataset(ABC):
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.classes)
 
     def size(self, split: str) -> int:

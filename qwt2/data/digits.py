@@ -47,9 +47,11 @@ class DigitsDataset(Dataset):
         self._splits = {split: load_arrays(folder / f"{split}.safetensors") for split in ("train", "val")}
 
     def labels(self, split: str) -> np.ndarray:
+        """See :meth:`qwt2.data.dataset.Dataset.labels`."""
         return self._splits[split]["labels"]
 
     def images(self, split: str, indices: np.ndarray) -> np.ndarray:
+        """See :meth:`qwt2.data.dataset.Dataset.images`."""
         pixels = self._splits[split]["images"][indices].astype(np.float32) / 255
         return (pixels - self._mean) / self._std
 
@@ -89,7 +91,7 @@ def read_scans() -> tuple[np.ndarray, np.ndarray]:
     """
     with extra("pipeline"):
         scikit_learn = importlib.metadata.distribution("scikit-learn")
-    path = scikit_learn.locate_file("sklearn/datasets/data/digits.csv.gz")
+    path = Path(str(scikit_learn.locate_file("sklearn/datasets/data/digits.csv.gz")))
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     return table[:, :-1].reshape(-1, 8, 8) / 16, table[:, -1].astype(np.int64)

@@ -46,20 +46,26 @@ def write_digits_coco(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None
             with atomic_path(folder / split / _file_name(index)) as temporary:
                 Image.fromarray(image).save(temporary)
         write_text(folder / f"{split}.json", _annotations([objects for _, objects in scenes], cfg["image_size"]))
-    write_json(folder / "dataset.json", {"name": "digits_coco", "classes": CLASSES, "images": {s: s for s in ("train", "val")}})
+    write_json(
+        folder / "dataset.json", {"name": "digits_coco", "classes": CLASSES, "images": {s: s for s in ("train", "val")}}
+    )
 
 
 def _check(cfg: Mapping[str, Any]) -> None:
     if cfg["num_classes"] != len(CLASSES):
         raise Qwt2Error(f"data.num_classes is {cfg['num_classes']}, but the digits have {len(CLASSES)} classes")
     if cfg["image_size"] < 2 * SIZES[-1]:
-        raise Qwt2Error(f"data.image_size is {cfg['image_size']}, too small for the scenes; use at least {2 * SIZES[-1]}")
+        raise Qwt2Error(
+            f"data.image_size is {cfg['image_size']}, too small for the scenes; use at least {2 * SIZES[-1]}"
+        )
     for key in ("train_images", "val_images"):
         if not cfg[key] or cfg[key] < 1:
             raise Qwt2Error(f"data.{key} is {cfg[key]}; make at least one scene")
 
 
-def _compose(scans, labels, rows, count: int, size: int, rng: np.random.Generator) -> list[tuple[np.ndarray, list[dict]]]:
+def _compose(
+    scans, labels, rows, count: int, size: int, rng: np.random.Generator
+) -> list[tuple[np.ndarray, list[dict]]]:
     """Scenes: an image (size, size, 3) uint8 and its objects, each with ``category``, ``source`` and ``mask``."""
     digits = rng.integers(1, MOST_DIGITS + 1, count)
     chosen, sizes = rng.choice(rows, digits.sum()), rng.choice(SIZES, digits.sum())
@@ -114,7 +120,7 @@ def _annotations(scenes: list[list[dict]], size: int) -> str:
     with extra("detection"):
         from pycocotools import mask as coco_mask
 
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image, objects in enumerate(scenes):
         for item in objects:
             encoded = coco_mask.encode(np.asfortranarray(item["mask"].astype(np.uint8)))

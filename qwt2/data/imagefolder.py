@@ -46,9 +46,11 @@ class ImageFolderDataset(Dataset):
         self.classes = self._index["classes"]
 
     def labels(self, split: str) -> np.ndarray:
+        """See :meth:`qwt2.data.dataset.Dataset.labels`."""
         return self._labels[split]
 
     def images(self, split: str, indices: np.ndarray) -> np.ndarray:
+        """See :meth:`qwt2.data.dataset.Dataset.images`."""
         files = self._index[split]["files"]
         paths = [self._root / split / files[index] for index in indices]
         return np.stack([self._transform(read_rgb(path)).numpy() for path in paths])
@@ -67,7 +69,9 @@ def write_index(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
     classes = _class_names(root / "train")
     if (found := _class_names(root / "val")) != classes:
         odd = sorted(set(classes) ^ set(found))
-        raise Qwt2Error(f"{root}: train and val must have the same class folders, but only one has {', '.join(odd[:5])}")
+        raise Qwt2Error(
+            f"{root}: train and val must have the same class folders, but only one has {', '.join(odd[:5])}"
+        )
     if len(classes) != cfg["num_classes"]:
         raise Qwt2Error(
             f"{root} has {len(classes)} classes, but data.num_classes is {cfg['num_classes']}; "

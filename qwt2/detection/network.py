@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from qwt2.capture.batch import Inputs
 from qwt2.capture.check import evaluation_mode
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel, Signature
@@ -57,8 +56,8 @@ class Detector(nn.Module):
                 outputs.append(head(RegionFeatures(extract)(mask_boxes, *features)))
         return outputs
 
-    def capture_parts(self, example: Inputs) -> GraphModel:
-        """One graph of the parts, joined by calls of :class:`RegionFeatures`; see :func:`qwt2.capture.export.capture`."""
+    def capture_parts(self, example: dict[str, Tensor]) -> GraphModel:
+        """One graph of the parts, joined by :class:`RegionFeatures`; see :func:`qwt2.capture.export.capture`."""
         images = example["images"]
         extraction = self._extraction(example)
         with torch.no_grad(), evaluation_mode(self):
@@ -73,7 +72,7 @@ class Detector(nn.Module):
             found += join.add(capture(HeadPart(self, name), regions[name]), node)
         return join.finish(found, tree_flatten(outputs)[1])
 
-    def _extraction(self, example: Inputs) -> dict[str, tuple["RegionFeatures", Tensor]]:
+    def _extraction(self, example: dict[str, Tensor]) -> dict[str, tuple[RegionFeatures, Tensor]]:
         """For every head its features' module, and the regions that it gets."""
         found = {}
         for key, heads, kind in (
@@ -103,6 +102,7 @@ class DensePart(nn.Module):
         self.detector, self.dense_head = network.detector, network.dense_head
 
     def forward(self, images: Tensor) -> list[Any]:
+        """Features of all levels, then what the dense head gives, for images (N, 3, H, W)."""
         features = self.detector.extract_feat(images)
         return [*features, *tree_flatten(self.dense_head(features, images))[0]]
 
@@ -112,7 +112,8 @@ class HeadPart(nn.Module):
 
     def __init__(self, network: Detector, name: str):
         super().__init__()
-        self.name, holder = name, self
+        self.name = name
+        holder: nn.Module = self
         *parents, child = name.split(".")
         for parent in parents:
             holder.add_module(parent, nn.Module())
@@ -120,6 +121,7 @@ class HeadPart(nn.Module):
         holder.add_module(child, network.get_submodule(name))
 
     def forward(self, regions: Tensor) -> list[Any]:
+        """What the head gives for features of regions (R, C, h, w)."""
         return tree_flatten(self.get_submodule(self.name)(regions))[0]
 
 
@@ -135,6 +137,7 @@ class RegionFeatures(nn.Module):
         self.extract, self.stage = extract, stage
 
     def forward(self, boxes: Tensor, *features: Tensor) -> Tensor:
+        """Features (R, C, h, w) of boxes (N, [stages,] boxes, 4) from the levels' features."""
         boxes = boxes if self.stage is None else boxes[:, self.stage]
         numbers = torch.arange(len(boxes), dtype=boxes.dtype, device=boxes.device).repeat_interleave(boxes.shape[1])
         return self.extract(features[: self.extract.num_inputs], torch.cat([numbers[:, None], boxes.flatten(0, 1)], 1))
@@ -143,9 +146,11 @@ class RegionFeatures(nn.Module):
 class _Join:
     """Puts graphs of parts into one."""
 
-    def __init__(self, network: Detector, example: Inputs):
+    def __init__(self, network: Detector, example: dict[str, Tensor]):
         self.network, self.example = network, example
-        self.graph, self.parts, self.extractions = fx.Graph(), [], {}
+        self.graph = fx.Graph()
+        self.parts: list[GraphModel] = []
+        self.extractions: dict[str, RegionFeatures] = {}
         self.inputs = {name: self._input(name, tensor) for name, tensor in example.items()}
 
     def _input(self, name: str, tensor: Tensor) -> fx.Node:
@@ -156,7 +161,8 @@ class _Join:
     def add(self, part: GraphModel, source: fx.Node) -> list[fx.Node]:
         """The part's outputs when it reads a node."""
         self.parts.append(part)
-        return list(self.graph.graph_copy(part.graph, {part.inputs[0]: source}))
+        copied: Any = self.graph.graph_copy(part.graph, {part.inputs[0]: source})
+        return list(copied)
 
     def extract(self, head: str, module: RegionFeatures, levels: list[fx.Node], like: Tensor) -> fx.Node:
         boxes = self.inputs["boxes" if module.stage is not None else "mask_boxes"]
@@ -208,7 +214,7 @@ def parts(detector: nn.Module, names: list[str]) -> list[str]:
     return [f"detector.{child}" for name in PARTS if name in names for child in members[name] if child in children]
 
 
-def regions(detector: nn.Module, images: Tensor, samples: list[Any], count: int, mask_count: int) -> Inputs:
+def regions(detector: nn.Module, images: Tensor, samples: list[Any], count: int, mask_count: int) -> dict[str, Tensor]:
     """The inputs of :class:`Detector` for a batch: the regions that the full-precision detector chooses.
 
     Args:
@@ -238,7 +244,7 @@ def regions(detector: nn.Module, images: Tensor, samples: list[Any], count: int,
     return inputs
 
 
-class _AllChosen(Exception):
+class _AllChosen(Exception):  # noqa: N818, it ends a forward pass
     pass
 
 

@@ -59,7 +59,17 @@ class _Bridge(ModuleType):
 
     @staticmethod
     def roi_align_forward(
-        x, rois, output, argmax_y, argmax_x, aligned_height, aligned_width, spatial_scale, sampling_ratio, pool_mode, aligned
+        x,
+        rois,
+        output,
+        argmax_y,
+        argmax_x,
+        aligned_height,
+        aligned_width,
+        spatial_scale,
+        sampling_ratio,
+        pool_mode,
+        aligned,
     ) -> None:
         """Write the features of regions (K, 5) into ``output`` (K, C, aligned_height, aligned_width)."""
         _refuse_max_pooling(pool_mode)
@@ -75,17 +85,23 @@ class _Bridge(ModuleType):
         _refuse_max_pooling(pool_mode)
         size, shape = (aligned_height, aligned_width), gradient_x.shape
         gradient_x.copy_(
-            torch.ops.torchvision._roi_align_backward(gradient, rois, spatial_scale, *size, *shape, sampling_ratio, aligned)
+            torch.ops.torchvision._roi_align_backward(
+                gradient, rois, spatial_scale, *size, *shape, sampling_ratio, aligned
+            )
         )
 
 
 def _refuse_max_pooling(pool_mode: int) -> None:
     if pool_mode != 1:
-        raise Qwt2Error("RoIAlign with pool_mode='max' needs a compiled mmcv; use pool_mode='avg' or install mmcv with its operators")
+        raise Qwt2Error(
+            "RoIAlign with pool_mode='max' needs a compiled mmcv; use pool_mode='avg' or install mmcv with operators"
+        )
 
 
 def _missing(name: str):
     def refuse(*args, **kwargs):
-        raise Qwt2Error(f"this detector needs mmcv's operator {name}, which mmcv-lite has not; install a compiled mmcv 2.1")
+        raise Qwt2Error(
+            f"this detector needs mmcv's operator {name}, which mmcv-lite has not; install a compiled mmcv 2.1"
+        )
 
     return refuse

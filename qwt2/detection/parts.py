@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qwt2.capture.batch import Inputs
 from qwt2.capture.graph import GraphModel
 from qwt2.detection.network import REGIONS, Detector, RegionFeatures, box_heads, mask_heads
 from qwt2.detection.patching import replaced_forward
@@ -62,7 +61,7 @@ def _head_of(node: fx.Node, sources: dict[str, fx.Node]) -> str:
     return DENSE
 
 
-def part_inputs(model: GraphModel, inputs: Inputs) -> dict[str, Tensor]:
+def part_inputs(model: GraphModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parts of a captured detector, and what each is called with when the whole is called with ``inputs``."""
     seen = {DENSE: inputs["images"]}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator
 
 from torch import nn
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818, it is no error
     """Ends a forward pass once what was wanted has been captured."""
 
 

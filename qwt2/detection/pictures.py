@@ -16,7 +16,18 @@ with extra("detection"):
 
 _WIDTH = 256  # pixels of a scene
 _GAP, _HEAD = 8, 22
-_COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
+_COLOURS = (
+    "#e6194b",
+    "#3cb44b",
+    "#ffe119",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#46f0f0",
+    "#f032e6",
+    "#bcf60c",
+    "#fabebe",
+)
 
 
 def draw_grid(columns: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, classes: Sequence[str]) -> bytes:
@@ -55,6 +66,8 @@ def _scene(found: Mapping[str, Any], folder: Path, classes: Sequence[str]) -> Im
     draw = ImageDraw.Draw(picture)
     for box, label, score in zip(found["boxes"], found["labels"], found["scores"]):
         left, top, right, bottom = (factor * value for value in box)
-        draw.rectangle((left, top, max(right, left + 1), max(bottom, top + 1)), outline=_COLOURS[label % len(_COLOURS)], width=2)
+        draw.rectangle(
+            (left, top, max(right, left + 1), max(bottom, top + 1)), outline=_COLOURS[label % len(_COLOURS)], width=2
+        )
         draw.text((left + 3, max(top - 12, 0)), f"{classes[label]} {score:.2f}", fill="white")
     return picture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ METRICS = {"bbox_ap": "coco/bbox_mAP", "bbox_ap50": "coco/bbox_mAP_50", "segm_ap
 
 
 def dataset_config(config: Any, scenes: Scenes, split: str, training: bool = False) -> dict[str, Any]:
-    """mmdet's settings of a split, with the pipeline that the detector's configuration has for it."""
+    """Mmdet's settings of a split, with the pipeline that the detector's configuration has for it."""
     loader = config.train_dataloader if training else config.test_dataloader
     settings = loader.dataset
     while "pipeline" not in settings:  # wrapped (RepeatDataset and the like)
@@ -36,7 +37,7 @@ def dataset_config(config: Any, scenes: Scenes, split: str, training: bool = Fal
 
 
 def build_dataset(config: Any, scenes: Scenes, split: str) -> Any:
-    """mmdet's `CocoDataset` of a split for testing, in the order of its annotation file."""
+    """Mmdet's `CocoDataset` of a split for testing, in the order of its annotation file."""
     from mmdet.registry import DATASETS
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long it took
@@ -85,23 +86,27 @@ def draw_calibration(available: int, count: int, seed: int) -> np.ndarray:
     Raises `Qwt2Error` for fewer images than asked for.
     """
     if not 0 < count <= available:
-        raise Qwt2Error(f"calibration asks for {count} images, but must be between 1 and the {available} training images")
+        raise Qwt2Error(
+            f"calibration asks for {count} images, but must be between 1 and the {available} training images"
+        )
     return np.random.default_rng(seed).permutation(available)[:count]
 
 
 @torch.inference_mode()
 def detect(detector: nn.Module, batches: Batches) -> list[Any]:
-    """mmdet's data samples of all images with what the detector finds (`pred_instances`)."""
+    """Mmdet's data samples of all images with what the detector finds (`pred_instances`)."""
     return [sample for images, samples in batches for sample in detector.predict(images, samples)]
 
 
 def shown(sample: Any, least_score: float = 0.3) -> dict[str, Any]:
-    """What a picture of one image shows: file, boxes, labels, scores and masks (COCO run lengths) of sure detections."""
+    """What a picture of one image shows: file, boxes, labels, scores, masks (COCO run lengths) of sure detections."""
     from pycocotools import mask as coco_mask
 
     found = sample.pred_instances[sample.pred_instances.scores >= least_score].to_dict()
     masks = found.get("masks")
-    encoded = [] if masks is None else [coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in masks]
+    encoded = (
+        [] if masks is None else [coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in masks]
+    )
     return {
         "file": os.path.basename(sample.img_path),
         "boxes": found["bboxes"].tolist(),
@@ -112,7 +117,7 @@ def shown(sample: Any, least_score: float = 0.3) -> dict[str, Any]:
 
 
 def score(found: list[Any], scenes: Scenes, split: str = "val") -> dict[str, float]:
-    """Average precision in percent, from mmdet's `CocoMetric`: `bbox_ap`, `bbox_ap50`, and `segm_ap` where there are masks.
+    """Average precision in percent from mmdet's `CocoMetric`: `bbox_ap`, `bbox_ap50`, and `segm_ap` if there are masks.
 
     Raises `Qwt2Error` where a detector gives something that is not finite.
     """
@@ -129,12 +134,16 @@ def score(found: list[Any], scenes: Scenes, split: str = "val") -> dict[str, flo
         metric.process({}, [sample.to_dict() for sample in found])
         figures = metric.evaluate(len(found))
     # mmdet rounds to three digits, and gives no figures where nothing at all is found.
-    return {name: round(100.0 * figures.get(key, 0.0), 1) for name, key in METRICS.items() if key.partition("/")[2][:4] in kinds}
+    return {
+        name: round(100.0 * figures.get(key, 0.0), 1)
+        for name, key in METRICS.items()
+        if key.partition("/")[2][:4] in kinds
+    }
 
 
 @contextlib.contextmanager
 def _only_what_is_asked() -> Iterator[None]:
-    """Halve CocoMetric's time: no detour through JSON files, no figures of small, medium and large objects by themselves."""
+    """Halve CocoMetric's time: no detour through JSON files, no figures of small, medium and large objects."""
     from mmdet.evaluation.metrics import coco_metric
 
     def of_all_areas(*args: Any) -> Any:

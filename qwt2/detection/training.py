@@ -54,7 +54,9 @@ def train(detector: nn.Module, config: Any, scenes: Scenes, cfg: Mapping[str, An
 
 def _schedule(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
     warmup = min(cfg["warmup_steps"], cfg["steps"])
-    schedule = [{"type": "CosineAnnealingLR", "by_epoch": False, "begin": 0, "end": cfg["steps"], "T_max": cfg["steps"]}]
+    schedule = [
+        {"type": "CosineAnnealingLR", "by_epoch": False, "begin": 0, "end": cfg["steps"], "T_max": cfg["steps"]}
+    ]
     if warmup:
         schedule.insert(0, {"type": "LinearLR", "start_factor": 0.01, "by_epoch": False, "begin": 0, "end": warmup})
     return schedule

@@ -25,7 +25,9 @@ class Session(Protocol):
     A class attribute ``package`` names the module that it needs from the extra of the engine's name.
     """
 
-    def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+    def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the model on arrays of the shapes it was compiled for."""
+        ...
 
     def operations(self) -> list[Operation]:
         """The nodes that run, as the engine itself reports them after its optimizations."""

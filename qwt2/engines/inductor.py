@@ -35,6 +35,7 @@ class InductorSession:
         self._optimized: list[fx.Graph] = []
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See :meth:`qwt2.engines.Session.__call__`."""
         import torch
 
         before = torch.get_num_threads()
@@ -54,7 +55,7 @@ class InductorSession:
         nodes = [node for graph in self._optimized for node in graph.nodes if node.op == "call_function"]
         return [Operation(kind, kind.startswith(_INTEGER_KERNELS)) for kind in map(_kind, nodes)]
 
-    def _compile(self, images: "list[Tensor]") -> "tuple[Tensor, ...]":
+    def _compile(self, images: list[Tensor]) -> tuple[Tensor, ...]:
         """Compile for inputs of these shapes, and return their outputs."""
         import torch
         from torch._inductor import config
@@ -70,12 +71,14 @@ class InductorSession:
             except InductorError as error:
                 if "C++ compiler" not in str(error):
                     raise
-                raise Qwt2Error("inductor found no C++ compiler; install g++, or name one in the variable CXX") from error
+                raise Qwt2Error(
+                    "inductor found no C++ compiler; install g++, or name one in the variable CXX"
+                ) from error
 
 
-def _kind(node: "fx.Node") -> str:
+def _kind(node: fx.Node) -> str:
     """Name of what a node calls; Inductor's integer kernels are partial functions."""
-    target = getattr(node.target, "func", node.target)
+    target: Any = getattr(node.target, "func", node.target)
     return getattr(target, "_opname", target.__name__)
 
 

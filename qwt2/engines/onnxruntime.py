@@ -34,10 +34,14 @@ class OnnxRuntimeSession:
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See :meth:`qwt2.engines.Session.__call__`."""
         return dict(zip(self.outputs, self.session.run(None, feeds)))
 
     def operations(self) -> list[Operation]:
-        """See :meth:`qwt2.engines.Session.operations`; integer kernels have names of their own, and a Clip of codes stored ends."""
+        """See :meth:`qwt2.engines.Session.operations`.
+
+        Integer kernels have names of their own, and a Clip of codes has ends that are stored as codes.
+        """
         import onnxruntime
 
         with tempfile.TemporaryDirectory() as folder:

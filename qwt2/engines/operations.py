@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable
 
 # Movement and conversion: no arithmetic that anybody would want in integers.
 _MOVES = {
@@ -13,8 +13,9 @@ _MOVES = {
     "Reorder", "ReorderInput", "ReorderOutput", "QuantizeLinear", "DequantizeLinear", "FakeQuantize", "ShapeOf",
     "Broadcast", "Tile", "Roll",
     # Inductor's and TVM's names
-    "cat", "clone", "constant_pad_nd", "dequantize_per_tensor", "expand", "getitem", "index", "inductor_force_stride_order",
-    "permute", "quantize_per_tensor", "reshape", "slice", "squeeze", "take", "transpose", "unsqueeze", "view",
+    "cat", "clone", "constant_pad_nd", "dequantize_per_tensor", "expand", "getitem", "index",
+    "inductor_force_stride_order", "permute",
+    "quantize_per_tensor", "reshape", "slice", "squeeze", "take", "transpose", "unsqueeze", "view",
 }  # fmt: skip
 
 

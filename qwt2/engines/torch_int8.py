@@ -26,6 +26,7 @@ class TorchInt8Session:
         self.graph, self.threads = TorchGraph(model, device), threads
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See :meth:`qwt2.engines.Session.__call__`."""
         import torch
 
         before = torch.get_num_threads()
@@ -36,7 +37,7 @@ class TorchInt8Session:
             torch.set_num_threads(before)
 
     def operations(self) -> list[Operation]:
-        """See :meth:`qwt2.engines.Session.operations`; a product is integer where both operands are dequantized codes."""
+        """See :meth:`qwt2.engines.Session.operations`; a product of two dequantized codes is integer."""
         codes = {name for node in self.graph.nodes if node.op_type == "DequantizeLinear" for name in node.output}
         operations = []
         for node in self.graph.nodes:

@@ -52,6 +52,7 @@ class TvmSession:
         self.machine = relax.VirtualMachine(tvm.compile(self.optimized, target), self.device)
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See :meth:`qwt2.engines.Session.__call__`."""
         import tvm
 
         arguments = [tvm.runtime.tensor(np.ascontiguousarray(feeds[name]), self.device) for name in self.inputs]
@@ -71,7 +72,7 @@ class TvmSession:
         return found
 
 
-def in_integers(module: "IRModule") -> "IRModule":
+def in_integers(module: IRModule) -> IRModule:
     """Every product of two dequantized tensors as a product of their codes."""
     from tvm import relax
 
@@ -94,11 +95,11 @@ def in_integers(module: "IRModule") -> "IRModule":
 class _Codes:
     """values: int32, codes less their zero point; scale: float32, () or one a channel."""
 
-    values: "relax.Expr"
+    values: relax.Expr
     scale: np.ndarray
 
 
-def _codes(expr: "relax.Expr", binding: Any) -> _Codes | None:
+def _codes(expr: relax.Expr, binding: Any) -> _Codes | None:
     """What ``expr`` dequantizes, if it does, directly or through a change of shape."""
     from tvm import relax
 
@@ -120,7 +121,7 @@ def _codes(expr: "relax.Expr", binding: Any) -> _Codes | None:
     return _Codes(values, scale)
 
 
-def _integer_product(call: "relax.Call", name: str, a: _Codes, b: _Codes) -> "relax.Expr":
+def _integer_product(call: relax.Call, name: str, a: _Codes, b: _Codes) -> relax.Expr:
     from tvm import relax
 
     scale = a.scale * b.scale
@@ -133,7 +134,7 @@ def _integer_product(call: "relax.Call", name: str, a: _Codes, b: _Codes) -> "re
     return relax.op.multiply(relax.op.astype(product, "float32"), relax.const(scale, "float32"))
 
 
-def _calls(function: "relax.Function") -> Counter:
+def _calls(function: relax.Function) -> Counter:
     """How often a Relax function calls each compiled one."""
     from tvm import relax
 
@@ -147,7 +148,7 @@ def _calls(function: "relax.Function") -> Counter:
     return calls
 
 
-def _has_integer_product(function: "PrimFunc") -> bool:
+def _has_integer_product(function: PrimFunc) -> bool:
     """The scaling is fused behind the product, whose sums are then an intermediate buffer."""
     buffers = function.body.block.alloc_buffers
     products = [buffer for buffer in buffers if any(product in buffer.name.lower() for product in _PRODUCTS)]

@@ -36,17 +36,18 @@ class Mismatch:
     fraction: float
 
     @classmethod
-    def of(cls, actual: np.ndarray, expected: np.ndarray, step: float) -> "Mismatch":
+    def of(cls, actual: np.ndarray, expected: np.ndarray, step: float) -> Mismatch:
+        """Compare two outputs of one shape, given the size of an output step."""
         difference = np.abs(actual.astype(np.float64) - expected) / step
         return cls(float(difference.max()), float((difference >= 0.5).mean()))
 
     @classmethod
-    def worst(cls, mismatches: "list[Mismatch]") -> "Mismatch":
+    def worst(cls, mismatches: list[Mismatch]) -> Mismatch:
         """The largest of either figure over modules."""
         return cls(max(m.steps for m in mismatches), max(m.fraction for m in mismatches))
 
 
-def record_modules(folded: "nn.Module", inputs: "Inputs") -> dict[str, np.ndarray]:
+def record_modules(folded: nn.Module, inputs: Inputs) -> dict[str, np.ndarray]:
     """Inputs and outputs of every integer module of a folded model on some images (of its first call there).
 
     Returns:
@@ -61,7 +62,7 @@ def record_modules(folded: "nn.Module", inputs: "Inputs") -> dict[str, np.ndarra
 
     records: dict[str, np.ndarray] = {}
 
-    def record(name: str, module: "nn.Module", args: tuple, output: "torch.Tensor") -> None:
+    def record(name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         if f"{name}.result" in records:
             return
         roles = ("a", "b") if isinstance(module, IntegerMatmul) else ("input",)
@@ -97,7 +98,7 @@ def engine_mismatch(
     return result
 
 
-def fold_mismatch(qmodel: "nn.Module", folded: "nn.Module", inputs: "Inputs") -> dict[str, Mismatch]:
+def fold_mismatch(qmodel: nn.Module, folded: nn.Module, inputs: Inputs) -> dict[str, Mismatch]:
     """Compare the folded integer modules with the unfolded fake-quantized ones, layer by layer.
 
     Both get the inputs that the layer has in the unfolded model.
@@ -110,7 +111,7 @@ def fold_mismatch(qmodel: "nn.Module", folded: "nn.Module", inputs: "Inputs") ->
 
     result: dict[str, Mismatch] = {}
 
-    def compare(name: str, layer: "nn.Module", args: tuple, output: "torch.Tensor") -> None:
+    def compare(name: str, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
         expected = output.numpy()
         step = float(expected.max() - expected.min()) / 255 or 1.0
         if layer.output_quantizer is not None:

@@ -1,6 +1,7 @@
-"""The per-module view: one row a module with its SQNR, scales, gate and distance of the engines, as a chart and a table.
+"""The per-module view: one row per module with SQNR, scales, gate and distance of the engines, as a chart and a table.
 
-Both are drawn in the page (modules.js) from one compact table, for the model, precision and method that the reader picks.
+Both are drawn in the page (modules.js) from one compact table, for the model, precision and method that the reader
+picks.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ NAMES = ["MODULES"]
 
 
 def table(layers: Sequence[Layer]) -> dict[str, Any]:
-    """Everything that the page shows of modules: ``columns``, ``rows`` (means over seeds) and the ``choices`` of each select.
+    """Everything that the page shows of modules: ``columns``, ``rows`` (means over seeds), ``choices`` of each select.
 
     beta is told in percent of the root mean square of the module's output, so that modules compare.
     """
@@ -56,8 +57,13 @@ def chart(engines: Sequence[str]) -> Spec:
     }
     if engines:
         panels["steps"] = _steps(engines)
-    named = [panel.properties(name=name, height=alt.Step(step=17, **{"for": "position"})) for name, panel in panels.items()]
-    return to_spec(alt.hconcat(*named, spacing=14).resolve_scale(color="independent", shape="independent"), "What quantization and compensation did to each module")
+    named = [
+        panel.properties(name=name, height=alt.Step(step=17, **{"for": "position"})) for name, panel in panels.items()
+    ]
+    return to_spec(
+        alt.hconcat(*named, spacing=14).resolve_scale(color="independent", shape="independent"),
+        "What quantization and compensation did to each module",
+    )
 
 
 def _where_to_start(method: str) -> tuple:
@@ -93,7 +99,7 @@ def _scaled(layer: Layer, name: str, suffix: str) -> float | None:
 
 
 def _gate(group: list[Layer], decided: list[bool]) -> str:
-    """"kept", or what the gate said."""
+    """What the gate said: "kept", or the reason why not."""
     if not decided:
         return ""
     if all(decided):
@@ -140,19 +146,30 @@ def _sqnr() -> alt.LayerChart:
         .transform_fold(["before", "after"], as_=["end", "sqnr"])
         .transform_calculate(state="datum.end == 'after' && datum.kept === 0 ? 'rejected by the gate' : datum.end")
         .mark_point(filled=True, size=60, opacity=1)
-        .encode(x="sqnr:Q", color=alt.Color("state:N", scale=colours, legend=legend),
-                shape=alt.Shape("state:N", scale=shapes, legend=legend), tooltip=tooltip)  # fmt: skip
+        .encode(
+            x="sqnr:Q",
+            color=alt.Color("state:N", scale=colours, legend=legend),
+            shape=alt.Shape("state:N", scale=shapes, legend=legend),
+            tooltip=tooltip,
+        )
     )
     return alt.layer(span, ends)
 
 
 def _quantiles(name: str, title: str, reference: float) -> alt.LayerChart:
     fields = {suffix: f"{name}_{suffix}" for suffix in QUANTILES}
-    tooltip = [alt.Tooltip("module:N"), *(alt.Tooltip(f"{f}:Q", title=f"{name} {s}", format=".4~g") for s, f in fields.items())]
+    tooltip = [
+        alt.Tooltip("module:N"),
+        *(alt.Tooltip(f"{f}:Q", title=f"{name} {s}", format=".4~g") for s, f in fields.items()),
+    ]
     colour = COLOURS["cwac"]
     x = alt.X(f"{fields['p05']}:Q", title=title, scale=alt.Scale(zero=False))
     whisker = _base().mark_rule(strokeWidth=1.5, color=colour).encode(x=x, x2=fields["p95"], tooltip=tooltip)
-    box = _base().mark_bar(height=8, color=colour, opacity=0.55).encode(x=fields["p25"] + ":Q", x2=fields["p75"], tooltip=tooltip)
+    box = (
+        _base()
+        .mark_bar(height=8, color=colour, opacity=0.55)
+        .encode(x=fields["p25"] + ":Q", x2=fields["p75"], tooltip=tooltip)
+    )
     median = _base().mark_tick(thickness=2.5, height=11, color=colour).encode(x=fields["p50"] + ":Q", tooltip=tooltip)
     return alt.layer(_reference(reference), whisker, box, median)
 

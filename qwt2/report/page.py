@@ -48,35 +48,41 @@ def render(
     """The page. Equal arguments give equal bytes (of one Altair and vl-convert release).
 
     Args:
-        operations: (model, precision) -> ``operations``, by engine what :func:`qwt2.engines.operations.count_operations` says,
-            and ``float_modules``, name -> reason.
+        operations: (model, precision) -> ``operations``, by engine what
+            :func:`qwt2.engines.operations.count_operations` says, and ``float_modules``, name -> reason.
         pictures: PNG files of what detectors find, by the name of the cell.
     """
     classifiers, detectors = results.of_task("classification"), results.of_task("detection")
     specs = _specs(results, classifiers.models)
     compared = findings.comparisons(classifiers, "cwac")
     module_table = modules.table(layers)
-    return _environment().get_template("page.html").render(
-        vega=vega_bundle(),
-        specs=specs,
-        modules=module_table,
-        module_chart=modules.chart(module_table["engines"]),
-        operations=_operation_lines(operations or {}),
-        headline=findings.headline(classifiers),
-        model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
-        compared=len(compared),
-        not_improved=findings.not_improved(compared),
-        targets=findings.targets(classifiers) if classifiers.rows else [],
-        detection=detection.lines(detectors),
-        detection_targets=detection.targets(detectors) if detectors.rows else [],
-        pictures={cell: base64.b64encode(file).decode() for cell, file in (pictures or {}).items()},
-        tables=[tables.build(results, model) for model in results.models],
-        precisions=sorted({row.precision for row in results.rows} - {"fp32"}, key=precision_order),
-        kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
-        seeds=sorted({row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}),
-        explanations=_explanations(results),
-        colours=[(tables.COMPENSATION_NAMES[name], colour) for name, colour in charts.COLOURS.items()],
-        conditions=conditions,
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            vega=vega_bundle(),
+            specs=specs,
+            modules=module_table,
+            module_chart=modules.chart(module_table["engines"]),
+            operations=_operation_lines(operations or {}),
+            headline=findings.headline(classifiers),
+            model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
+            compared=len(compared),
+            not_improved=findings.not_improved(compared),
+            targets=findings.targets(classifiers) if classifiers.rows else [],
+            detection=detection.lines(detectors),
+            detection_targets=detection.targets(detectors) if detectors.rows else [],
+            pictures={cell: base64.b64encode(file).decode() for cell, file in (pictures or {}).items()},
+            tables=[tables.build(results, model) for model in results.models],
+            precisions=sorted({row.precision for row in results.rows} - {"fp32"}, key=precision_order),
+            kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
+            seeds=sorted(
+                {row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}
+            ),
+            explanations=_explanations(results),
+            colours=[(tables.COMPENSATION_NAMES[name], colour) for name, colour in charts.COLOURS.items()],
+            conditions=conditions,
+        )
     )
 
 
@@ -95,13 +101,17 @@ def render_model(report: Mapping[str, Any]) -> str:
         for record in report["modules"]
     ]  # fmt: skip
     module_table = modules.table(layers)
-    return _environment().get_template("model.html").render(
-        vega=vega_bundle(),
-        report=report,
-        headline=_model_headline(report, precision),
-        modules=module_table,
-        module_chart=modules.chart(module_table["engines"]),
-        engine_names=findings.ENGINE_NAMES,
+    return (
+        _environment()
+        .get_template("model.html")
+        .render(
+            vega=vega_bundle(),
+            report=report,
+            headline=_model_headline(report, precision),
+            modules=module_table,
+            module_chart=modules.chart(module_table["engines"]),
+            engine_names=findings.ENGINE_NAMES,
+        )
     )
 
 
@@ -125,14 +135,16 @@ def _model_headline(report: Mapping[str, Any], precision: str) -> list[str]:
     gains = [record["sqnr_after_db"] - record["sqnr_before_db"] for record in compensated
              if record["sqnr_before_db"] is not None]  # fmt: skip
     sentences = [
-        f"{report['method']} at {precision} on {len(report['calibration_images'])} images: {kinds.count('layer')} layers "
-        f"and {kinds.count('product')} products in integers, {len(report['float_modules']) or 'no'} "
-        f"module{'s' if len(report['float_modules']) != 1 else ''} left in float, a file of {report['file_bytes'] / 1e6:.1f} MB."
+        f"{report['method']} at {precision} on {len(report['calibration_images'])} images: {kinds.count('layer')} "
+        f"layers and {kinds.count('product')} products in integers, {len(report['float_modules']) or 'no'} "
+        f"module{'s' if len(report['float_modules']) != 1 else ''} left in float, "
+        f"a file of {report['file_bytes'] / 1e6:.1f} MB."
     ]
     if gains:
         sentences.append(
             f"{report['compensation'].upper() if report['compensation'] == 'cwac' else 'QwT'} raises the SQNR of "
-            f"{sum(gain > 0 for gain in gains)} of {len(compensated)} {'modules' if 'block' not in kinds else 'blocks'}, by "
+            f"{sum(gain > 0 for gain in gains)} of {len(compensated)} "
+            f"{'modules' if 'block' not in kinds else 'blocks'}, by "
             f"{sum(gains) / len(gains):.2f} dB on average and {max(gains):.2f} dB at most; the gate rejected "
             f"{', '.join(rejected[:3]) + (f' and {len(rejected) - 3} more' if len(rejected) > 3 else '') or 'none'}."
         )
@@ -145,10 +157,19 @@ def _operation_lines(operations: Mapping[tuple[str, str], Mapping[str, Any]]) ->
     for (model, precision), facts in operations.items():
         for engine, counts in facts["operations"].items():
             texts = [", ".join(f"{n} {kind}" for kind, n in counts[part].items()) for part in ("integer", "float")]
-            left = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in facts["float_modules"].items())
+            left = "; ".join(
+                f"{name or 'the model itself'}: {reason}" for name, reason in facts["float_modules"].items()
+            )
             lines.setdefault((model, findings.ENGINE_NAMES.get(engine, engine), *texts, left), []).append(precision)
     return [
-        {"model": model, "precisions": ", ".join(precisions), "engine": engine, "integer": integer, "float": rest, "left": left}
+        {
+            "model": model,
+            "precisions": ", ".join(precisions),
+            "engine": engine,
+            "integer": integer,
+            "float": rest,
+            "left": left,
+        }
         for (model, engine, integer, rest, left), precisions in lines.items()
     ]
 
@@ -160,9 +181,8 @@ def _specs(results: Results, classifiers: Sequence[str]) -> dict[str, charts.Spe
         for engine in results.engines(model):
             if any((row.model, row.engine, row.metric) == (model, engine, "latency_ms") for row in results.rows):
                 specs[f"latency-{engine}-{model}"] = charts.latency(results, model, engine)
-        engine = _engine_of_files(results, model)
-        if engine is not None:
-            specs[f"size-{model}"] = charts.size(results, model, engine)
+        if (measured := _engine_of_files(results, model)) is not None:
+            specs[f"size-{model}"] = charts.size(results, model, measured)
     return specs
 
 

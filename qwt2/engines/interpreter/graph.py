@@ -75,10 +75,13 @@ class TorchGraph:
         self.functions = [self._function(node, opsets) for node in self.nodes]
         last_use = {name: index for index, node in enumerate(self.nodes) for name in node.input}
         kept = {*self.constants, *self.outputs}  # an output may be read too
-        self.released = [[n for n in node.input if last_use[n] == i and n not in kept] for i, node in enumerate(self.nodes)]
+        self.released = [
+            [n for n in node.input if last_use[n] == i and n not in kept] for i, node in enumerate(self.nodes)
+        ]
 
     @torch.no_grad()
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph on arrays by name."""
         results = self.run({name: self._tensor(array) for name, array in feeds.items()})
         return {name: value.cpu().numpy() for name, value in results.items()}
 
@@ -113,7 +116,9 @@ def _reference(node: onnx.NodeProto, opsets: dict[str, int]) -> Callable[..., An
 
     def run(attributes, *inputs):
         feeds = {name: _to_numpy(_value(value)) for name, value in zip(node.input, inputs) if name}
-        device = next((x.device for x in inputs if isinstance(x, Tensor) and x.is_floating_point()), torch.device("cpu"))
+        device = next(
+            (x.device for x in inputs if isinstance(x, Tensor) and x.is_floating_point()), torch.device("cpu")
+        )
         return tuple(_from_numpy(result, device) for result in evaluator.run(None, feeds))
 
     return run
@@ -162,10 +167,8 @@ def integer_conv2d(
     """
     top, left, bottom, right = pads
     padded = F.pad(x.float(), (left, right, top, bottom), value=float(zero_point))
-    size = [
-        (padded.shape[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
-    ]
-    patches = F.unfold(padded, weight.shape[2:], dilation=dilation, stride=stride)
+    size = [(padded.shape[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
+    patches = F.unfold(padded, weight.shape[2:], dilation=tuple(dilation), stride=tuple(stride))
     n, out = x.shape[0], weight.shape[0]
     if groups == 1:
         rows = patches.transpose(1, 2).reshape(-1, patches.shape[1]).to(x.dtype)
@@ -261,7 +264,8 @@ def _slice(attributes, x, starts, ends, axes=None, steps=None):
             x = x.index_select(axis, torch.tensor(range(x.shape[axis])[start:end:step], device=x.device))
             continue
         size = x.shape[axis]
-        index[axis] = slice(*(max(-size, min(bound, size)) for bound in (start, end)), step)
+        first, last = (max(-size, min(bound, size)) for bound in (start, end))
+        index[axis] = slice(first, last, step)
     return x[tuple(index)]
 
 
@@ -430,11 +434,12 @@ def _all(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda *inputs: functools.reduce(function, inputs)
 
 
-for _name, _function in {
+_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "Max": _all(torch.maximum), "Min": _all(torch.minimum),
     "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": _divide, "Pow": torch.pow,
     "Mod": torch.remainder, "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh,
-    "Erf": torch.erf, "Sqrt": torch.sqrt, "HardSwish": F.hardswish, "HardSigmoid": F.hardsigmoid, "Not": torch.logical_not,
-    "Where": torch.where, "Equal": torch.eq, "Less": torch.lt,
-}.items():  # fmt: skip
+    "Erf": torch.erf, "Sqrt": torch.sqrt, "HardSwish": F.hardswish, "HardSigmoid": F.hardsigmoid,
+    "Not": torch.logical_not, "Where": torch.where, "Equal": torch.eq, "Less": torch.lt,
+}  # fmt: skip
+for _name, _function in _ELEMENTWISE.items():
     _elementwise(_name, _function)

@@ -1,8 +1,8 @@
 """An exported ONNX file as a PyTorch graph in the quantize and dequantize operators that PyTorch's compilers know.
 
-Between the two of a pair nothing lies, as those compilers expect: values are clipped, not codes. Weights are int8 constants
-behind a dequantize operator, activations pass through quantize and dequantize, and biases are float32 (those compilers want
-them so).
+Between the two of a pair nothing lies, as those compilers expect: values are clipped, not codes. Weights are int8
+constants behind a dequantize operator, activations pass through quantize and dequantize, and biases are float32 (those
+compilers want them so).
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class QuantizedGraph(TorchGraph):
         self._prepare_constants()
 
     def _function(self, node: onnx.NodeProto, opsets: dict[str, int]) -> Callable[..., Any]:
-        own = {
-            "QuantizeLinear": self._quantize, "DequantizeLinear": self._dequantize, "Gemm": _gemm, "MatMul": _matmul, "Conv": _conv,
+        own: dict[str, Callable[..., Any]] = {
+            "QuantizeLinear": self._quantize, "DequantizeLinear": self._dequantize,
+            "Gemm": _gemm, "MatMul": _matmul, "Conv": _conv,
         }  # fmt: skip
         function = own.get(node.op_type) or OPS.get(node.op_type)
         if function is None:
@@ -64,7 +65,11 @@ class QuantizedGraph(TorchGraph):
     def _prepare_constants(self) -> None:
         """Weights (out, in), as nn.Linear has them, and biases in float32: computed here, not in the graph."""
         dequantize = {node.output[0]: node for node in self.nodes if node.op_type == "DequantizeLinear"}
-        codes = [dequantize[node.input[1]].input[0] for node in self.nodes if node.op_type == "Gemm" and node.input[1] in dequantize]
+        codes = [
+            dequantize[node.input[1]].input[0]
+            for node in self.nodes
+            if node.op_type == "Gemm" and node.input[1] in dequantize
+        ]
         for name in set(codes):
             self.constants[name] = self.constants[name].t().contiguous()
         for name, node in dequantize.items():
