@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from qwt2.engines import load_engine
     from qwt2.folding.fold import fold
     from qwt2.onnx.export import export_onnx
+    from qwt2.quantization.allocation import allocate
     from qwt2.quantization.layers import full_precision
     from qwt2.quantization.precision import Precision
     from qwt2.quantization.quantize import quantize
+    from qwt2.quantization.sensitivity import sensitivity
 
     __version__: str
 
 _LAZY = {
     "Precision": "qwt2.quantization.precision",
     "quantize": "qwt2.quantization.quantize",
+    "sensitivity": "qwt2.quantization.sensitivity",
+    "allocate": "qwt2.quantization.allocation",
     "compensate": "qwt2.compensation.compensate",
     "fold": "qwt2.folding.fold",
     "export_onnx": "qwt2.onnx.export",

@@ -104,9 +104,15 @@ def shapes(inputs: Inputs) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape[1:]) for n, t in inputs.items()} if isinstance(inputs, dict) else tuple(inputs.shape[1:])
 
 
-def zeros(shape: tuple[int, ...] | dict[str, tuple[int, ...]]) -> Inputs:
-    """Inputs of one image, all zero, from what :func:`shapes` returned."""
-    return {n: torch.zeros(1, *s) for n, s in shape.items()} if isinstance(shape, dict) else torch.zeros(1, *shape)
+def types(inputs: Inputs) -> dict[str, str]:
+    """Type of each input by name: "float32", "int64"."""
+    return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors(inputs).items()}
+
+
+def zeros(shape: tuple[int, ...] | dict[str, tuple[int, ...]], types: dict[str, str]) -> Inputs:
+    """Inputs of one image, all zero, from what :func:`shapes` and :func:`types` returned."""
+    made = {name: torch.zeros(1, *s, dtype=getattr(torch, types[name])) for name, s in tensors(shape).items()}
+    return made if isinstance(shape, dict) else made["images"]
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

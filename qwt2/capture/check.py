@@ -45,21 +45,35 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, tu
             handle.remove()
 
 
-def check_captured(model: nn.Module, captured: GraphModel, inputs: Inputs) -> None:
+def outputs_of(model: nn.Module, inputs: Inputs) -> list[Any]:
+    """Everything that a model returns in evaluation mode, flat."""
+    with torch.no_grad(), evaluation_mode(model):
+        return tree_flatten(call(model, inputs))[0]
+
+
+def check_captured(model: nn.Module, captured: GraphModel, inputs: Inputs) -> list[Any]:
     """Refuse a graph that does not compute what the model computes.
+
+    Returns:
+        The model's outputs.
 
     Raises:
         Qwt2Error: their outputs differ by more than rounding; the first module whose output does is named.
     """
+    exact = outputs_of(model, inputs)
+    if same_outputs(exact, outputs_of(captured, inputs)):
+        return exact
     with torch.no_grad(), evaluation_mode(model):
-        exact, found = (tree_flatten(call(network, inputs))[0] for network in (model, captured))
-        if len(exact) == len(found) and all(map(_same, exact, found)):
-            return
         name = _first_difference(model, captured, inputs)
     raise Qwt2Error(
         f"{type(model).__name__} computes something else when it is traced, first in {name or 'its own forward method'}; "
         "random numbers, and branches on values, cannot be captured: leave them out in evaluation mode"
     )
+
+
+def same_outputs(exact: list[Any], found: list[Any]) -> bool:
+    """Whether two calls gave the same, up to rounding in float32."""
+    return len(exact) == len(found) and all(map(_same, exact, found))
 
 
 def _same(exact: Any, found: Any) -> bool:

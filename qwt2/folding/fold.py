@@ -9,6 +9,7 @@ import torch
 from qwt2.capture.graph import GraphModel
 from qwt2.compensation.blocks import AffineCompensation, LinearCompensation
 from qwt2.errors import Qwt2Error
+from qwt2.folding.check import check_folded
 from qwt2.folding.layers import (
     IntegerAdd,
     IntegerConv2d,
@@ -40,8 +41,8 @@ def fold(qmodel: GraphModel) -> GraphModel:
         qmodel: a quantized model, compensated or not; it is left as it is.
 
     Raises:
-        Qwt2Error: a model that is not quantized, or a quantizer that integer engines do not have
-            (the module is named).
+        Qwt2Error: a model that is not quantized, a quantizer that integer engines do not have, or a folded module that
+            computes something else than the simulation (the module is named).
     """
     quantization_info(qmodel)
     _refuse_simulation_only(qmodel)
@@ -53,6 +54,7 @@ def fold(qmodel: GraphModel) -> GraphModel:
     for kind, integer in kinds.items():
         for name in folded.calls(kind):
             folded.set_module(name, integer(folded.get_submodule(name)).train(qmodel.training))
+    check_folded(qmodel, folded)
     return folded
 
 

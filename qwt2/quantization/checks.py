@@ -29,11 +29,13 @@ def check_images(model: nn.Module, inputs: Inputs) -> None:
     """Refuse images that the model cannot take.
 
     Raises:
-        Qwt2Error: they are not float32, or not on the device of the model's parameters (one is named).
+        Qwt2Error: images of bytes, of another floating type than float32, or not on the device of the model's
+            parameters (one is named).
     """
     images = next(iter(tensors(inputs).values()))
-    if images.dtype != torch.float32:
-        raise Qwt2Error(f"the calibration images are {images.dtype}; convert them to float32 and normalize them")
+    for tensor in tensors(inputs).values():
+        if tensor.dtype == torch.uint8 or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            raise Qwt2Error(f"the calibration images are {tensor.dtype}; convert them to float32 and normalize them")
     for name, parameter in model.named_parameters():
         if parameter.device != images.device:
             raise Qwt2Error(

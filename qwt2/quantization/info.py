@@ -12,6 +12,7 @@ from qwt2.capture.graph import GraphModel
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.layers import QuantizedConv2d, QuantizedLayer
 from qwt2.quantization.precision import Precision
+from qwt2.quantization.request import Request
 
 
 @dataclass
@@ -19,9 +20,7 @@ class QuantizationInfo:
     """What was quantized how; an attribute ``quantization`` of every quantized model.
 
     Attributes:
-        method: the PTQ method.
-        target: what the model will run on.
-        precision: bit widths.
+        request: what was asked for.
         layers: quantized Linear and Conv2d modules in execution order.
         matmuls: quantized products of activations.
         additions: residual additions with quantized operands.
@@ -29,50 +28,70 @@ class QuantizationInfo:
         modules: layers and products in execution order, and which of the two each is ("layer", "product").
         first_last_layers: the first layer and the last ones, which have bits of their own.
         blocks: the blocks that compensation works on.
-        parts: the modules that were to be quantized; ``None``, all.
         float_modules: module name -> why it stays in float.
         float_macs: module name -> multiply-accumulates of one image that stay in float there.
         total_macs: multiply-accumulates of one image.
         exportable: whether integer engines can run the quantizers.
         input_shape: shape of one calibration image, or of each of its inputs by name.
+        input_types: type of each input by name.
         norm_consumers: LayerNorm -> the quantized Linears that alone read its output.
         repeated: layers that run several times in one pass.
         structure: digest of the captured graph, by which a stored model knows its own.
     """
 
-    method: str
-    target: str
-    precision: Precision
+    request: Request
     layers: list[str] = field(default_factory=list)
     matmuls: list[str] = field(default_factory=list)
     modules: dict[str, str] = field(default_factory=dict)
     first_last_layers: list[str] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
-    parts: list[str] | None = None
     float_modules: dict[str, str] = field(default_factory=dict)
     float_macs: dict[str, int] = field(default_factory=dict)
     total_macs: int = 0
     exportable: bool = True
     input_shape: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
+    input_types: dict[str, str] = field(default_factory=dict)
     norm_consumers: dict[str, list[str]] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
     additions: list[str] = field(default_factory=list)
     poolings: list[str] = field(default_factory=list)
     structure: str = ""
 
+    @property
+    def method(self) -> str:
+        """The PTQ method."""
+        return self.request.method
+
+    @property
+    def target(self) -> str:
+        """What the model will run on."""
+        return self.request.target
+
+    @property
+    def precision(self) -> Precision:
+        """Bit widths of what has none of its own."""
+        return self.request.precision
+
     def covers(self, name: str) -> bool:
-        """Whether a module is among the parts that were to be quantized."""
-        return self.parts is None or any(is_inside(name, part) for part in self.parts)
+        """Whether a module is to be quantized, if it can be."""
+        return not self.left_out(name)
+
+    def left_out(self, name: str) -> str:
+        """Why a module is not to be quantized; empty if it is."""
+        if self.request.parts is not None and not any(is_inside(name, part) for part in self.request.parts):
+            return "is not among the parts to quantize"
+        return "was excluded" if self.request.is_excluded(name) else ""
 
     def to_dict(self) -> dict[str, Any]:
+        """As values that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantizationInfo":
+        """From what :meth:`to_dict` gave."""
         shape = values["input_shape"]
         shape = {n: tuple(s) for n, s in shape.items()} if isinstance(shape, dict) else tuple(shape)
-        values = dict(values, precision=Precision(**values["precision"]), input_shape=shape)
-        return cls(**values)
+        return cls(**{**values, "request": Request.from_dict(values["request"]), "input_shape": shape})
 
 
 def quantization_info(qmodel: nn.Module) -> QuantizationInfo:

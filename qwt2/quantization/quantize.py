@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +12,27 @@ import torch
 from torch import fx, nn
 
 from qwt2.capture import wiring
-from qwt2.capture.batch import Inputs, first, shapes
+from qwt2.capture.batch import Inputs, first, shapes, types
 from qwt2.capture.blocks import check_blocks, find_blocks, is_inside
-from qwt2.capture.check import check_captured
+from qwt2.capture.check import check_captured, outputs_of, same_outputs
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel, Product
 from qwt2.capture.normalise import fold_batchnorms
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.checks import check_images, check_weights, first_inputs
 from qwt2.quantization.info import QuantizationInfo
-from qwt2.quantization.layers import QuantizedAdd, QuantizedConv2d, QuantizedLinear, QuantizedModule
+from qwt2.quantization.layers import (
+    QuantizedAdd,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedModule,
+    full_precision,
+)
 from qwt2.quantization.layout import Layout
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.precision import Precision
 from qwt2.quantization.quantizers import Quantizer
+from qwt2.quantization.request import Request
 from qwt2.quantization.targets import Target
 from qwt2.quantization.walk import Walk
 
@@ -39,13 +46,15 @@ def quantize(
     observer_images: int = 32,
     blocks: Iterable[str] | None = None,
     parts: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    bits: Mapping[str, Precision] | None = None,
 ) -> GraphModel:
     """Quantize every Linear, Conv2d and attention product of a model after training.
 
     What the model computes is captured as one graph of operations (:func:`qwt2.capture.export.capture`); the graph's
     layers become fake-quantized ones whose parameters are chosen in one walk over the first calibration images, in
-    execution order and with everything upstream already quantized (as RepQ-ViT and QwT do). A layer that runs several times (a detector's head
-    on a pyramid's levels) has one input quantizer, chosen from all its inputs.
+    execution order and with everything upstream already quantized (as RepQ-ViT and QwT do). A layer that runs several
+    times (a detector's head on a pyramid's levels) has one input quantizer, chosen from all its inputs.
 
     Args:
         model: float32 model; called with one batch. It stays as it is.
@@ -59,48 +68,53 @@ def quantize(
         observer_images: how many calibration images choose the ranges (32 in the papers).
         blocks: names of the blocks that compensation will work on; found by their names if not given.
         parts: names of the modules to quantize; everything outside them stays in float. ``None``: all.
+        exclude: names or patterns of modules that stay in float ("head", "blocks.*.mlp", "*.fc1"); a name stands for
+            all that the module holds.
+        bits: bit widths of modules of their own, by name or pattern; a later entry wins over an earlier one, and all
+            win over ``precision``, its bits of first and last layers included.
 
     Returns:
         A new model in evaluation mode, called as the model is, with an attribute ``quantization``
         (:class:`qwt2.quantization.info.QuantizationInfo`).
 
     Raises:
-        Qwt2Error: unknown method or target, an empty calibration set, values that are not finite
+        Qwt2Error: unknown method or target, a name or pattern that matches nothing, an empty calibration set, values that are not finite
             (the module is named), a model that cannot be captured, or one without quantizable layers.
     """
+    request = Request(method, target, precision, _names(blocks), _names(parts), tuple(exclude), dict(bits or {}))
+    layout = Layout.of(method, target, precision)  # a wrong name must not cost the work that follows
     inputs = first_inputs(model, calibration, observer_images)
     check_images(model, inputs)
     check_weights(model)
-    layout = Layout.of(method, target, precision)  # a wrong name must not cost the work that follows
     captured = capture(model, first(inputs, 2))
-    if captured is not model:
-        check_captured(model, captured, inputs)
-    qmodel = prepare(captured, first(inputs, 1), method, precision, target, blocks, parts)
+    exact = outputs_of(model, inputs) if captured is model else check_captured(model, captured, inputs)
+    qmodel = prepare(captured, first(inputs, 1), request)
+    with full_precision(qmodel):
+        if not same_outputs(exact, outputs_of(qmodel, inputs)):
+            raise Qwt2Error(
+                f"{qmodel.title} computes something else with its BatchNorms folded and its quantizers off; exclude the "
+                "layers whose BatchNorms have variances near 0, or fold these by hand"
+            )
     with torch.no_grad():
         PTQ_METHODS.get(method)().fit(Walk(qmodel, [inputs]), layout.recipe)
     return qmodel
 
 
-def prepare(
-    captured: GraphModel,
-    example: Inputs,
-    method: str,
-    precision: Precision,
-    target: str,
-    blocks: Iterable[str] | None = None,
-    parts: Iterable[str] | None = None,
-) -> GraphModel:
+def _names(names: Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names)
+
+
+def prepare(captured: GraphModel, example: Inputs, request: Request) -> GraphModel:
     """The first half of :func:`quantize`: the captured model with uncalibrated quantizers in place.
 
     Deterministic in its arguments, so that a stored quantized model can be rebuilt from the float
     model's architecture and loaded (:func:`qwt2.load_quantized`).
     """
-    layout = Layout.of(method, target, precision)
+    layout = Layout.of(request.method, request.target, request.precision)
     qmodel = copy.deepcopy(captured)
     if layout.recipe.fold_batchnorm:
         qmodel.edit(fold_batchnorms)
-    parts = None if parts is None else list(parts)
-    info = _plan(qmodel, example, layout, QuantizationInfo(method, target, precision, parts=parts), blocks)
+    info = _plan(qmodel, example, layout, QuantizationInfo(request))
     info.structure = structure(captured)
     for name, module in _quantized_modules(qmodel, layout, info).items():
         qmodel.set_module(name, module)
@@ -118,13 +132,17 @@ def _quantized_modules(qmodel: GraphModel, layout: Layout, info: QuantizationInf
     operands, softmax = layout.operands(qmodel, info), wiring.softmax_products(qmodel)
     escaping = wiring.escaping(qmodel) | _read_outside(qmodel, info)
 
+    def of(name: str) -> Layout:
+        own = info.request.bits_of(name)
+        return layout if own is None else replace(layout, precision=own)
+
     def layer(name: str) -> QuantizedModule:
-        is_edge = name in info.first_last_layers
-        return layout.layer(qmodel.get_submodule(name), name == info.layers[0], is_edge, name in escaping)
+        is_edge = name in info.first_last_layers and info.request.bits_of(name) is None
+        return of(name).layer(qmodel.get_submodule(name), name == info.layers[0], is_edge, name in escaping)
 
     return (
         {name: layer(name) for name in info.layers}
-        | {name: layout.matmul(name in softmax) for name in info.matmuls}
+        | {name: of(name).matmul(name in softmax) for name in info.matmuls}
         | {name: layout.addition(operands[name]) for name in info.additions}
         | {name: layout.pooling(qmodel.get_submodule(name)) for name in info.poolings}
     )
@@ -135,36 +153,39 @@ def structure(captured: GraphModel) -> str:
     return hashlib.sha256(str(captured.graph).encode()).hexdigest()
 
 
-def _plan(
-    qmodel: GraphModel, example: Inputs, layout: Layout, info: QuantizationInfo, blocks: Iterable[str] | None
-) -> QuantizationInfo:
+def _plan(qmodel: GraphModel, example: Inputs, layout: Layout, info: QuantizationInfo) -> QuantizationInfo:
     """Which modules get quantizers.
 
     Raises:
-        Qwt2Error: there is no layer, or none in one of the parts; blocks that are none.
+        Qwt2Error: there is no layer, or none in one of the parts; blocks that are none; patterns that match nothing.
     """
+    request = info.request
     layers, calls = wiring.layers(qmodel), qmodel.calls((*wiring.LAYER_TYPES, Product))
     if not layers:
         raise Qwt2Error(f"{qmodel.title} runs no Linear or Conv2d layer on its input, so nothing can be quantized")
-    for part in info.parts or ():
+    for part in request.parts or ():
         if not any(is_inside(layer, part) for layer in layers):
             raise Qwt2Error(f"{part!r} holds no layer that runs, so nothing in it can be quantized; name other parts")
+    request.check(calls)
     kept = info.covers
-    found = find_blocks(qmodel) if blocks is None else check_blocks(qmodel, blocks)
+    found = find_blocks(qmodel) if request.blocks is None else check_blocks(qmodel, request.blocks)
     edges = first_and_last(qmodel, found)
     info.modules = {n: "product" if isinstance(qmodel.get_submodule(n), Product) else "layer" for n in calls if kept(n)}
     info.layers = [name for name in layers if kept(name)]
+    if not info.layers:
+        raise Qwt2Error(f"every layer of {qmodel.title} is excluded, so nothing is left to quantize; exclude fewer")
     info.matmuls = [name for name, kind in info.modules.items() if kind == "product"]
     info.first_last_layers = [name for name in info.layers if name in edges]
-    info.blocks = [block for block in found if kept(block)]
+    info.blocks = [block for block in found if any(is_inside(layer, block) for layer in info.layers)]
     info.poolings = [name for name in layout.poolings(qmodel) if kept(name)]
     info.additions = [name for name, kinds in layout.operands(qmodel, info).items() if any(kinds)]
     info.norm_consumers = {
         n: linears for n, linears in wiring.norm_consumers(qmodel).items() if all(map(kept, linears))
     }
     info.repeated = [name for name in info.layers if len(calls[name]) > 1]
-    info.exportable, info.input_shape = layout.recipe.exportable, shapes(example)
-    outside = dict.fromkeys([n for n in calls if not kept(n)], "is not among the parts to quantize")
+    info.exportable = layout.recipe.exportable
+    info.input_shape, info.input_types = shapes(example), types(example)
+    outside = {name: reason for name in calls if (reason := info.left_out(name))}
     info.float_modules = wiring.float_operations(qmodel) | outside
     if info.float_modules:
         _count_float(qmodel, example, info)

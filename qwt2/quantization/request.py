@@ -1,0 +1,77 @@
+"""What a user asks of :func:`qwt2.quantize`, apart from the model and its calibration set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qwt2.errors import Qwt2Error
+from qwt2.quantization.precision import Precision
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a model is to be quantized; a stored model is rebuilt from it.
+
+    Attributes:
+        method: a registered PTQ method.
+        target: what the model will run on.
+        precision: bit widths.
+        blocks: the blocks that compensation will work on; ``None``, found by their names.
+        parts: the modules to quantize; ``None``, all.
+        exclude: names or patterns of modules that stay in float.
+        bits: name or pattern -> bit widths of the modules that it matches; a later entry wins.
+    """
+
+    method: str
+    target: str
+    precision: Precision
+    blocks: tuple[str, ...] | None = None
+    parts: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    bits: dict[str, Precision] = field(default_factory=dict)
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuse patterns that match none of the modules that could be quantized.
+
+        Raises:
+            Qwt2Error: naming the pattern and modules of similar names.
+        """
+        for argument, patterns in (("exclude", self.exclude), ("bits", self.bits)):
+            for pattern in patterns:
+                if not any(matches(name, pattern) for name in names):
+                    known = list(dict.fromkeys(prefix for name in names for prefix in reversed(_prefixes(name))))
+                    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
+                    raise Qwt2Error(
+                        f"{argument}: {pattern!r} matches no module that can be quantized; near names are: {', '.join(near)}"
+                    )
+
+    def is_excluded(self, name: str) -> bool:
+        """Whether a module is to stay in float."""
+        return any(matches(name, pattern) for pattern in self.exclude)
+
+    def bits_of(self, name: str) -> Precision | None:
+        """Bit widths that a module has of its own."""
+        return next((p for pattern, p in reversed(self.bits.items()) if matches(name, pattern)), None)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Request":
+        """From what ``dataclasses.asdict`` gave, perhaps by way of JSON."""
+        bits = {pattern: Precision(**own) for pattern, own in values["bits"].items()}
+        lists = {
+            key: None if values[key] is None else tuple(values[key]) for key in ("blocks", "parts", "exclude")
+        }
+        return cls(**{**values, **lists, "precision": Precision(**values["precision"]), "bits": bits})
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern (``blocks.0.attn``, ``blocks.*.mlp``, ``*.fc1``) matches a module or one that holds it."""
+    return any(fnmatchcase(prefix, pattern) for prefix in _prefixes(name))
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

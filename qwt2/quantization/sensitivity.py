@@ -1,0 +1,161 @@
+"""What quantizing each module costs at the network's output, without quantizing the network once per module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qwt2.capture import wiring
+from qwt2.capture.batch import Inputs, first, image_count, model_inputs
+from qwt2.capture.graph import GraphModel
+from qwt2.errors import Qwt2Error
+from qwt2.quantization.layers import QuantizedLayer, QuantizedModule
+from qwt2.quantization.precision import Precision
+from qwt2.quantization.quantize import quantize
+
+PROJECTIONS = 3
+_TOGETHER = 4  # images whose activations and gradients are held at a time
+
+
+@dataclass(frozen=True)
+class ModuleCost:
+    """What one quantized module costs.
+
+    Attributes:
+        module: its name.
+        kind: "layer" or "product".
+        error: power of what its quantization alone adds to the network's outputs, as a share of the power of their
+            spread over the images.
+        weight_count: number of weights.
+        multiply_accumulates: of one image.
+    """
+
+    module: str
+    kind: str
+    error: float
+    weight_count: int
+    multiply_accumulates: int
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal over this error at the network's outputs, dB."""
+        return math.inf if self.error <= 0 else -10 * math.log10(self.error)
+
+
+def sensitivity(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    method: str = "repq",
+    precision: Precision = Precision(),
+    target: str = "portable",
+    images: int = 16,
+    **options: Any,
+) -> list[ModuleCost]:
+    """What each module's quantization costs at the network's output, the most expensive module first.
+
+    With J the derivative of the network's outputs with respect to a module's output, and d the error that quantization
+    makes in it, the first-order error at the outputs is J d. Its power is the mean of (r' J d)^2 over random r of unit
+    variance, and r' J is one backward pass for all modules together (Hutchinson, 1990). Three such r on every image
+    take one float and one quantized forward pass and three backward ones: about eight forward passes in all.
+
+    Args:
+        model: a float model.
+        calibration: as in :func:`qwt2.quantize`; its images choose the ranges, and the first ones tell the costs.
+        method, precision, target: as in :func:`qwt2.quantize`.
+        images: how many images tell the costs.
+        options: further arguments of :func:`qwt2.quantize`.
+
+    Raises:
+        Qwt2Error: as :func:`qwt2.quantize` does; or the outputs do not vary, or do not depend on any module in a
+            differentiable way.
+    """
+    batches = list(model_inputs(model, calibration))
+    qmodel = quantize(model, batches, method, precision, target, **options)
+    macs = wiring.multiply_accumulates(qmodel, first(batches[0], 1))
+    errors = _output_errors(qmodel, _pieces(batches, images))
+    info = qmodel.quantization
+    found = []
+    for name, kind in info.modules.items():
+        module = qmodel.get_submodule(name)
+        weights = module.weight.numel() if isinstance(module, QuantizedLayer) else 0
+        work = sum(count for node, count in macs.items() if node.target == name)
+        found.append(ModuleCost(name, kind, errors.get(name, 0.0), weights, work))
+    return sorted(found, key=lambda cost: -cost.error)
+
+
+def _pieces(batches: list[Inputs], images: int) -> list[Inputs]:
+    """The first images, a few at a time."""
+    pieces: list[Inputs] = []
+    for batch in batches:
+        for start in range(0, image_count(batch), _TOGETHER):
+            if (left := images - sum(map(image_count, pieces))) <= 0:
+                return pieces
+            rest = {n: t[start:] for n, t in batch.items()} if isinstance(batch, dict) else batch[start:]
+            pieces.append(first(rest, min(_TOGETHER, left)))
+    return pieces
+
+
+def _output_errors(qmodel: GraphModel, pieces: list[Inputs]) -> dict[str, float]:
+    """Module -> power of its error at the outputs, over the power of the outputs' spread."""
+    generator = torch.Generator().manual_seed(0)
+    errors: dict[str, float] = {}
+    outputs: list[list[Tensor]] = []
+    for piece in pieces:
+        calls, outputs_now = _run(qmodel, piece)
+        outputs.append([y.detach() for y in outputs_now])
+        for name, error in _projected(calls, outputs_now, image_count(piece), generator).items():
+            errors[name] = errors.get(name, 0.0) + error
+    together = [torch.cat(parts).double() for parts in zip(*outputs)]
+    spread = sum(float((y - y.mean(0)).square().sum()) for y in together)
+    if spread <= 0:
+        raise Qwt2Error("the model gives the same outputs for all calibration images; give images that differ")
+    return {name: error / spread for name, error in errors.items()}
+
+
+# Module, its float output, and what quantization adds to it.
+_Call = tuple[str, Tensor, Tensor]
+
+
+def _run(qmodel: GraphModel, inputs: Inputs) -> tuple[list[_Call], list[Tensor]]:
+    """The float network, with gradients, and the error that each module would make in it."""
+    calls: list[_Call] = []
+
+    def visit(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        module = qmodel.module_of(node)
+        if not isinstance(module, QuantizedModule):
+            return qmodel.evaluate(node, values)
+        args = [values[argument] for argument in node.args]
+        with torch.no_grad():
+            exact, rounded = module.full_precision(*args), module(*args)
+        # A leaf that is added passes gradients on, whether the module's inputs have some or not.
+        output = module.full_precision(*args) + torch.zeros((), requires_grad=True, device=exact.device)
+        calls.append((node.target, output, rounded - exact))
+        return output
+
+    with torch.enable_grad():
+        found = qmodel.of_size(qmodel.tensors_of(inputs)).walk(inputs, visit)
+    outputs = [y for y in found if isinstance(y, Tensor) and y.requires_grad]
+    if not outputs:
+        raise Qwt2Error(f"no output of {qmodel.title} can be differentiated; let it return its logits")
+    return calls, outputs
+
+
+def _projected(calls: list[_Call], outputs: list[Tensor], images: int, generator: torch.Generator) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for number in range(PROJECTIONS):
+        directions = [torch.randn(y.shape, generator=generator).to(y.device) for y in outputs]
+        gradients = torch.autograd.grad(
+            outputs, [y for _, y, _ in calls], directions, retain_graph=number < PROJECTIONS - 1, allow_unused=True
+        )
+        for (name, _, error), gradient in zip(calls, gradients):
+            if gradient is not None:
+                # Any grouping of the products is unbiased, as the directions are independent; by image it is least noisy.
+                groups = images if len(error) % images == 0 else 1
+                products = (gradient * error).reshape(groups, -1).double().sum(1)
+                errors[name] = errors.get(name, 0.0) + float(products.square().sum()) / PROJECTIONS
+    return errors
