@@ -39,12 +39,13 @@ def as_inputs(batch: Any) -> Inputs:
 
 
 def model_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
-    """The inputs of each batch; entries of dictionaries that the model does not take (labels) are left out, and said once.
+    """The inputs of each batch; entries of dictionaries that the model does not take (labels) are left out, and named.
 
     Raises:
         Qwt2Error: it takes none of them.
     """
-    parameters, said = inspect.signature(model.forward).parameters, set()
+    parameters = inspect.signature(model.forward).parameters
+    said: set[str] = set()
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     for batch in batches:
         inputs = as_inputs(batch)
@@ -52,8 +53,8 @@ def model_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
             unknown = sorted(inputs.keys() - parameters.keys())
             if len(unknown) == len(inputs):
                 raise Qwt2Error(
-                    f"a calibration batch is a dict; give tensors (N, ...), or names that {type(model).__name__}.forward "
-                    f"takes, which {unknown[0]!r} is not"
+                    "a calibration batch is a dict; give tensors (N, ...), or names that "
+                    f"{type(model).__name__}.forward takes, which {unknown[0]!r} is not"
                 )
             if set(unknown) - said:
                 said |= set(unknown)
@@ -76,6 +77,7 @@ def tensors(inputs: Any) -> dict[str, Any]:
 
 
 def image_count(inputs: Inputs) -> int:
+    """Number of images."""
     return len(next(iter(tensors(inputs).values())))
 
 
@@ -90,12 +92,13 @@ def joined(batches: list[Inputs]) -> Inputs:
     Raises:
         Qwt2Error: batches of plain image tensors differ in the images' shape.
     """
-    if isinstance(batches[0], dict):
-        return {name: _stacked([batch[name] for batch in batches]) for name in batches[0]}
+    same: list[Any] = batches  # all are tensors, or all are dictionaries
+    if isinstance(same[0], dict):
+        return {name: _stacked([batch[name] for batch in same]) for name in same[0]}
     try:
-        return torch.cat(batches)
+        return torch.cat(same)
     except RuntimeError:
-        shapes = sorted({tuple(images.shape[1:]) for images in batches})
+        shapes = sorted({tuple(images.shape[1:]) for images in same})
         raise Qwt2Error(f"calibration batches differ in image shape {shapes}; resize them to one") from None
 
 

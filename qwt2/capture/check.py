@@ -66,8 +66,9 @@ def check_captured(model: nn.Module, captured: GraphModel, inputs: Inputs) -> li
     with torch.no_grad(), evaluation_mode(model):
         name = _first_difference(model, captured, inputs)
     raise Qwt2Error(
-        f"{type(model).__name__} computes something else when it is traced, first in {name or 'its own forward method'}; "
-        "random numbers, and branches on values, cannot be captured: leave them out in evaluation mode"
+        f"{type(model).__name__} computes something else when it is traced, "
+        f"first in {name or 'its own forward method'}; random numbers, and branches on values, cannot be captured: "
+        "leave them out in evaluation mode"
     )
 
 

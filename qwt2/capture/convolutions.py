@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -22,10 +24,7 @@ def as_convolution(model: GraphModel, node: fx.Node) -> None:
 
 
 def _named_padding(node: fx.Node) -> None:
-    x, weight, bias, stride, padding, dilation, groups = (
-        *node.args,
-        *(None, [1, 1], "valid", [1, 1], 1)[len(node.args) - 2 :],
-    )
+    x, weight, bias, stride, padding, dilation, groups = _arguments(node, None, [1, 1], "valid", [1, 1], 1)
     sizes = weight.meta["shape"][2:]
     dilation = list(dilation) * (len(sizes) // len(dilation))
     total = [0] * len(sizes) if padding == "valid" else [d * (k - 1) for d, k in zip(dilation, sizes)]
@@ -39,6 +38,11 @@ def _named_padding(node: fx.Node) -> None:
     replace(node, insert(node.graph, node, target, (x, weight, bias, stride, before, dilation, groups), node))
 
 
+def _arguments(node: fx.Node, *defaults: Any) -> list[Any]:
+    """A convolution's arguments: input, weight, and the others, with defaults for those that are left out."""
+    return [*node.args, *defaults[len(node.args) - 2 :]]
+
+
 def _one_dimensional(model: GraphModel, node: fx.Node) -> None:
     """(N, C, L) as images of height 1."""
 
@@ -49,14 +53,11 @@ def _one_dimensional(model: GraphModel, node: fx.Node) -> None:
     named = node.target is aten.conv1d.padding
     transposed = node.target is aten.conv_transpose1d.default
     if transposed:
-        x, weight, bias, stride, padding, extra, groups, dilation = (
-            *node.args,
-            *(None, [1], [0], [0], 1, [1])[len(node.args) - 2 :],
-        )
-        rest = (bias, [1, *stride], [0, *padding], [0, *extra], groups, [1, *dilation])
+        x, weight, bias, stride, padding, extra, groups, dilation = _arguments(node, None, [1], [0], [0], 1, [1])
+        rest: tuple[Any, ...] = (bias, [1, *stride], [0, *padding], [0, *extra], groups, [1, *dilation])
     else:
         defaults = (None, [1], "valid" if named else [0], [1], 1)
-        x, weight, bias, stride, padding, dilation, groups = (*node.args, *defaults[len(node.args) - 2 :])
+        x, weight, bias, stride, padding, dilation, groups = _arguments(node, *defaults)
         rest = (bias, [1, *stride], padding if named else [0, *padding], [1, *dilation], groups)
     target = aten.conv_transpose2d.input if transposed else aten.conv2d.padding if named else aten.conv2d.default
     shape = (*node.meta["shape"][:-1], 1, node.meta["shape"][-1])
@@ -70,11 +71,12 @@ def _one_dimensional(model: GraphModel, node: fx.Node) -> None:
 def _transposed(model: GraphModel, node: fx.Node) -> None:
     """A convolution that gives all output pixels between two input pixels at once, and its channels spread out.
 
-    Output pixel s q + r reads the inputs q - m with the weights s m + r: for each r a convolution of ceil(k / s) weights.
+    Output pixel s q + r reads the inputs q - m with the weights s m + r: for each r a convolution of ceil(k / s)
+    weights.
     (Shi et al., "Is the deconvolution layer the same as a convolutional layer?", arXiv 1609.07009.)
     """
     defaults = (None, [1, 1], [0, 0], [0, 0], 1, [1, 1])
-    x, weight, bias, stride, padding, extra, groups, dilation = (*node.args, *defaults[len(node.args) - 2 :])
+    x, weight, bias, stride, padding, extra, groups, dilation = _arguments(node, *defaults)
     stride, padding, extra, dilation = (list(v) * (2 // len(v)) for v in (stride, padding, extra, dilation))
     kernel, size = weight.meta["shape"][2:], x.meta["shape"][2:]
     taps = [-(-k // s) for k, s in zip(kernel, stride)]
@@ -119,7 +121,7 @@ def _spread_out(node: fx.Node, y: fx.Node, channels: int, stride: list[int], hig
 
 
 def _subpixel_weight(weight: Tensor, stride: list[int], taps: list[int], groups: int) -> Tensor:
-    """(C_in, C_out / groups, k, k) -> (C_out * s * s, C_in / groups, taps, taps), in PixelShuffle's order of channels."""
+    """(C_in, C_out / groups, k, k) -> (C_out * s * s, C_in / groups, taps, taps), channels in PixelShuffle's order."""
     (rows, columns), (high, wide) = stride, taps
     grown = F.pad(weight, (0, wide * columns - weight.shape[3], 0, high * rows - weight.shape[2]))
     split = grown.reshape(groups, weight.shape[0] // groups, weight.shape[1], high, rows, wide, columns).flip(3, 5)

@@ -86,5 +86,8 @@ def _permuted(node: fx.Node, x: fx.Node, labels: str, wanted: str, sizes: dict[s
 def _size(labels: str, sizes: dict[str, int | None]) -> int | None:
     total = 1
     for label in labels:
-        total = None if sizes[label] is None or total is None else total * sizes[label]
+        size = sizes[label]
+        if size is None:
+            return None
+        total *= size
     return total

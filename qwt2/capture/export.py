@@ -63,7 +63,8 @@ def _try(model: nn.Module, example: Inputs) -> None:
     except RuntimeError as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors(example).items()}
         raise Qwt2Error(
-            f"{type(model).__name__} cannot run on {shapes} ({str(error).splitlines()[0]}); give images as it takes them"
+            f"{type(model).__name__} cannot run on {shapes} ({str(error).splitlines()[0]}); "
+            "give images as it takes them"
         ) from error
 
 
@@ -123,11 +124,10 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def _traceable() -> Iterator[None]:
-    """Let PyTorch's own transformers take the way that consists of plain operations, and read no values of masks; let
-    ``len(x)`` be the batch's size, whatever it is.
+    """Let PyTorch's own transformers take the way of plain operations, and ``len(x)`` be the batch's size.
 
-    These are changes of the whole process: for other threads ``len`` differs on traced tensors only, and captures wait
-    for each other.
+    The other way of transformers reads the values of masks, which a graph cannot do. These are changes of the whole
+    process: for other threads ``len`` differs on traced tensors only, and captures wait for each other.
     """
     transformer = torch.nn.modules.transformer
     with _ONE_CAPTURE:
@@ -135,7 +135,7 @@ def _traceable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         # The mask is given in any case; that it is causal would only choose another kernel.
         transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
-        builtins.len = _length
+        builtins.len = _length  # type: ignore[assignment]
         try:
             yield
         finally:
@@ -191,7 +191,8 @@ def _refuse_mutation(model: nn.Module, program: torch.export.ExportedProgram) ->
     for spec in program.graph_signature.output_specs:
         if spec.kind == OutputKind.BUFFER_MUTATION:
             raise Qwt2Error(
-                f"{type(model).__name__} writes its buffer {spec.target} in evaluation mode, so its calls depend on each other; leave that out"
+                f"{type(model).__name__} writes its buffer {spec.target} in evaluation mode, so its calls depend "
+                "on each other; leave that out"
             )
 
 
@@ -226,5 +227,5 @@ def _module_path(model: nn.Module, first_names: dict[int, str], node: fx.Node) -
 
 
 def _call_of(node: fx.Node) -> str:
-    """Names of the modules around a node as they were called, each with "@n" at its n-th further call, joined by "/"."""
+    """Names of the modules around a node as they were called, with "@n" at the n-th further call, joined by "/"."""
     return "/".join(key.removeprefix("L__self__") for key, _ in _stack(node))

@@ -39,7 +39,8 @@ class Signature:
     takes_names: bool
 
     @classmethod
-    def of(cls, forward: Callable, args: tuple, kwargs: Mapping[str, Any], out_spec: TreeSpec) -> "Signature":
+    def of(cls, forward: Callable, args: tuple, kwargs: Mapping[str, Any], out_spec: TreeSpec) -> Signature:
+        """Read it off a method and one call of it."""
         parameters = inspect.signature(forward)
         given, places = tree_flatten((args, dict(kwargs)))
         marks = [object() if isinstance(leaf, Tensor) else leaf for leaf in given]  # one tensor may be given twice
@@ -49,7 +50,7 @@ class Signature:
         constants = tuple(None if number in order else leaf for number, leaf in enumerate(leaves))
         return cls(parameters, spec, constants, tuple(order), out_spec, bool(kwargs))
 
-    def __deepcopy__(self, memo: dict) -> "Signature":
+    def __deepcopy__(self, memo: dict) -> Signature:
         return self  # nothing in it changes
 
     def inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -94,10 +95,11 @@ class OtherSizes:
         capture: makes the graph of the float model for an example.
     """
 
-    def __init__(self, capture: Callable[[Any], "GraphModel"]):
-        self.capture, self.graphs = capture, {}
+    def __init__(self, capture: Callable[[Any], GraphModel]):
+        self.capture = capture
+        self.graphs: dict[Any, GraphModel] = {}
 
-    def __deepcopy__(self, memo: dict) -> "OtherSizes":
+    def __deepcopy__(self, memo: dict) -> OtherSizes:
         return OtherSizes(self.capture)
 
 
@@ -137,7 +139,7 @@ class GraphModel(nn.Module):
 
         receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         own = signature.parameters.parameters.values()
-        forward.__signature__ = (
+        forward.__signature__ = (  # type: ignore[attr-defined]
             inspect.Signature([receiver, *own]) if "self" not in signature.parameters.parameters else None
         )
         self.forward = types.MethodType(forward, self)
@@ -154,7 +156,7 @@ class GraphModel(nn.Module):
         """A batch as the graph's inputs, in order."""
         return self.signature.inputs(*(((), batch) if isinstance(batch, dict) else ((batch,), {})))
 
-    def of_size(self, inputs: list[Tensor]) -> "GraphModel":
+    def of_size(self, inputs: list[Tensor]) -> GraphModel:
         """The model whose graph takes inputs of these sizes: this one, or one that shares its modules."""
         sizes = [tuple(x.shape[1:]) for x in inputs]
         if self.other_sizes is None or all(
@@ -179,7 +181,7 @@ class GraphModel(nn.Module):
         if "_compiled" not in self.__dict__:
             code = self.graph.python_code("self")
             names = dict(code.globals)
-            exec(compile(code.src, f"<graph of {self.title}>", "exec"), names)  # noqa: S102
+            exec(compile(code.src, f"<graph of {self.title}>", "exec"), names)
             self.__dict__["_compiled"] = names["forward"]
         return self._compiled(self, *inputs)
 
@@ -196,13 +198,13 @@ class GraphModel(nn.Module):
 
     def walk(self, batch: Inputs, visit: Callable[[fx.Node, dict[fx.Node, Any]], Any]) -> list[Any]:
         """Run the graph node by node on a batch; ``visit`` gives each node's value from those of the nodes it reads."""
-        values = dict(zip(self.inputs, self.tensors_of(batch)))
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, self.tensors_of(batch)))
         for node in self.graph.nodes:
             if node.op != "placeholder":
                 values[node] = visit(node, values)
         return values[self.output]
 
-    def between(self, start: fx.Node, outputs: list[fx.Node]) -> "GraphModel":
+    def between(self, start: fx.Node, outputs: list[fx.Node]) -> GraphModel:
         """What lies between a node and others, as a model of one tensor that gives a tuple and shares the modules."""
         graph, needed, waiting = fx.Graph(), set(), list(outputs)
         while waiting:
@@ -231,10 +233,12 @@ class GraphModel(nn.Module):
 
     @property
     def inputs(self) -> list[fx.Node]:
+        """The nodes that stand for the tensors that are given."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     @property
     def output(self) -> fx.Node:
+        """The node that gives everything that is returned."""
         return next(node for node in reversed(self.graph.nodes) if node.op == "output")
 
     def calls(self, kind: type | tuple[type, ...]) -> dict[str, list[fx.Node]]:
@@ -250,6 +254,7 @@ class GraphModel(nn.Module):
         return self.get_submodule(node.target) if node.op == "call_module" else None
 
     def get_tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of a dotted name."""
         parent, _, attribute = name.rpartition(".")
         return getattr(self.get_submodule(parent), attribute)
 
@@ -268,14 +273,15 @@ class GraphModel(nn.Module):
         holder = _container(self, parent)
         older = holder._modules.get(attribute, nn.Module())
         targets = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
-        used = {target.removeprefix(f"{name}.").partition(".")[0] for target in targets if target.startswith(f"{name}.")}
+        below = f"{name}."
+        used = {target.removeprefix(below).partition(".")[0] for target in targets if target.startswith(below)}
         for kind in ("_modules", "_parameters", "_buffers"):
             for key in used & getattr(older, kind).keys():
                 if not hasattr(module, key):
                     getattr(module, kind)[key] = getattr(older, kind)[key]
         holder.add_module(attribute, module)
 
-    def share(self, other: "GraphModel", nodes: Iterable[fx.Node]) -> None:
+    def share(self, other: GraphModel, nodes: Iterable[fx.Node]) -> None:
         """Hold the modules and tensors of another graph that these nodes name."""
         for node in nodes:
             if node.op == "get_attr":
@@ -323,7 +329,7 @@ def _fits(size: tuple[int, ...], captured: tuple[int | None, ...]) -> bool:
 class Container(nn.Module):
     """Holds what has a longer name; the children of lists and sequences are found by number, as in the model."""
 
-    def __getitem__(self, number: int) -> nn.Module:
+    def __getitem__(self, number: int) -> nn.Module | None:
         return list(self._modules.values())[number]
 
     def __len__(self) -> int:
@@ -335,7 +341,7 @@ def _container(root: nn.Module, name: str) -> nn.Module:
     for part in name.split(".") if name else ():
         if part not in root._modules:
             root.add_module(part, Container())
-        root = root._modules[part]
+        root = root.get_submodule(part)
     return root
 
 
@@ -351,6 +357,7 @@ class Product(nn.Module):
     """a @ b, of two activations."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product."""
         return a @ b
 
 
@@ -358,6 +365,7 @@ class Sum(nn.Module):
     """a + b, of two activations of one shape."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The sum."""
         return a + b
 
 
@@ -374,11 +382,14 @@ class Pooling(nn.Module):
         self.target, self.args, self.kwargs = target, tuple(args), dict(kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The means (N, C), or (N, C, 1, 1), as the operation gives them."""
         return self.target(x, *self.args, **self.kwargs)
 
 
-def insert(graph: fx.Graph, before: fx.Node, target: Callable | str, args: tuple, like: fx.Node, shape: tuple | None = None,
-           kwargs: Mapping[str, Any] | None = None) -> fx.Node:  # fmt: skip
+def insert(
+    graph: fx.Graph, before: fx.Node, target: Callable | str, args: tuple, like: fx.Node,
+    shape: tuple | None = None, kwargs: Mapping[str, Any] | None = None,
+) -> fx.Node:  # fmt: skip
     """A new node in front of another one.
 
     Args:
@@ -387,7 +398,7 @@ def insert(graph: fx.Graph, before: fx.Node, target: Callable | str, args: tuple
         shape: its size; that of ``like`` if not given.
     """
     with graph.inserting_before(before):
-        create = graph.call_module if isinstance(target, str) else graph.call_function
+        create: Callable[..., fx.Node] = graph.call_module if isinstance(target, str) else graph.call_function
         node = create(target, args, dict(kwargs or {}))
     node.meta = like.meta | ({} if shape is None else {"shape": shape})
     return node

@@ -6,7 +6,8 @@ Every pass takes a :class:`GraphModel` and changes it in place; what the graph c
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +17,7 @@ from qwt2.capture.convolutions import as_convolution
 from qwt2.capture.einsum import as_product
 from qwt2.capture.graph import Container, GraphModel, Pooling, Product, Sum, insert, replace
 
+L = TypeVar("L", bound=nn.Module)
 aten = torch.ops.aten
 
 _ASSERTIONS = ("_assert", "sym_constrain_range", "_guards_fn")
@@ -81,7 +83,7 @@ def _is_static(node: fx.Node) -> bool:
 
 
 def compute_constants(model: GraphModel) -> None:
-    """Compute once what follows from parameters and numbers alone: weight norm, standardized weights, masks, positions."""
+    """Compute once what follows from parameters and numbers only: weight norm, standardized weights, masks."""
     values: dict[fx.Node, Any] = {}
     for node in model.graph.nodes:
         if node.op == "get_attr" or (node.op == "call_function" and _is_constant(node, values)):
@@ -112,7 +114,7 @@ def expand_attention(model: GraphModel) -> None:
 
 def _expand_one(model: GraphModel, node: fx.Node) -> None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given = dict(zip(names, node.args)) | dict(node.kwargs)
+    given: Any = dict(zip(names, node.args)) | dict(node.kwargs)
     query, key, value, mask = (given.get(name) for name in names[:4])
     graph, heads, width = node.graph, query.meta["shape"][:-2], query.meta["shape"][-1]
     rows, columns = query.meta["shape"][-2], key.meta["shape"][-2]
@@ -216,7 +218,7 @@ def _added_bias(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
 
 
 def unify_convolutions(model: GraphModel) -> None:
-    """Make ``conv2d`` with numbers for padding of one-dimensional and transposed convolutions, and of padding="same"."""
+    """Make ``conv2d`` with numbers for padding of 1-d and transposed convolutions, and of padding="same"."""
     for node in _functions(model, *_CONVOLUTIONS):
         if all(
             argument is None or argument.op == "get_attr" for argument in node.args[1:3] if argument is not node.args[0]
@@ -237,7 +239,8 @@ def name_layers(model: GraphModel) -> None:
     kinds: dict[str, set[str]] = {}
     nodes = [n for n in _functions(model, *makers) if _has_constant_weights(n)]
     for node in nodes:
-        kinds.setdefault(node.meta["module"], set()).add(_weight(node).target if _weight(node) is not None else "")
+        weight = _weight(node)
+        kinds.setdefault(node.meta["module"], set()).add("" if weight is None else weight.target)
     for node in nodes:
         key = (node.meta["module"], node.target, str(node.args[1:]), str(node.kwargs))
         if key not in made:
@@ -262,7 +265,7 @@ def _has_constant_weights(node: fx.Node) -> bool:
 
 
 def _layer_name(model: GraphModel, node: fx.Node, alone: bool) -> str:
-    """The name of the module that a layer's weight belongs to; of other layers the module's that calls it, and a number."""
+    """The name of the module that a layer's weight belongs to; else that of the module that calls it, and a number."""
     weight, module = _weight(node), node.meta["module"]
     owner = weight.target.rpartition(".")[0] if weight is not None and weight.target.endswith(".weight") else module
     if alone and node.meta["leaf"]:
@@ -282,6 +285,7 @@ def _submodule(model: GraphModel, name: str) -> nn.Module | None:
 
 def _linear(model: GraphModel, node: fx.Node) -> nn.Linear:
     weight, bias = _tensors(model, *(*node.args[1:], None)[:2])
+    assert weight is not None
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     return _with(layer, weight, bias)
 
@@ -290,7 +294,9 @@ def _conv2d(model: GraphModel, node: fx.Node) -> nn.Conv2d:
     defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
     weight, bias, stride, padding, dilation, groups = (*node.args, *defaults[len(node.args) :])[1:]
     weight, bias = _tensors(model, weight, bias)
-    stride, padding, dilation = (tuple(v) * (2 // len(v)) for v in (stride, padding, dilation))
+    assert weight is not None
+    pairs: list[Any] = [tuple(v) * (2 // len(v)) for v in (stride, padding, dilation)]
+    stride, padding, dilation = pairs
     layer = nn.Conv2d(
         weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), stride, padding, dilation, groups,
         bias is not None, device="meta",
@@ -309,7 +315,7 @@ def _tensors(model: GraphModel, *nodes: fx.Node | None) -> list[Tensor | None]:
     return [None if node is None else model.get_tensor(node.target) for node in nodes]
 
 
-def _with(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+def _with(layer: L, weight: Tensor | None, bias: Tensor | None) -> L:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             setattr(layer, name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
@@ -317,8 +323,10 @@ def _with(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Mo
 
 
 def _separate_tied(model: GraphModel) -> None:
-    """Give what else reads a layer's weight a copy: quantization changes the layer's. Tensors that are no layer's own,
-    but lie where a layer or an operation took their module's place, go too."""
+    """Give what else reads a layer's weight a copy: quantization changes the layer's.
+
+    Tensors that are no layer's own, but lie where a layer or an operation took their module's place, go too.
+    """
     model.prune()
     for node in [n for n in model.graph.nodes if n.op == "get_attr"]:
         owner = _submodule(model, node.target.rpartition(".")[0])
@@ -372,7 +380,7 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _is_pooling(node: fx.Node) -> bool:
-    x = node.args[0] if node.args else None
+    x: Any = node.args[0] if node.args else None
     if not _is_activation(x) or len(x.meta["shape"] or ()) != 4:
         return False
     if node.target is aten.adaptive_avg_pool2d.default:
@@ -391,11 +399,12 @@ def fold_batchnorms(model: GraphModel) -> None:
     """Fold every BatchNorm that alone reads a layer's output into that layer, at all of the layer's calls."""
     for name, calls in model.calls((nn.Linear, nn.Conv2d)).items():
         layer = model.get_submodule(name)
-        norms = [_only_norm(node, isinstance(layer, nn.Linear)) for node in calls]
-        if None in norms or len({str(norm.args[1:]) for norm in norms}) > 1:
+        found = [_only_norm(node, isinstance(layer, nn.Linear)) for node in calls]
+        norms = [norm for norm in found if norm is not None]
+        if len(norms) < len(calls) or len({str(norm.args[1:]) for norm in norms}) > 1:
             continue
         weight, bias, mean, variance = _tensors(model, *norms[0].args[1:5])
-        fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+        fuse: Callable[..., Any] = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
         layer.weight, layer.bias = fuse(layer.weight, layer.bias, mean, variance, norms[0].args[6], weight, bias)
         layer.requires_grad_(False)
         for node, norm in zip(calls, norms):
@@ -420,7 +429,7 @@ def _only_norm(node: fx.Node, is_linear: bool) -> fx.Node | None:
 
 
 def group_calls(model: GraphModel) -> None:
-    """Let the calls of one module follow each other where none needs another's result (a head on a pyramid's levels)."""
+    """Let the calls of one module follow each other where none needs another's result (a head on several levels)."""
     order: list[fx.Node] = []
     placed: set[fx.Node] = set()
 

@@ -40,9 +40,9 @@ def norm_consumers(model: GraphModel) -> dict[str, list[str]]:
     for norm, calls in model.calls(nn.LayerNorm).items():
         readers = [reader for call in calls for reader in _readers(call, _keeps_last_axis)]
         names = {reader.target for reader in readers if reader.op == "call_module"}
-        if readers and all(r.op == "call_module" for r in readers) and names <= linears.keys():
-            if {call for name in names for call in linears[name]} == set(readers):
-                found[norm] = sorted(names, key=order.index)
+        only_linears = all(r.op == "call_module" for r in readers) and names <= linears.keys()
+        if readers and only_linears and {call for name in names for call in linears[name]} == set(readers):
+            found[norm] = sorted(names, key=order.index)
     return found
 
 
@@ -69,7 +69,7 @@ def residual_sums(model: GraphModel) -> dict[str, tuple[str | None, str | None]]
     """Sum -> the convolutions whose outputs, activated or not, are its operands; those of which one is."""
     found = {}
     for name, calls in model.calls(Sum).items():
-        makers = {tuple(_maker(model, operand) for operand in call.args) for call in calls}
+        makers = {(_maker(model, call.args[0]), _maker(model, call.args[1])) for call in calls}
         if len(makers) == 1 and any(found_makers := makers.pop()):
             found[name] = found_makers
     return found
@@ -160,8 +160,8 @@ def float_operations(model: GraphModel) -> dict[str, str]:
 
 
 _ARITHMETIC = (
-    "linear", "matmul", "einsum", "bilinear", "conv", "deform_conv", "lstm", "gru", "rnn", "addmv", "mv", "dot", "baddbmm",
-    "addbmm", "addmm", "bmm", "mm", "tensordot", "inner", "chain_matmul",
+    "linear", "matmul", "einsum", "bilinear", "conv", "deform_conv", "lstm", "gru", "rnn", "addmv", "mv", "dot",
+    "baddbmm", "addbmm", "addmm", "bmm", "mm", "tensordot", "inner", "chain_matmul",
 )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def read_state(path: Path) -> dict[str, "torch.Tensor"]:
 
 
 def _published_names_filter(model: "nn.Module") -> Any:
-    """Timm's `checkpoint_filter_fn` of the model's own file, where it has one."""
+    """timm's `checkpoint_filter_fn` of the model's own file, where it has one."""
     import sys
 
     return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

@@ -24,9 +24,11 @@ class BlockCompensation(QuantizedModule):
     is_fitted = False
 
     def full_precision(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block's output as it is."""
         return y
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The compensated output, for the block's input ``x`` and output ``y``."""
         return y
 
     def settings(self) -> dict[str, Any]:
@@ -64,9 +66,11 @@ class LinearCompensation(BlockCompensation):
         return y.float() + self.bias.reshape(1, -1, 1, 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """See :meth:`BlockCompensation.forward`."""
         return y + self.added(x) if self.quantized else y
 
     def settings(self) -> dict[str, Any]:
+        """See :meth:`BlockCompensation.settings`."""
         return {"stride": self.stride, "groups": self.groups, "arithmetic": self.arithmetic}
 
 
@@ -87,11 +91,13 @@ class AffineCompensation(BlockCompensation):
         self.register_buffer("beta", beta)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """See :meth:`BlockCompensation.forward`."""
         if not self.quantized:
             return y
         return y * per_channel(self.alpha, y, self.channel_axis) + per_channel(self.beta, y, self.channel_axis)
 
     def settings(self) -> dict[str, Any]:
+        """See :meth:`BlockCompensation.settings`."""
         return {"channel_axis": self.channel_axis}
 
 
@@ -105,7 +111,9 @@ def put_behind(model: GraphModel, block: str, module: BlockCompensation) -> str:
 
 
 def _insert_behind(model: GraphModel, block: str) -> None:
-    x, y = ends(model, block)
+    found = ends(model, block)
+    assert found is not None, block  # blocks are chosen by their ends
+    x, y = found
     name = f"{block}.{CHILD}"
     model.set_module(name, BlockCompensation())
     with model.graph.inserting_after(y):

@@ -32,7 +32,7 @@ class Moments:
     cov: Tensor
 
     @classmethod
-    def of(cls, y_q: Tensor, y_f: Tensor, channel_axis: int) -> "Moments":
+    def of(cls, y_q: Tensor, y_f: Tensor, channel_axis: int) -> Moments:
         """Of paired outputs of equal shape, over every axis but ``channel_axis``."""
         q, f = (y.movedim(channel_axis, -1).reshape(-1, y.shape[channel_axis]) for y in (y_q, y_f))
         # Sums about any value near the mean lose nothing; this one takes no pass in float64.
@@ -52,7 +52,7 @@ class Moments:
             (square_f - gap_f.square()).clamp(min=0), product - gap_q * gap_f,
         )  # fmt: skip
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def __add__(self, other: Moments) -> Moments:
         """Chan's update, so that nothing cancels where means are large."""
         total = self.count + other.count
         share = other.count / total
@@ -69,6 +69,7 @@ class Moments:
 
     @property
     def is_finite(self) -> bool:
+        """Whether no value was NaN or infinite."""
         return bool(torch.isfinite(self.var_q).all() and torch.isfinite(self.var_f).all())
 
     @property

@@ -28,7 +28,7 @@ class Regression:
     power: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, target: Tensor) -> "Regression":
+    def of(cls, x: Tensor, target: Tensor) -> Regression:
         """Of rows ``x`` (groups, n, d) and ``target`` (groups, n, o)."""
         x, target = x.double(), target.double()
         mean_x, mean_t = x.mean(1), target.mean(1)
@@ -37,7 +37,7 @@ class Regression:
             x.shape[1], mean_x, mean_t, x.transpose(1, 2) @ x, x.transpose(1, 2) @ target, target.square().sum(1)
         )
 
-    def __add__(self, other: "Regression") -> "Regression":
+    def __add__(self, other: Regression) -> Regression:
         total = self.count + other.count
         weight, share = self.count * other.count / total, other.count / total
         gap_x, gap_t = other.mean_x - self.mean_x, other.mean_t - self.mean_t

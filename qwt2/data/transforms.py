@@ -7,7 +7,7 @@ from qwt2.extras import extra
 
 
 def transform_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Timm's input settings (`resolve_data_config`) of the model that `cfg` describes, without building it."""
+    """timm's input settings (`resolve_data_config`) of the model that `cfg` describes, without building it."""
     with extra("timm"):
         import timm
         from timm.data import resolve_data_config

@@ -19,7 +19,7 @@ from qwt2.extras import extra
 
 
 def detector_config(cfg: Mapping[str, Any]) -> Any:
-    """Mmdet's configuration (`mmengine.Config`) of the detector that `cfg` describes.
+    """mmdet's configuration (`mmengine.Config`) of the detector that `cfg` describes.
 
     Keys of `cfg`: `mmdet`, a file of mmdet's own `configs` folder or of one's own; `options`, nested keys that replace
     some of it (a dictionary with `_delete_: true` replaces instead of merging; keys may be dotted, lists take numbers).
@@ -123,13 +123,13 @@ def _plain(value: Any) -> Any:
 
 
 def _remove_downloads(model: Any) -> None:
-    """Mmdet's configurations fetch the backbone's ImageNet weights, which the detector's own replace anyway."""
+    """mmdet's configurations fetch the backbone's ImageNet weights, which the detector's own replace anyway."""
     if (model.get("backbone") or {}).get("init_cfg"):
         model.backbone.init_cfg = None
 
 
 def _divide_windows_exactly(detector: nn.Module) -> None:
-    """Mmdet's Swin divides in floating point to find the batch size, which exporters cannot follow."""
+    """mmdet's Swin divides in floating point to find the batch size, which exporters cannot follow."""
     from mmdet.models.backbones.swin import ShiftWindowMSA
 
     for module in detector.modules():
@@ -145,7 +145,7 @@ def window_reverse(size: int, windows: Tensor, height: int, width: int) -> Tenso
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Mmengine logs every weight that it draws."""
+    """mmengine logs every weight that it draws."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

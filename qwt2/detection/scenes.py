@@ -21,7 +21,7 @@ METRICS = {"bbox_ap": "coco/bbox_mAP", "bbox_ap50": "coco/bbox_mAP_50", "segm_ap
 
 
 def dataset_config(config: Any, scenes: Scenes, split: str, training: bool = False) -> dict[str, Any]:
-    """Mmdet's settings of a split, with the pipeline that the detector's configuration has for it."""
+    """mmdet's settings of a split, with the pipeline that the detector's configuration has for it."""
     loader = config.train_dataloader if training else config.test_dataloader
     settings = loader.dataset
     while "pipeline" not in settings:  # wrapped (RepeatDataset and the like)
@@ -37,7 +37,7 @@ def dataset_config(config: Any, scenes: Scenes, split: str, training: bool = Fal
 
 
 def build_dataset(config: Any, scenes: Scenes, split: str) -> Any:
-    """Mmdet's `CocoDataset` of a split for testing, in the order of its annotation file."""
+    """mmdet's `CocoDataset` of a split for testing, in the order of its annotation file."""
     from mmdet.registry import DATASETS
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long it took
@@ -94,7 +94,7 @@ def draw_calibration(available: int, count: int, seed: int) -> np.ndarray:
 
 @torch.inference_mode()
 def detect(detector: nn.Module, batches: Batches) -> list[Any]:
-    """Mmdet's data samples of all images with what the detector finds (`pred_instances`)."""
+    """mmdet's data samples of all images with what the detector finds (`pred_instances`)."""
     return [sample for images, samples in batches for sample in detector.predict(images, samples)]
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qwt2.capture.batch import Inputs
+    from qwt2.capture.graph import GraphModel
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def engine_mismatch(
     return result
 
 
-def fold_mismatch(qmodel: nn.Module, folded: nn.Module, inputs: Inputs) -> dict[str, Mismatch]:
+def fold_mismatch(qmodel: GraphModel, folded: GraphModel, inputs: Inputs) -> dict[str, Mismatch]:
     """Compare the folded integer modules with the unfolded fake-quantized ones, layer by layer.
 
     Both get the inputs that the layer has in the unfolded model.

@@ -61,6 +61,7 @@ class ActivationStore:
         return self._sizes[index]
 
     def clear(self) -> None:
+        """Forget every batch, and delete its file."""
         for index in list(self._sizes):
             self._forget(index)
 
@@ -72,6 +73,7 @@ class ActivationStore:
         self._sizes.pop(index, None)
 
     def _path(self, index: int) -> Path:
+        assert self.directory is not None  # else nothing goes to disk
         return self.directory / f"{self.prefix}-{index}.safetensors"
 
 

@@ -39,7 +39,8 @@ def check_images(model: nn.Module, inputs: Inputs) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device != images.device:
             raise Qwt2Error(
-                f"the calibration images are on {images.device}, but {name} is on {parameter.device}; move one to the other"
+                f"the calibration images are on {images.device}, but {name} is on {parameter.device}; "
+                "move one to the other"
             )
 
 

@@ -76,7 +76,7 @@ def channel_scales(
     smallest = torch.finfo(torch.float32).tiny * 2**24
     alpha = torch.ones_like(weight_scale) if alpha is None else alpha.double()
     shift = free_bits(bits)
-    # A channel whose scale would leave float32 gets zero codes and a tiny scale, on whose grid the bias is as good as exact.
+    # A channel whose scale would leave float32 gets zero codes and a tiny scale; on its grid the bias is exact enough.
     off = alpha.abs() * weight_scale < smallest
     scale = torch.where(off, (weight_scale / BIAS_LIMIT).clamp(min=smallest), weight_scale * alpha.abs()) / 2**shift
     sign = torch.where(off, torch.zeros_like(alpha), torch.sign(alpha))

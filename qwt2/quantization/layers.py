@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,11 @@ class QuantizedModule(nn.Module):
         raise NotImplementedError
 
     def calibrate(self, *runs: Sequence[Tensor]) -> None:
-        """Choose the ranges of activations from the values of several runs: one sequence per argument, and the outputs."""
+        """Choose the ranges of activations from the values of several runs.
+
+        Args:
+            runs: one sequence per argument, and that of the outputs.
+        """
         raise NotImplementedError
 
     def calibrate_on(self, *args: Tensor) -> Tensor:
@@ -82,6 +86,7 @@ class QuantizedLayer(QuantizedModule):
 
     @property
     def out_channels(self) -> int:
+        """Number of output channels."""
         return self.weight.shape[0]
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -134,6 +139,7 @@ class QuantizedLayer(QuantizedModule):
         self.beta = None if beta is None else beta.to(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, quantized and compensated unless ``quantized`` is False."""
         if not self.quantized:
             return self.full_precision(x)
         return self.finished(self.products(x))
@@ -145,6 +151,7 @@ class QuantizedLinear(QuantizedLayer):
     channel_axis = -1
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See :meth:`QuantizedLayer.op`."""
         return F.linear(x, weight, bias)
 
 
@@ -159,6 +166,7 @@ class QuantizedConv2d(QuantizedLayer):
         self.dilation, self.groups = layer.dilation, layer.groups
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See :meth:`QuantizedLayer.op`."""
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -170,13 +178,16 @@ class QuantizedMatmul(QuantizedModule):
         self.a_quantizer, self.b_quantizer = a_quantizer, b_quantizer
 
     def calibrate(self, a: Sequence[Tensor], b: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """See :meth:`QuantizedModule.calibrate`."""
         self.a_quantizer.calibrate(_together(a, -1))
         self.b_quantizer.calibrate(_together(b, -1))
 
     def full_precision(self, a: Tensor, b: Tensor) -> Tensor:
+        """See :meth:`QuantizedModule.full_precision`."""
         return a @ b
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product of the two operands, quantized unless ``quantized`` is False."""
         if not self.quantized:
             return self.full_precision(a, b)
         return self.a_quantizer(a) @ self.b_quantizer(b)
@@ -185,8 +196,8 @@ class QuantizedMatmul(QuantizedModule):
 class QuantizedAdd(QuantizedModule):
     """a + b with operands fake-quantized: a residual addition as engines with integer additions compute it.
 
-    An operand without quantizer is the output of a layer that has an output quantizer; one whose quantizer only clips is
-    the output of a layer in whose kernel the sum is computed.
+    An operand without quantizer is the output of a layer that has an output quantizer; one whose quantizer only clips
+    is the output of a layer in whose kernel the sum is computed.
     """
 
     def __init__(self, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None):
@@ -194,14 +205,17 @@ class QuantizedAdd(QuantizedModule):
         self.a_quantizer, self.b_quantizer = a_quantizer, b_quantizer
 
     def calibrate(self, a: Sequence[Tensor], b: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """See :meth:`QuantizedModule.calibrate`."""
         for name, runs in (("a_quantizer", a), ("b_quantizer", b)):
             if name in self.quantizers():
                 self.quantizers()[name].calibrate(_together(runs, 1))
 
     def full_precision(self, a: Tensor, b: Tensor) -> Tensor:
+        """See :meth:`QuantizedModule.full_precision`."""
         return a + b
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The sum of the two operands, quantized unless ``quantized`` is False."""
         if self.quantized:
             a = a if self.a_quantizer is None else self.a_quantizer(a)
             b = b if self.b_quantizer is None else self.b_quantizer(b)
@@ -216,12 +230,15 @@ class QuantizedPooling(QuantizedModule):
         self.pooling, self.input_quantizer = pooling, input_quantizer
 
     def calibrate(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """See :meth:`QuantizedModule.calibrate`."""
         self.input_quantizer.calibrate(_together(inputs, 1))
 
     def full_precision(self, x: Tensor) -> Tensor:
+        """See :meth:`QuantizedModule.full_precision`."""
         return self.pooling(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The pooled values, quantized before unless ``quantized`` is False."""
         return self.pooling(self.input_quantizer(x) if self.quantized else x)
 
 

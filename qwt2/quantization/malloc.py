@@ -13,8 +13,8 @@ _BATCHES = 4
 def give_back_after(batch: int) -> None:
     """Give free memory of the process back to the system after every few batches, where the C library can (glibc).
 
-    glibc before 2.38 hardly finds aligned memory that was freed, which is what PyTorch asks for: running a network again
-    and again then takes more and more, gigabytes of which are free.
+    glibc before 2.38 hardly finds aligned memory that was freed, which is what PyTorch asks for: running a network
+    again and again then takes more and more, gigabytes of which are free.
 
     Args:
         batch: number of the batch that is done, from 0.

@@ -6,8 +6,9 @@ Every observer has the signature ``observer(x, grid) -> (scale, zero_point)``. `
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +50,12 @@ class Grid:
 
     @property
     def qmin(self) -> int:
+        """The lowest code."""
         return -(2 ** (self.bits - 1)) + self.narrow if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
+        """The highest code."""
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
     def parameters(self, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -87,7 +90,7 @@ class Grid:
             return codes.clamp_(*self._around(zero_point)).mul_(scale)
         return codes.add_(zero_point).clamp_(self.qmin, self.qmax).sub_(zero_point).mul_(scale)
 
-    def _around(self, zero_point: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+    def _around(self, zero_point: Tensor) -> tuple[Any, Any]:
         """The ends of the grid less the zero point; as numbers where one fits all, as torch clamps faster to them."""
         lowest, highest = (float(end) for end in zero_point.aminmax())
         shared = lowest if lowest == highest else zero_point

@@ -1,15 +1,15 @@
-"""The walk: a calibration set goes through the graph module by module, in the float and the quantized network side by side.
+"""The walk: a calibration set goes through the graph module by module, float and quantized network side by side.
 
-For every batch the walk keeps the values that are alive where it stands, in each of the two networks. To come to the next
-module it runs the operations between, once. What a layer gave while it was looked at is kept too, unless that would make
-what is kept grow: it is computed again then, from a place before, but nothing is computed a third time.
+For every batch the walk keeps the values that are alive where it stands, in each of the two networks. To come to the
+next module it runs the operations between, once. What a layer gave while it was looked at is kept too, unless that
+would make what is kept grow: it is computed again then, from a place before, but nothing is computed a third time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -39,30 +39,31 @@ class Walk:
         self.model, self.batches = model, batches
         self._store = lambda name: ActivationStore(offload_dir, name, memory_limit)
 
-    def visits(self, kind: type[nn.Module]) -> Iterator["Visit"]:
+    def visits(self, kind: type[nn.Module]) -> Iterator[Visit]:
         """The model's modules of a kind in the order of their first calls; each waits in front of its module."""
         for name, calls in self.model.calls(kind).items():
             yield Visit(self, name, calls)
 
     @cached_property
-    def routes(self) -> list["Route"]:
+    def routes(self) -> list[Route]:
         """Each batch's, through the graph for its size."""
         models = [self.model.of_size(self.model.tensors_of(batch)) for batch in self.batches]
         known = {id(model): Route(model) for model in models}
         return [known[id(model)] for model in models]
 
     @cached_property
-    def quantized(self) -> "Path":
+    def quantized(self) -> Path:
         """The quantized network."""
         return Path(self, lambda module, *args: module(*args), self._store("quantized"))
 
     @cached_property
-    def reference(self) -> "Path":
+    def reference(self) -> Path:
         """The full-precision network."""
         return Path(self, in_full_precision, self._store("reference"))
 
 
 def in_full_precision(module: nn.Module, *args: Any) -> Any:
+    """What a module gives without quantization and compensation."""
     return module.full_precision(*args) if isinstance(module, QuantizedModule) else module(*args)
 
 
@@ -80,6 +81,7 @@ class Visit:
 
     @property
     def is_repeated(self) -> bool:
+        """Whether the module runs several times in one pass."""
         return len(self.calls) > 1
 
     def layer_outputs(self, target: str) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -90,29 +92,33 @@ class Visit:
                 output on the quantized network's input.
         """
         for index in range(len(self.walk.batches)):
-            inputs, products = [], []
-            self.walk.quantized.visit(
-                index, self, lambda *args: self._products(args, inputs, products), pending=products
-            )
+            inputs: list[Tensor] = []
+            products: list[Tensor] = []
+            give = partial(self._products, inputs, products)
+            self.walk.quantized.visit(index, self, give, pending=products)
             if target == "global":
                 targets: list[Tensor] = []
-                self.walk.reference.visit(index, self, lambda x: _kept(self.module.full_precision(x), targets))
+                self.walk.reference.visit(index, self, partial(self._full_precision, targets))
             else:
                 targets = [self.module.full_precision(x) for x in inputs]
             for y, y_f in zip(products, targets, strict=True):
                 yield index, self.module.with_bias(y.clone()), y_f
             give_back_after(index)
 
-    def _products(self, args: tuple, inputs: list[Tensor], products: list[Tensor]) -> Tensor:
-        inputs.append(args[0])
-        products.append(self.module.products(*args))
+    def _full_precision(self, targets: list[Tensor], x: Tensor) -> Tensor:
+        return _kept(self.module.full_precision(x), targets)
+
+    def _products(self, inputs: list[Tensor], products: list[Tensor], x: Tensor) -> Tensor:
+        inputs.append(x)
+        products.append(self.module.products(x))
         return self.module.finished(products[-1].clone()) if self.is_repeated else products[-1]
 
     def block_outputs(self, block: str, target: str) -> Iterator[tuple[int, tuple, tuple]]:
-        """(batch, what the module behind a block reads in the quantized network, and in the target's), for every batch.
+        """(batch, what the module behind a block reads in the quantized network, and in the target's), per batch.
 
         Args:
-            target: "global", the full-precision network; "local", the full-precision block on the quantized network's input.
+            target: "global", the full-precision network; "local", the full-precision block on the quantized network's
+                input.
         """
         quantized = self.walk.quantized
         for index, route in enumerate(self.walk.routes):
@@ -134,8 +140,10 @@ class Visit:
             give_back_after(index)
 
     def calibrate(self) -> None:
-        """Let the module choose its ranges: from the first batch's values, everything before it quantized; where it runs
-        several times, from the full-precision values of all its runs."""
+        """Let the module choose its ranges, from the first batch's values, everything before it quantized.
+
+        Where it runs several times, it chooses from the full-precision values of all its runs.
+        """
         if self.is_repeated:
             runs: list[tuple] = []
             self.walk.reference.visit(
@@ -170,11 +178,11 @@ class Route:
         """Position of the first node of a block."""
         return next(n for n, node in enumerate(self.nodes) if belongs(node, block))
 
-    def arguments(self, values: "_Values", number: int) -> tuple:
+    def arguments(self, values: _Values, number: int) -> tuple:
         """What a node reads."""
         return fx.node.map_arg(self.nodes[number].args, values.__getitem__)
 
-    def drop(self, values: "_Values", number: int) -> None:
+    def drop(self, values: _Values, number: int) -> None:
         """Forget what nothing behind a position reads."""
         for source in (*self.nodes[number].all_input_nodes, self.nodes[number]):
             if self.last.get(source, -1) <= number:
@@ -199,8 +207,8 @@ class Path:
         """Run one batch to a module and through all its calls, ``give`` in the module's place, and wait there.
 
         Args:
-            pending: what the layer's calls gave before its compensation, from which their outputs are made when the walk
-                goes on; it goes on in front of the module else, if that is to run again.
+            pending: what the layer's calls gave before its compensation, from which their outputs are made when the
+                walk goes on; it goes on in front of the module else, if that is to run again.
         """
         route = self.routes[index]
         numbers = route.calls[visit.name]
@@ -220,7 +228,7 @@ class Path:
                 values.pop(route.nodes[number], None)
             self.hold(index, (numbers[0], values, dict(zip(numbers, pending))), (numbers[0], before))
 
-    def advance(self, index: int, number: int) -> "_Values":
+    def advance(self, index: int, number: int) -> _Values:
         """The values alive in front of a node, on one batch."""
         route = self.routes[index]
         values = _Values(route.model, self.batches[index])
@@ -232,7 +240,7 @@ class Path:
         return values
 
     def run(
-        self, index: int, values: "_Values", start: int, stop: int, run_module: Callable | None = None,
+        self, index: int, values: _Values, start: int, stop: int, run_module: Callable | None = None,
         results: dict[int, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Run the nodes from one position to another; values are dropped after their last reader.
@@ -257,8 +265,8 @@ class Path:
     def hold(self, index: int, *places: tuple) -> None:
         """Wait in the first of these places where not much more is alive than where the walk waits now.
 
-        Where that is none, the walk stays, and runs again what it ran since; it does so once, and then waits in the first
-        place all the same.
+        Where that is none, the walk stays, and runs again what it ran since; it does so once, and then waits in the
+        first place all the same.
 
         Args:
             places: the position of a node to wait in front of, the values that are alive there, and, if given, what its
@@ -289,7 +297,7 @@ class _Values(dict):
     def __missing__(self, node: fx.Node) -> Any:
         return self.model.get_tensor(node.target) if node.op == "get_attr" else self.inputs[node]
 
-    def copy(self) -> "_Values":
+    def copy(self) -> _Values:
         new = _Values.__new__(_Values)
         dict.__init__(new, self)
         new.model, new.inputs = self.model, self.inputs

@@ -204,7 +204,7 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
 def vega_bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, in the release that Altair's specifications are written for."""
     major, minor, *_ = alt.SCHEMA_VERSION.split(".")
-    bundle = vl_convert.javascript_bundle(vl_version=f"{major}.{minor}")
+    bundle = vl_convert.javascript_bundle(vl_version=f"{major}.{minor}")  # type: ignore[call-arg]
     if "</script" in bundle.lower():
         raise ValueError("the Vega bundle would end its own script element")
     return bundle

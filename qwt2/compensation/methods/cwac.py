@@ -122,10 +122,12 @@ class LayerPlace:
         self.channel_axis = visit.module.channel_axis
 
     def apply(self, alpha: Tensor, beta: Tensor) -> None:
+        """Give the layer its alpha and beta, (C_out,)."""
         self.layer.set_compensation(alpha.float(), beta.float())
 
     @classmethod
-    def all(cls, walk: Walk) -> Iterator["LayerPlace"]:
+    def all(cls, walk: Walk) -> Iterator[LayerPlace]:
+        """Every layer in execution order."""
         return map(cls, walk.visits(QuantizedLayer))
 
 
@@ -137,14 +139,17 @@ class BlockPlace:
         self.channel_axis = channel_axis(self.model, block)
 
     def outputs(self, target: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(batch, the quantized block's output, its target), for every batch."""
         for index, (_, y_q), (_, y_f) in self.visit.block_outputs(self.name, target):
             yield index, y_q, y_f
 
     def apply(self, alpha: Tensor, beta: Tensor) -> None:
+        """Put alpha and beta, (C,), behind the block."""
         put_behind(self.model, self.name, AffineCompensation(alpha.float(), beta.float(), self.channel_axis))
 
     @classmethod
-    def all(cls, walk: Walk) -> Iterator["BlockPlace"]:
+    def all(cls, walk: Walk) -> Iterator[BlockPlace]:
+        """Every block in execution order."""
         for visit, block in visits_behind_blocks(walk):
             yield cls(visit, block)
 

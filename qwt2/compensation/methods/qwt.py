@@ -77,7 +77,8 @@ class QwT:
         if {layer for layer in info.layers if is_inside(layer, name)} <= set(info.repeated):
             return ModuleReport(name, math.nan, math.nan, math.nan, False, "the block runs several times in one pass")
         rows = self._rows_of(visit, name)
-        regression, signal, error = None, 0.0, 0.0
+        regression: Regression | None = None
+        signal, error = 0.0, 0.0
         for _, (x, y_q), (_, y_f) in visit.block_outputs(name, self.target):
             if not rows.fits(x, y_q):
                 return ModuleReport(name, math.nan, math.nan, math.nan, False, "input and output positions differ")
@@ -87,6 +88,7 @@ class QwT:
                 raise Qwt2Error(f"{name} gives NaN or infinity on the calibration images; check its weights")
             sums = Regression.of(rows.of_input(x), rows.of_output(y_f - y_q))
             regression = sums if regression is None else regression + sums
+        assert regression is not None, name  # there is a batch
         weight, bias = regression.solve(self.damping)
         r2 = rows.positional_r2(regression, weight, error) if self.r2 == "positional" else regression.r2(weight)
         before, kept = decibel(signal, error), r2 > 0
@@ -101,7 +103,8 @@ class QwT:
 
     def _rows_of(self, visit: Visit, name: str) -> Tokens | Patches:
         if channel_axis(visit.walk.model, name) == 1:
-            return Patches(*(node.meta["shape"] for node in visit.calls[0].args), self)
+            x, y = (node.meta["shape"] for node in visit.calls[0].args)
+            return Patches(x, y, self)
         return Tokens()
 
 
@@ -111,6 +114,7 @@ class Tokens:
     stride, groups = 1, 1
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
+        """Whether input and output have the same positions."""
         return x.shape[:-1] == y.shape[:-1]
 
     def of_input(self, x: Tensor) -> Tensor:
@@ -120,9 +124,11 @@ class Tokens:
     of_output = of_input
 
     def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (C_out, C_in) and bias (C_out,) of the layer, float32."""
         return weight[0].T.float(), bias[0].float()
 
     def positional_r2(self, regression: Regression, weight: Tensor, power: float) -> float:
+        """The same as about each channel's mean."""
         return regression.r2(weight)
 
 
@@ -139,17 +145,20 @@ class Patches:
         wanted = max(x[1] // settings.channels_per_group, 1)
         self.groups = math.gcd(wanted, math.gcd(x[1], y[1]))
         self.channels = x[1]
-        self.samples, self.position_sum = 0, 0.0
+        self.samples, self.position_sum = 0, torch.zeros(())
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
+        """Whether the convolution gives as many positions as the block."""
         pad = self.kernel // 2
         size = [(x.shape[d] + 2 * pad - self.kernel) // s + 1 for d, s in zip((2, 3), self.stride)]
         return size == list(y.shape[2:])
 
     def of_input(self, x: Tensor) -> Tensor:
+        """Patches of images (N, C, H, W) as rows (groups, N * positions, C / groups * k * k)."""
         return self._rows(F.unfold(x, self.kernel, padding=self.kernel // 2, stride=self.stride))
 
     def of_output(self, error: Tensor) -> Tensor:
+        """The targets as rows (groups, N * positions, C / groups); they are summed per position too."""
         self.samples += error.shape[0]
         self.position_sum = self.position_sum + error.double().sum(0)
         return self._rows(error.flatten(2))
@@ -160,6 +169,7 @@ class Patches:
         return values.reshape(n, self.groups, -1, positions).permute(1, 0, 3, 2).reshape(self.groups, n * positions, -1)
 
     def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (C_out, C_in / groups, k, k) and bias (C_out,) of the layer, float32."""
         kernel = weight.transpose(1, 2).reshape(-1, self.channels // self.groups, self.kernel, self.kernel)
         return kernel.float(), bias.reshape(-1).float()
 
