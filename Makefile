@@ -19,7 +19,13 @@ repro-classification: $(STAMP)
 	python -m pipeline.warm dvc repro $$(python -m pipeline.resolve classification)
 	python -m pipeline.report classification
 
-test: $(STAMP)
+# Rules, form and types; the same as the hooks in .pre-commit-config.yaml.
+lint: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+
+test: lint $(STAMP)
 	pytest -n 2 --dist loadgroup
 
 benchmarks: $(STAMP) $(PEERS)/.installed

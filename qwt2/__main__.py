@@ -21,6 +21,7 @@ CHECKED_IMAGES = 8
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     p = argparse.ArgumentParser(
         prog="python -m qwt2",
         description="Quantize a trained model, compensate it, fold, and write an ONNX file for integer engines, with a "
@@ -31,14 +32,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="a timm name, or module:factory for a function that returns the nn.Module")
     p.add_argument("--images", required=True, type=Path, help="folder of calibration images, searched to any depth")
     p.add_argument("--output", required=True, type=Path, help="the ONNX file to write")
-    p.add_argument("--checkpoint", type=Path, help="weights: safetensors, or a torch file that holds weights alone")
-    p.add_argument("--pretrained", action="store_true", help="timm's weights of that name (from its cache or a network)")
+    p.add_argument("--checkpoint", type=Path, help="weights: safetensors, or a torch file that holds only weights")
+    p.add_argument("--pretrained", action="store_true", help="timm's weights of that name (its cache, or a network)")
     p.add_argument("--num-classes", type=int, default=1000, help="of a timm model")
     p.add_argument("--method", default="repq", help="PTQ method")
     p.add_argument("--weight-bits", type=int, default=8)
     p.add_argument("--activation-bits", type=int, default=8)
     p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
-    p.add_argument("--target", default="portable", help="what the file is for: portable (CPU engines), openvino or tensorrt")
+    p.add_argument("--target", default="portable", help="what the file is for: portable (CPU), openvino or tensorrt")
     p.add_argument("--opset", type=int, default=20, help="version of ONNX's operators in the file: 18 to 20")
     p.add_argument("--weight-storage", default="int8", help="int8, or int4 for weights of at most 4 bits")
     p.add_argument("--calibration-images", type=int, default=256)
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command; see :func:`parser`."""
     arguments = parser().parse_args(argv)
     guarded(lambda: run(arguments))
 
@@ -193,7 +195,9 @@ def _call_factory(spec: str) -> "nn.Module":
     try:
         factory = getattr(importlib.import_module(module_name), name)
     except ImportError as error:
-        raise Qwt2Error(f"{module_name} cannot be imported ({error}); give module:factory as Python would find it") from error
+        raise Qwt2Error(
+            f"{module_name} cannot be imported ({error}); give module:factory as Python would find it"
+        ) from error
     except AttributeError as error:
         raise Qwt2Error(f"{module_name} has no {name!r}; give the name of a function that returns the model") from error
     model = factory()
@@ -234,7 +238,7 @@ def _check_engines(
     for name in arguments.engines:
         progress.start(f"check on {name}")
         engine = load_engine(arguments.output, name)
-        logits = engine(images.numpy())
+        logits: Any = engine(images.numpy())
         mismatches = all_mismatches[name] = engine_mismatch(load_onnx(arguments.output), name, records)
         worst = max(mismatches, key=lambda module: mismatches[module].steps)
         checked[name] = {

@@ -1,6 +1,5 @@
 """What README and docs/ say is true: every code block runs, every command and file that they name exists, the pages build."""
 
-import inspect
 import re
 import shlex
 import subprocess
@@ -12,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import qwt2
 from qwt2.__main__ import parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +63,6 @@ def test_python_blocks_run_one_after_the_other(page, given, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     names = given if page.name == "README.md" else {}
     for block in blocks(page, "python"):
-        if "target=" in block and "target" not in inspect.signature(qwt2.quantize).parameters:
-            pytest.skip("quantize does not take a target yet")
         exec(compile(block, page.name, "exec"), names)
     if page.name == "README.md":
         assert names["logits"].shape == (8, 5)

@@ -470,7 +470,7 @@ def committed(path: str) -> str | None:
 @pytest.mark.skipif(committed("results/summary.csv") is None, reason="results/summary.csv is not committed here")
 def test_committed_readme_shows_the_committed_results(tmp_path):
     (tmp_path / "summary.csv").write_text(committed("results/summary.csv"))
-    results, text = Results(read_rows(tmp_path / "summary.csv")), committed("README.md")
+    results, text = Results(read_rows(tmp_path / "summary.csv")), committed("README.md") + committed("docs/results.md")
     classification = readme.table(results.of_task("classification"))
     assert f"{readme.BEGIN}\n{classification}\n{readme.END}" in text
     detection = readme.detection_table(results.of_task("detection"))

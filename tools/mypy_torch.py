@@ -11,7 +11,6 @@ from mypy.types import AnyType, Type, TypeOfAny, UnionType, get_proper_type
 
 MODULE = "torch.nn.modules.module.Module."
 NODE = {f"torch.fx.node.Node.{name}" for name in ("args", "kwargs", "target")}
-SUBMODULE = "torch.nn.modules.module.Module.get_submodule"
 
 
 class Torch(Plugin):
@@ -25,7 +24,7 @@ class Torch(Plugin):
 
     def get_method_hook(self, fullname: str) -> Callable[[MethodContext], Type] | None:
         """Return what decides the type of a method's result."""
-        return any_type if fullname == SUBMODULE else None
+        return any_type if fullname.endswith(".get_submodule") else None
 
 
 def any_for_unions(context: AttributeContext) -> Type:

@@ -297,8 +297,9 @@ def _conv2d(model: GraphModel, node: fx.Node) -> nn.Conv2d:
     assert weight is not None
     pairs: list[Any] = [tuple(v) * (2 // len(v)) for v in (stride, padding, dilation)]
     stride, padding, dilation = pairs
+    kernel: Any = tuple(weight.shape[2:])
     layer = nn.Conv2d(
-        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), stride, padding, dilation, groups,
+        weight.shape[1] * groups, weight.shape[0], kernel, stride, padding, dilation, groups,
         bias is not None, device="meta",
     )  # fmt: skip
     return _with(layer, weight, bias)

@@ -44,6 +44,7 @@ class TensorRTSession:
         self.outputs = [value.name for value in model.graph.output]
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See :meth:`qwt2.engines.Session.__call__`."""
         import torch
 
         inputs = {name: torch.from_numpy(np.ascontiguousarray(array)).cuda() for name, array in feeds.items()}
@@ -68,7 +69,7 @@ class TensorRTSession:
         ]
 
 
-def _build(model: onnx.ModelProto, logger: "tensorrt.ILogger") -> "tensorrt.IHostMemory":
+def _build(model: onnx.ModelProto, logger: tensorrt.ILogger) -> tensorrt.IHostMemory:
     """The compiled model, in the types that the file states (a strongly typed network)."""
     import tensorrt as trt
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from qwt2.capture.graph import GraphModel
 from qwt2.compensation.blocks import AffineCompensation, LinearCompensation
@@ -47,7 +49,7 @@ def fold(qmodel: GraphModel) -> GraphModel:
     quantization_info(qmodel)
     _refuse_simulation_only(qmodel)
     folded = copy.deepcopy(qmodel)
-    kinds = {
+    kinds: dict[type, Callable[..., nn.Module]] = {
         QuantizedLayer: fold_layer, QuantizedMatmul: IntegerMatmul, QuantizedAdd: IntegerAdd,
         QuantizedPooling: IntegerPooling, LinearCompensation: WidenedCompensation,
     }  # fmt: skip
@@ -63,11 +65,11 @@ def fold_layer(layer: QuantizedLayer) -> IntegerLayer:
     bias = torch.zeros(layer.out_channels, dtype=torch.float64, device=layer.weight.device)
     if layer.bias is not None:
         bias = layer.bias.double()
-    if layer.alpha is not None:
+    if layer.alpha is not None and layer.beta is not None:
         bias = layer.alpha.double() * bias + layer.beta.double()
     scales = layer.integer_scales(layer.alpha, bias)
     codes = scales.codes(layer.weight_quantizer.codes(layer.weight))
-    kind = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
+    kind: type[IntegerLayer] = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
     return kind(layer, codes, scales.scale, scales.bias_codes(bias))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -37,7 +38,7 @@ class Layout:
     precision: Precision
 
     @classmethod
-    def of(cls, method: str, target: str, precision: Precision) -> "Layout":
+    def of(cls, method: str, target: str, precision: Precision) -> Layout:
         """The layout of a registered PTQ method for a target.
 
         Raises:
@@ -48,7 +49,7 @@ class Layout:
             raise Qwt2Error(f"{method} runs in simulation only; leave out target={target!r}, or use another method")
         return cls(recipe, recipe.placement or wanted, precision)
 
-    def layer(self, layer: nn.Module, is_first: bool, is_edge: bool, escapes: bool) -> QuantizedLinear | QuantizedConv2d:
+    def layer(self, layer: Any, is_first: bool, is_edge: bool, escapes: bool) -> QuantizedLinear | QuantizedConv2d:
         """A Linear or Conv2d.
 
         Args:
@@ -91,12 +92,15 @@ class Layout:
 
         def quantizer(kind: str | None) -> UniformQuantizer | None:
             rounds, bits = kind == "quantized", self.target.addition_bits
-            return kind and self._activation(bits, rounds=rounds, centred=self.target.centred)
+            if kind is None or bits is None:
+                return None
+            return self._activation(bits, rounds=rounds, centred=self.target.centred)
 
         return QuantizedAdd(*map(quantizer, operands))
 
     def pooling(self, pooling: nn.Module) -> QuantizedPooling:
-        """A pooling of what a convolution's kernel computes."""
+        """A pooling of what a convolution's kernel computes, for a target that quantizes it."""
+        assert self.target.pooling_bits is not None
         return QuantizedPooling(pooling, self._activation(self.target.pooling_bits))
 
     def _activation(self, bits: int, rounds: bool = True, centred: bool = False) -> UniformQuantizer:
@@ -117,5 +121,7 @@ class Layout:
         if not convolutions:
             return None, None
         if self.target.output_bits:
-            return tuple(None if maker else "quantized" for maker in makers)
-        return tuple("clipped" if position == convolutions[0] else "quantized" for position in range(2))
+            first, second = (None if maker else "quantized" for maker in makers)
+        else:
+            first, second = ("clipped" if position == convolutions[0] else "quantized" for position in range(2))
+        return first, second

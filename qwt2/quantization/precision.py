@@ -41,6 +41,4 @@ class Precision:
 
 def _check(name: str, value: int, allowed: range) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
-        raise Qwt2Error(
-            f"precision: {name} is {value!r}; use a whole number from {allowed[0]} to {allowed[-1]}"
-        )
+        raise Qwt2Error(f"precision: {name} is {value!r}; use a whole number from {allowed[0]} to {allowed[-1]}")

@@ -36,12 +36,14 @@ class Quantizer(nn.Module):
         self.calibrated = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """See :meth:`quantize`."""
         return self.quantize(x)
 
     def _choose(self, x: Tensor) -> None:
         raise NotImplementedError
 
     def quantize(self, x: Tensor) -> Tensor:
+        """Round ``x`` to the grid and back, float32 of its shape."""
         raise NotImplementedError
 
 
@@ -89,6 +91,7 @@ class UniformQuantizer(Quantizer):
         return self.scale.reshape(shape), self.zero_point.reshape(shape)
 
     def quantize(self, x: Tensor) -> Tensor:
+        """See :meth:`Quantizer.quantize`."""
         scale, zero_point = self.parameters_for(x)
         if not self.rounds:
             return torch.clamp(x, (self.grid.qmin - zero_point) * scale, (self.grid.qmax - zero_point) * scale)
@@ -101,6 +104,7 @@ class UniformQuantizer(Quantizer):
         return codes.to(torch.int32)
 
     def extra_repr(self) -> str:
+        """What ``print`` shows."""
         kind = "symmetric" if self.grid.symmetric else "affine"
         axis = "" if self.channel_axis is None else f", channel_axis={self.channel_axis}"
         rounds = "" if self.rounds else ", clips only"
@@ -145,9 +149,11 @@ class LogSqrt2Quantizer(Quantizer):
         return torch.where(kept, 2.0 ** -torch.ceil(k / 2) * odd * scale, torch.zeros_like(x))
 
     def quantize(self, x: Tensor) -> Tensor:
+        """See :meth:`Quantizer.quantize`."""
         return self._quantize(x, self.scale)
 
     def extra_repr(self) -> str:
+        """What ``print`` shows."""
         return f"bits={self.bits}, floor={self.floor}"
 
 

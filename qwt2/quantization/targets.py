@@ -18,8 +18,8 @@ class Target:
             layer that reads such an operand takes the same codes, so that one quantizer serves both.
         output_bits: bits of the output of convolutions that something other than a quantized layer reads. Engines whose
             convolution kernels only write integers need it. ``None`` leaves the output in float.
-        addition_bits: bits of the operands of residual additions to a convolution's output, which engines compute in the
-            convolution's kernel. An output that is quantized already is not quantized again. Where outputs stay in
+        addition_bits: bits of the operands of residual additions to a convolution's output, which engines compute in
+            the convolution's kernel. An output that is quantized already is not quantized again. Where outputs stay in
             float, the first operand that is one is clipped to its quantizer's range and not rounded: OpenVINO adds in
             that convolution's kernel only behind a quantizer, and leaves out the rounding. ``None`` leaves operands in
             float.

@@ -13,7 +13,7 @@ ENGINE_DELTA = 0.3  # points of box AP between an engine and the simulation
 
 
 class Line(NamedTuple):
-    """One detector at one precision: box and mask AP of the simulation in percent, by compensation ("" is plain PTQ)."""
+    """One detector at one precision: box and mask AP of the simulation in percent, by compensation ("": plain PTQ)."""
 
     model: str
     precision: str
@@ -25,7 +25,9 @@ class Line(NamedTuple):
     @property
     def loss(self) -> float:
         """Points of box AP that plain PTQ loses against fp32."""
-        return self.fp32["bbox_ap"].value - self.box[""].value
+        fp32 = self.fp32["bbox_ap"]
+        assert fp32 is not None  # else there is no line
+        return fp32.value - self.box[""].value
 
     def recovered(self, compensation: str) -> float | None:
         """Share of the loss that a compensation recovers; None where nothing is lost."""
@@ -34,7 +36,8 @@ class Line(NamedTuple):
 
 def lines(results: Results) -> list[Line]:
     """Every detector and precision, from many bits to few."""
-    return [line for model in results.models for precision in results.precisions(model) for line in _lines(results, model, precision)]
+    cells = [(model, precision) for model in results.models for precision in results.precisions(model)]
+    return [line for cell in cells for line in _lines(results, *cell)]
 
 
 def _lines(results: Results, model: str, precision: str) -> Iterator[Line]:
@@ -42,9 +45,10 @@ def _lines(results: Results, model: str, precision: str) -> Iterator[Line]:
     methods = results.methods(model, precision)
     for ptq in (name for name in methods if Method.parse(name).is_plain):
         known = {Method.parse(name).compensation: name for name in methods if Method.parse(name).ptq == ptq}
-        rows = {c: results.get(model, precision, name, "torch", "bbox_ap") for c, name in known.items()}
+        boxes = {c: results.get(model, precision, name, "torch", "bbox_ap") for c, name in known.items()}
         masks = {c: results.get(model, precision, name, "torch", "segm_ap") for c, name in known.items()}
-        if fp32["bbox_ap"] and all(rows.values()):
+        rows = {compensation: row for compensation, row in boxes.items() if row is not None}
+        if fp32["bbox_ap"] and len(rows) == len(boxes):
             yield Line(model, precision, ptq, fp32, rows, masks)
 
 
@@ -62,7 +66,8 @@ def targets(results: Results) -> list[Target]:
     ]  # fmt: skip
     return [
         target(
-            f"Every detector reaches box AP {FP32_AP['bbox_ap']:.0f} and mask AP {FP32_AP['segm_ap']:.0f} before quantization",
+            f"Every detector reaches box AP {FP32_AP['bbox_ap']:.0f} and mask AP {FP32_AP['segm_ap']:.0f} "
+            "before quantization",
             baselines,
             lambda row: row.value >= FP32_AP[row.metric],
             lambda row: f"{row.model} {row.metric} {row.value:.1f}",

@@ -40,6 +40,7 @@ class Comparison(NamedTuple):
 
     @property
     def is_hard(self) -> bool:
+        """Whether plain PTQ loses so much that compensation is asked to help."""
         return self.ptq_loss >= HARD_LOSS
 
     @property
@@ -261,7 +262,8 @@ def _cells(results: Results) -> Iterator[tuple[str, str, str]]:
 
 def _engine_deltas(results: Results) -> list[Row]:
     """Engine against simulation, for the methods that are meant to be exported."""
-    return [row for row in results.rows if row.metric == "engine_top1_delta" and not Method.parse(row.method).is_published]
+    deltas = [row for row in results.rows if row.metric == "engine_top1_delta"]
+    return [row for row in deltas if not Method.parse(row.method).is_published]
 
 
 def _folded(results: Results, metric: str) -> list[Row]:

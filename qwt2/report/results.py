@@ -109,7 +109,11 @@ class Layer(NamedTuple):
     @property
     def record(self) -> dict[str, Any]:
         """Its values by column, as in the file."""
-        measured = {e + suffix: v for e, values in self.mismatch.items() for suffix, v in zip(MISMATCH_SUFFIXES, values)}
+        measured = {
+            engine + suffix: value
+            for engine, values in self.mismatch.items()
+            for suffix, value in zip(MISMATCH_SUFFIXES, values)
+        }
         return dict(zip(LAYER_COLUMNS, self)) | self.figures | measured
 
 
@@ -121,6 +125,7 @@ class Method(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "Method":
+        """Take a name apart."""
         ptq, _, compensation = name.partition("+")
         return cls(ptq, compensation)
 
@@ -152,6 +157,7 @@ class Results:
         return Results(row for row in self.rows if row.task == task)
 
     def fp32_top1(self, model: str) -> Row | None:
+        """Top-1 of the float model, in percent."""
         return self.get(model, "fp32", "fp32", "torch", "top1")
 
     def precisions(self, model: str) -> list[str]:
@@ -210,7 +216,7 @@ def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(row._replace(value=format_number(row.value), std=format_number(row.std)) for row in rows)
+    writer.writerows((*row.key, format_number(row.value), format_number(row.std), row.unit, row.n) for row in rows)
     write_text(path, buffer.getvalue())
 
 
@@ -239,7 +245,10 @@ def format_number(value: float | None) -> str:
 
 
 def _read_csv(
-    path: str | os.PathLike, columns: Sequence[str], parse: Callable[[dict[str, str], str], Any], more: Sequence[str] = ()
+    path: str | os.PathLike,
+    columns: Sequence[str],
+    parse: Callable[[dict[str, str], str], Any],
+    more: Sequence[str] = (),
 ) -> list:
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -320,14 +329,17 @@ def _parse_layer(record: dict[str, str], where: str) -> Layer:
         kept=None if not record["kept"] else record["kept"].lower() == "true",
         figures={name: optional[name] for name in LAYER_FIGURES},
         mismatch={
-            engine: tuple(_number(record, engine + suffix, where) for suffix in MISMATCH_SUFFIXES)
+            engine: (
+                _number(record, engine + MISMATCH_SUFFIXES[0], where),
+                _number(record, engine + MISMATCH_SUFFIXES[1], where),
+            )
             for engine in engines
             if record[engine + MISMATCH_SUFFIXES[0]]
         },
     )
 
 
-def _number(record: dict[str, str], name: str, where: str, optional: bool = False) -> float | None:
+def _number(record: dict[str, str], name: str, where: str, optional: bool = False) -> Any:
     text = record[name]
     if optional and not text:
         return None
@@ -352,10 +364,10 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def fit_record(fit: Any) -> dict[str, Any]:
-    """What compensation did to a module (:class:`qwt2.compensation.ModuleReport`), for JSON, which has no infinity or NaN.
+    """What compensation did to a module (:class:`qwt2.compensation.report.ModuleReport`), for JSON.
 
-    An exact output gets EXACT_DB, what is unknown ``None``; alpha and beta are told by their quantiles over channels
-    (QUANTILES), mean, deviation and root mean square.
+    JSON has no infinity and no NaN: an exact output gets EXACT_DB, what is unknown ``None``. Alpha and beta are told by
+    their quantiles over channels (QUANTILES), mean, deviation and root mean square.
     """
     decibels = ("sqnr_before_db", "sqnr_after_db", "gate_before_db", "gate_after_db")
     figures = {name: min(max(getattr(fit, name), -EXACT_DB), EXACT_DB) for name in decibels}

@@ -37,7 +37,9 @@ FOLDING = {
     "engine_mismatch_steps": ("fold steps", "largest difference of a folded module from the unfolded, in output steps"),
     "engine_mismatch_fraction": ("fold differs", "share of a folded module's outputs that differ from the unfolded"),
 }
-_SECONDARY = {"top5", "bbox_ap50", "engine_segm_ap_delta", "engine_mismatch_fraction", "latency_cpu_ms", "peak_memory_mb"}
+_SECONDARY = {
+    "top5", "bbox_ap50", "engine_segm_ap_delta", "engine_mismatch_fraction", "latency_cpu_ms", "peak_memory_mb"
+}  # fmt: skip
 _SECONDARY_IN_SIMULATION = {"engine_mismatch_steps"}
 _SECONDARY_ON_ENGINES = {"agreement", "logits_sqnr_db"}
 
@@ -63,6 +65,8 @@ class Cell(NamedTuple):
 
 
 class Line(NamedTuple):
+    """One method at one precision."""
+
     precision: str
     method: str
     kind: str
@@ -71,6 +75,8 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
+    """All figures of one model."""
+
     model: str
     groups: list[tuple[str, int, int]]  # heading, columns, of which secondary
     columns: list[Column]
@@ -99,7 +105,7 @@ def kind(method: str) -> str:
 
 def _columns(results: Results, model: str) -> list[Column]:
     present = {(row.engine, row.metric) for row in results.rows if row.model == model}
-    columns = []
+    columns: list[Column] = []
     for engine in results.engines(model):
         for metric in UNITS:
             if (engine, metric) in present:

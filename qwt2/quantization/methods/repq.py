@@ -8,13 +8,14 @@ does not change the float function.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from qwt2.quantization.info import quantization_info
 from qwt2.quantization.layers import QuantizedLinear
 from qwt2.quantization.methods import PTQ_METHODS
-from qwt2.quantization.quantizers import UniformQuantizer
 from qwt2.quantization.recipe import PAPER, PTQMethod, Recipe
 from qwt2.quantization.walk import Walk
 
@@ -26,12 +27,15 @@ class RepQ(PTQMethod):
     recipe = Recipe(observer="percentile")
 
     def fit(self, walk: Walk, recipe: Recipe) -> None:
-        def modules(names: list[str]) -> list[nn.Module]:
+        """Choose the ranges, those behind a LayerNorm per channel, and re-parameterise."""
+
+        def modules(names: list[str]) -> list[QuantizedLinear]:
             return [walk.model.get_submodule(name) for name in names]
 
         consumers = quantization_info(walk.model).norm_consumers
-        for linear in (linear for names in consumers.values() for linear in modules(names)):
-            linear.input_quantizer.channel_axis = -1
+        quantizers: list[Any] = [linear.input_quantizer for names in consumers.values() for linear in modules(names)]
+        for quantizer in quantizers:
+            quantizer.channel_axis = -1
         super().fit(walk, recipe)
         for norm, names in consumers.items():
             reparameterize(walk.model.get_submodule(norm), modules(names), recipe)
@@ -49,7 +53,7 @@ def reparameterize(norm: nn.LayerNorm, linears: list[QuantizedLinear], recipe: R
         norm: the LayerNorm, affine or not.
         linears: every Linear that reads its output, calibrated with per-channel input quantizers.
     """
-    first: UniformQuantizer = linears[0].input_quantizer
+    first: Any = linears[0].input_quantizer
     scale, zero_point = first.scale, first.zero_point
     target_scale, target_zero = scale.mean(), zero_point.mean()
     if recipe.integer_zero_points:
