@@ -1,4 +1,4 @@
-"""Command: `python -m qwt2 MODEL --images FOLDER --output model.onnx` makes the integer model of a trained network."""
+"""Command: `qwt2 MODEL --images FOLDER --output model.onnx` makes the integer model of a trained network."""
 
 import argparse
 import importlib
@@ -23,7 +23,7 @@ CHECKED_IMAGES = 8
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     p = argparse.ArgumentParser(
-        prog="python -m qwt2",
+        prog="qwt2",
         description="Quantize a trained model, compensate it, fold, and write an ONNX file for integer engines, with a "
         "report beside it (same name, .json; to read: .html).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
