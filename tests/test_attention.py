@@ -97,7 +97,7 @@ def test_it_computes_the_same_and_can_be_quantized(call, settings):
     expected = model(images(4))
     graph = capture(model, images(2))
     assert_same(graph, model, images(4), atol=1e-5)
-    qmodel = qwt2.quantize(model, batches())
+    qmodel = qwt2.quantize(graph, batches())
     info = qmodel.quantization
     assert info.matmuls == ["attention.matmul1", "attention.matmul2"] and not info.float_modules
     assert wiring.softmax_products(graph) == {"attention.matmul2"}

@@ -1,6 +1,7 @@
 """Capturing: the graph computes what the model computes, is called as the model is, and knows who reads what."""
 
 import copy
+import functools
 import inspect
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from graphs import ATOL, Calling, assert_same, operations
 from timm.models.resnet import BasicBlock, ResNet
-from tiny_models import BUILDERS, dense, images, mlp, pyramid, randomize
+from tiny_models import BUILDERS, captured, dense, images, mlp, pyramid, randomize
 from torch import nn
 
 import qwt2
@@ -104,22 +105,26 @@ def test_attention_is_found_whatever_way_it_is_written(product, mask):
     assert_same(graph, model, images(4), atol=1e-6)
     assert list(graph.calls(wiring.Product)) == ["layer.matmul1", "layer.matmul2"] and not wiring.float_operations(graph)
     assert wiring.softmax_products(graph) == {"layer.matmul2"}
-    qmodel = qwt2.quantize(model, images(8).split(4))
+    qmodel = qwt2.quantize(graph, images(8).split(4))
     assert qmodel.quantization.matmuls == ["layer.matmul1", "layer.matmul2"]
     with full_precision(qmodel):
         assert torch.allclose(outputs(qmodel, images(4)), outputs(model, images(4)), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", list(BUILDERS))
-def test_whole_networks_keep_their_function(name):
-    model = BUILDERS[name]()
+NETWORKS = [*BUILDERS.values(), dense, pyramid]
+
+
+@pytest.mark.parametrize("build, captured_with", [*((build, 1) for build in NETWORKS), (mlp, 2), (mlp, 3)])
+def test_whole_networks_keep_their_function_for_any_number_of_images(build, captured_with):
+    model = build()
     expected = outputs(model, images(4))
-    graph = capture(model, images(2))
-    assert_same(graph, model, images(4))
+    graph = capture(model, images(captured_with))
+    for count in (1, 2, 7):
+        assert_same(graph, model, images(count))
     graph.edit(fold_batchnorms)
     assert_same(graph, model, images(4))
     assert not any("batch_norm" in operation for operation in operations(graph))
-    assert len(graph.calls(wiring.Product)) == {"vit": 4, "swin": 6, "resnet": 0, "mobilenet": 0}[name]
+    assert len(graph.calls(wiring.Product)) == {"vit": 4, "swin": 6}.get(build.__name__, 0)
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert sorted(wiring.layers(graph)) == sorted(layers) and not wiring.float_operations(graph)
     assert torch.equal(outputs(model, images(4)), expected)  # the original is as it was
@@ -152,10 +157,15 @@ def test_a_model_is_called_by_position_and_by_keyword():
     assert list(inspect.signature(graph.forward).parameters) == ["image", "meta", "flip"]
 
 
+@functools.cache
+def two_inputs() -> GraphModel:
+    return capture(randomize(TwoInputs(lambda y, x: y)), named_inputs(2))
+
+
 @pytest.mark.parametrize("arguments, named", [((1,), {}), ((1, 2, True), {}), ((1, 2, 3, 4), {}), ((1, 2), {"other": 1}), ((1, None), {})])
 def test_calls_of_another_kind_are_refused(arguments, named):
     """What the graph was not captured for would be computed as if it had not been asked for."""
-    graph = capture(randomize(TwoInputs(lambda y, x: y)), named_inputs(2))
+    graph = two_inputs()
     image, meta = named_inputs(2).values()
     values = {1: image, 2: meta}
     with pytest.raises(Qwt2Error, match="captured"):
@@ -182,7 +192,7 @@ def test_named_inputs_may_come_in_any_order():
     for graph in (capture(model, inputs), capture(model, named_inputs(2))):
         assert_same(graph, model, inputs)
         assert_same(graph, model, named_inputs(4))
-    qmodel = qwt2.quantize(model, [inputs, named_inputs(4)])
+    qmodel = qwt2.quantize(graph, [inputs, named_inputs(4)])
     assert torch.equal(outputs(lambda x: qmodel(**x), inputs), outputs(lambda x: qmodel(**x), named_inputs(5)))
 
 
@@ -211,21 +221,13 @@ def test_outputs_have_the_kind_that_the_model_gives(pack):
     assert_same(graph, model, inputs)
     with torch.no_grad():
         assert type(graph(**inputs)) is type(model(**inputs))
-    qmodel = qwt2.quantize(model, [inputs])
+    qmodel = qwt2.quantize(graph, [inputs])
     assert type(qmodel(**inputs)) is type(model(**inputs)) and qmodel.quantization.layers == ["conv", "embed", "fc"]
 
 
 def test_a_parameter_that_is_an_output_is_given_as_it_is():
     model = randomize(Calling(lambda self, x: (self.fc(x), self.fc.weight, x), fc=nn.Linear(4, 3)))
     assert_same(capture(model, torch.randn(2, 4)), model, torch.randn(5, 4))
-
-
-@pytest.mark.parametrize("build, captured_with", [*((b, 1) for b in (*BUILDERS.values(), dense, pyramid)), (mlp, 2), (mlp, 3)])
-def test_any_number_of_images_can_be_given(build, captured_with):
-    model = build()
-    graph = capture(model, images(captured_with))
-    for count in (1, 2, 7):
-        assert_same(graph, model, images(count))
 
 
 def test_the_number_of_images_may_be_asked_for_as_a_length():
@@ -250,7 +252,7 @@ def convnet() -> nn.Module:
     return randomize(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 5)))
 
 
-@pytest.mark.parametrize("build", [convnet, BUILDERS["resnet"], pyramid])
+@pytest.mark.parametrize("build", [convnet, pyramid])
 def test_images_of_another_size_are_computed_as_the_model_does(build):
     model = build()
     graph = capture(model, images(2))
@@ -289,9 +291,9 @@ def assert_quantizes(model: nn.Module, inputs=None, layers: int | None = None) -
     inputs = images(6) if inputs is None else inputs
     graph = capture(model, {n: t[:2] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[:2])
     assert_same(graph, model, inputs)
+    qmodel = qwt2.quantize(graph, [inputs], "minmax")
     graph.edit(fold_batchnorms)
     assert_same(graph, model, inputs)
-    qmodel = qwt2.quantize(model, [inputs], "minmax")
     with full_precision(qmodel):
         assert_same(qmodel, model, inputs)
     assert not qmodel.quantization.float_modules and layers in (None, len(qmodel.quantization.layers))
@@ -547,7 +549,7 @@ def test_random_numbers_in_evaluation_mode_are_refused_with_the_module_that_draw
 
 def test_a_graph_that_computes_something_else_is_found():
     model = BUILDERS["vit"]()
-    graph = capture(model, images(2))
+    graph = copy.deepcopy(captured(BUILDERS["vit"]))
     check_captured(model, graph, images(4))
     with torch.no_grad():
         graph.blocks[1].mlp.fc1.weight[0].mul_(1.5)
@@ -617,7 +619,7 @@ def test_deformable_convolutions_stay_in_float_and_are_told():
 
 
 def test_wiring_of_a_transformer():
-    graph = capture(BUILDERS["vit"](), images(2))
+    graph = captured(BUILDERS["vit"])
     names, norms = wiring.layers(graph), wiring.norm_consumers(graph)
     assert names[0] == "patch_embed.proj" and names[-1] == "head"
     assert names[1:5] == ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
@@ -631,7 +633,7 @@ def test_wiring_of_a_transformer():
 
 
 def test_wiring_of_swin_finds_patch_merging_and_shifted_windows():
-    graph = capture(BUILDERS["swin"](), images(2))
+    graph = captured(BUILDERS["swin"])
     norms = wiring.norm_consumers(graph)
     assert norms["layers.1.downsample.norm"] == ["layers.1.downsample.reduction"]
     for block in ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"):
@@ -640,7 +642,7 @@ def test_wiring_of_swin_finds_patch_merging_and_shifted_windows():
 
 
 def test_wiring_of_a_residual_network():
-    graph = capture(BUILDERS["resnet"](), images(2))
+    graph = copy.deepcopy(captured(BUILDERS["resnet"]))
     assert "layer1.0.conv1" in wiring.escaping(graph)  # as long as a BatchNorm is between
     graph.edit(fold_batchnorms)
     escaping = wiring.escaping(graph)
@@ -652,7 +654,7 @@ def test_wiring_of_a_residual_network():
 
 
 def test_multiply_accumulates_are_those_of_closed_forms():
-    graph = capture(BUILDERS["vit"](), images(2))
+    graph = captured(BUILDERS["vit"])
     counts = {node.target: count for node, count in wiring.multiply_accumulates(graph, images(3)).items()}
     tokens, width, heads, images_ = 17, 16, 2, 3
     assert counts["patch_embed.proj"] == images_ * 16 * width * 3 * 64 and counts["head"] == images_ * width * 5
@@ -767,10 +769,14 @@ def test_a_block_that_reads_two_activations_is_none():
     assert find_blocks(graph) == ["layer.blocks.1"]
 
 
+def deeper_resnet() -> nn.Module:
+    """Two blocks in the first stage, the second of which adds what is no convolution's."""
+    return randomize(ResNet(BasicBlock, layers=(2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5))
+
+
 def test_what_is_added_to_a_convolution_is_quantized_and_the_convolution_not_twice():
-    model = randomize(ResNet(BasicBlock, layers=(2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5))
-    expected = outputs(model, images(4))
-    qmodel = qwt2.quantize(model, images(8).split(4), "percentile")
+    expected = outputs(deeper_resnet(), images(4))
+    qmodel = qwt2.quantize(captured(deeper_resnet), images(8).split(4), "percentile")
     # The other blocks add two convolutions (the stem's, behind its pooling, is one), with quantizers at their outputs.
     assert qmodel.quantization.additions == ["layer1.1.add1"]
     addition = qmodel.get_submodule("layer1.1.add1")
@@ -780,8 +786,7 @@ def test_what_is_added_to_a_convolution_is_quantized_and_the_convolution_not_twi
 
 
 def test_openvino_rounds_what_is_added_and_clips_the_convolution_in_whose_kernel_it_is():
-    model = randomize(ResNet(BasicBlock, layers=(2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5))
-    qmodel = qwt2.quantize(model, images(8).split(4), "percentile", variant="openvino")
+    qmodel = qwt2.quantize(captured(deeper_resnet), images(8).split(4), "percentile", variant="openvino")
     info = qmodel.quantization
     assert all(qmodel.get_submodule(name).output_quantizer is None for name in info.layers)
     assert info.additions == ["layer1.0.add1", "layer1.1.add1", "layer2.0.add1", "layer3.0.add1", "layer4.0.add1"]
@@ -809,7 +814,7 @@ def test_of_two_convolutions_openvino_adds_in_the_kernel_of_the_first_operand():
 
 
 def test_published_variants_leave_additions_alone():
-    qmodel = qwt2.quantize(BUILDERS["resnet"](), images(8).split(4), "percentile", variant="published")
+    qmodel = qwt2.quantize(captured(BUILDERS["resnet"]), images(8).split(4), "percentile", variant="published")
     assert not qmodel.quantization.additions and not qmodel.quantization.poolings
 
 
@@ -834,10 +839,10 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("reads_again", [False, True])
 def test_openvino_quantizes_what_a_pooling_alone_reads_of_a_convolution(adds, activation, read, reads_again):
     model = randomize(Pooled(adds, activation, reads_again))
-    expected = outputs(model, images(4))
-    qmodel = qwt2.quantize(model, images(8).split(4), "minmax", variant="openvino")
+    expected, graph = outputs(model, images(4)), capture(model, images(2))
+    qmodel = qwt2.quantize(graph, images(8).split(4), "minmax", variant="openvino")
     assert qmodel.quantization.poolings == (["pool"] if read and not reads_again else [])
-    assert not qwt2.quantize(model, images(8).split(4), "minmax").quantization.poolings
+    assert not qwt2.quantize(graph, images(8).split(4), "minmax").quantization.poolings
     with full_precision(qmodel):
         assert torch.allclose(outputs(qmodel, images(4)), expected, atol=2e-5)
     if qmodel.quantization.poolings:

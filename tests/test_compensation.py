@@ -62,7 +62,7 @@ def _quantized(name: str, bits: int) -> nn.Module:
     if name in tiny.BUILDERS:
         return tiny.quantized(name, bits, bits)
     build = {"dense": tiny.dense, "pyramid": tiny.pyramid, "mlp": tiny.mlp, "overwriting": overwriting}[name]
-    return qwt2.quantize(build(), [tiny.images()], "minmax", qwt2.Precision(bits, bits))
+    return qwt2.quantize(tiny.captured(build), [tiny.images()], "minmax", qwt2.Precision(bits, bits))
 
 
 def apply(qmodel: nn.Module, report) -> None:
@@ -404,7 +404,7 @@ class TestQwT:
             assert modules[1].module not in compensated_blocks(qmodel)
 
     def test_needs_blocks(self):
-        qmodel = qwt2.quantize(tiny.vit(), [tiny.images()], "minmax", blocks=[])
+        qmodel = qwt2.quantize(tiny.captured(tiny.vit), [tiny.images()], "minmax", blocks=[])
         with pytest.raises(qwt2.Qwt2Error, match="no blocks"):
             qwt2.compensate(qmodel, tiny.batches(), "qwt")
 
@@ -607,7 +607,7 @@ def test_the_output_s_size_is_the_target_s():
 
 @pytest.mark.parametrize("name", ["vit", "mlp"])
 def test_cwac_finds_what_the_implementation_that_stores_everything_finds(name):
-    qmodel = tiny.quantized("vit", 4, 4) if name == "vit" else qwt2.quantize(tiny.mlp(), tiny.batches(), "minmax", qwt2.Precision(4, 4))
+    qmodel = tiny.quantized("vit", 4, 4) if name == "vit" else quantized("mlp")
     stored = Stored(copy.deepcopy(qmodel), tiny.batches()).cwac()
     report = qwt2.compensate(qmodel, tiny.batches(), "cwac", gate="none")
     assert list(stored) == [module.module for module in report.modules]
@@ -620,7 +620,7 @@ def test_cwac_finds_what_the_implementation_that_stores_everything_finds(name):
 
 @pytest.mark.parametrize("name", ["vit", "mlp"])
 def test_qwt_finds_what_the_implementation_that_stores_everything_finds(name):
-    qmodel = tiny.quantized("vit", 4, 4) if name == "vit" else qwt2.quantize(tiny.mlp(), tiny.batches(), "minmax", qwt2.Precision(4, 4))
+    qmodel = tiny.quantized("vit", 4, 4) if name == "vit" else quantized("mlp")
     first = qmodel.quantization.blocks[0]
     stored = Stored(copy.deepcopy(qmodel), tiny.batches()).qwt()
     qwt2.compensate(qmodel, tiny.batches(), "qwt", dtype="float32", damping=0.0)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from tiny_models import BUILDERS, PTQ, batches, images
+from tiny_models import BUILDERS, PTQ, batches, captured, images
 from torch import nn
 
 import qwt2
@@ -28,7 +28,7 @@ from qwt2.onnx.passes.windowed_attention import limit_masks, move_codes, repeat_
 def exported(request, tmp_path_factory):
     """Name, the exporter's graph and the rewritten one."""
     name, folder = request.param, tmp_path_factory.mktemp("passes")
-    qmodel = qwt2.quantize(BUILDERS[name](), batches(), PTQ[name])
+    qmodel = qwt2.quantize(captured(BUILDERS[name]), batches(), PTQ[name])
     qwt2.compensate(qmodel, batches(), "cwac")
     folded = qwt2.fold(qmodel)
     with pytest.MonkeyPatch.context() as patch:
@@ -360,7 +360,7 @@ class Largest(nn.Module):
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet"])
 def test_openvino_pools_what_convolutions_round(name, tmp_path):
-    qmodel = qwt2.quantize(BUILDERS[name](), batches(), "percentile", variant="openvino")
+    qmodel = qwt2.quantize(captured(BUILDERS[name]), batches(), "percentile", variant="openvino")
     qwt2.compensate(qmodel, batches(), "cwac")
     folded = qwt2.fold(qmodel)
     path = qwt2.export_onnx(folded, tmp_path / "model.onnx", images(1))
@@ -441,7 +441,7 @@ def summed(scales: list[float]) -> onnx.ModelProto:
 
 
 def test_numbers_with_which_shared_quantizers_would_differ_are_refused(tmp_path):
-    qmodel = qwt2.quantize(BUILDERS["resnet"](), batches(), "percentile")
+    qmodel = qwt2.quantize(captured(BUILDERS["resnet"]), batches(), "percentile")
     folded = qwt2.fold(qmodel)
     path = qwt2.export_onnx(folded, tmp_path / "model.onnx", images(1))
     assert rewrite_onnx(path, folded, tmp_path / "again.onnx").read_bytes() == path.read_bytes()

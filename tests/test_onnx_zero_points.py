@@ -121,7 +121,7 @@ def test_of_a_file_with_other_numbers_they_are_folded_anew(tmp_path):
     models = []
     for shift in (0.0, 4.0, -4.0):
         calibration = [batch + shift for batch in tiny.batches()]
-        models.append(qwt2.fold(qwt2.quantize(tiny.BUILDERS["mobilenet"](), calibration, "minmax")))
+        models.append(qwt2.fold(qwt2.quantize(tiny.captured(tiny.mobilenet), calibration, "minmax")))
     exported = [qwt2.export_onnx(model, tmp_path / f"{i}.onnx", tiny.images(1)) for i, model in enumerate(models)]
     assert all(folded_zero_points(onnx.load(path)) for path in exported)
     for template in exported:

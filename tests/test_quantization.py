@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import BUILDERS, PTQ, images, mlp, quantized, randomize
+from tiny_models import BUILDERS, PTQ, captured, images, mlp, quantized, randomize
 from torch import nn
 
 import qwt2
@@ -23,11 +23,11 @@ def logits(model: nn.Module, count: int = 8) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
-@pytest.mark.parametrize("method", ["minmax", "mse", "percentile", "repq"])
+@pytest.mark.parametrize("method", PTQ_METHODS.names())
 def test_every_layer_and_product_is_quantized(name, method):
-    model = BUILDERS[name]()
-    original = copy.deepcopy(model.state_dict())
-    qmodel = qwt2.quantize(model, [images()], method)
+    model, graph = BUILDERS[name](), captured(BUILDERS[name])
+    original = copy.deepcopy(graph.state_dict())
+    qmodel = qwt2.quantize(graph, [images()], method)
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert sorted(qmodel.quantization.layers) == sorted(layers)
     assert not qmodel.quantization.float_modules
@@ -37,7 +37,7 @@ def test_every_layer_and_product_is_quantized(name, method):
     assert 0 < error < 0.2  # random weights; a dozen roundings to 8 bits
     with full_precision(qmodel):
         assert torch.allclose(logits(qmodel), logits(model), atol=1e-4)
-    assert all(torch.equal(v, original[k]) for k, v in model.state_dict().items())  # a copy was quantized
+    assert all(torch.equal(v, original[k]) for k, v in graph.state_dict().items())  # a copy was quantized
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
@@ -57,7 +57,7 @@ def test_any_mix_of_bits(name, weight_bits, activation_bits):
 @pytest.mark.parametrize("first_last_bits, expected", [(None, 4), (6, 6)])
 def test_bits_of_the_first_and_the_last_layer(first_last_bits, expected):
     precision = qwt2.Precision(weight_bits=4, activation_bits=4, first_last_bits=first_last_bits)
-    qmodel = qwt2.quantize(BUILDERS["vit"](), [images()], "minmax", precision)
+    qmodel = qwt2.quantize(captured(BUILDERS["vit"]), [images()], "minmax", precision)
     for name in ("patch_embed.proj", "head"):
         assert qmodel.get_submodule(name).weight_quantizer.grid.bits == expected
     assert qmodel.blocks[0].mlp.fc1.weight_quantizer.grid.bits == 4
@@ -72,7 +72,7 @@ def test_more_bits_are_never_much_worse(name):
 
 
 def test_the_first_images_alone_choose_the_ranges_whatever_the_batches():
-    model, x = BUILDERS["swin"](), images(16)
+    model, x = captured(BUILDERS["swin"]), images(16)
     whole = qwt2.quantize(model, [x], observer_images=8)
     pieces = qwt2.quantize(model, [(x[:3], None), (x[3:7], None), (x[7:], None)], observer_images=8)
     assert all(torch.equal(v, pieces.state_dict()[k]) for k, v in whole.state_dict().items())
@@ -84,7 +84,7 @@ def test_the_first_images_alone_choose_the_ranges_whatever_the_batches():
 def test_reparameterisation_keeps_the_float_function(name):
     """RepQ-ViT moves scales between LayerNorm and Linear; the float network must not change."""
     model = BUILDERS[name]()
-    qmodel = qwt2.quantize(model, [images()], "repq", qwt2.Precision(4, 4))
+    qmodel = qwt2.quantize(captured(BUILDERS[name]), [images()], "repq", qwt2.Precision(4, 4))
     norm = next(n for n in qmodel.quantization.norm_consumers)
     assert not torch.equal(qmodel.get_submodule(norm).weight, model.get_submodule(norm).weight)
     with full_precision(qmodel):

@@ -73,20 +73,21 @@ MULTIPATH = {
     "regnet": regnet, "views": lambda: tiny.randomize(Views()),
 }  # fmt: skip
 NETWORKS = [*CHAINS, *MULTIPATH]
+# Chains of tokens and of images, concatenations, several readers, a block that reads several values, views.
+DIFFERING = ["vit", "resnet", "dense", "neck", "regnet", "views"]
 
 
 @functools.cache
 def _quantized(name: str) -> GraphModel:
-    return qwt2.quantize(MULTIPATH[name](), [tiny.images()], "minmax", qwt2.Precision(4, 4))
+    return qwt2.quantize(tiny.captured(MULTIPATH[name]), [tiny.images()], "minmax", qwt2.Precision(4, 4))
 
 
 def quantized(name: str) -> GraphModel:
     return tiny.quantized(name) if name in CHAINS else copy.deepcopy(_quantized(name))
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("target", ["global", "local"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name, on_disk", [*((name, False) for name in NETWORKS), ("swin", True), ("neck", True), ("views", True)])
 @torch.no_grad()
 def test_outputs_of_every_layer_equal_those_of_whole_network_passes(name, target, on_disk, tmp_path):
     qmodel, batches = quantized(name), tiny.batches(8)
@@ -116,7 +117,7 @@ def test_blocks_in_the_graph_read_and_give_what_the_model_s_own_modules_do():
     """Hooks on the float model, in which nothing of the library runs."""
     for build in (tiny.vit, tiny.swin, tiny.mlp, tiny.dense, tiny.pyramid):
         model, batches = build(), tiny.batches(8)
-        qmodel = qwt2.quantize(model, [tiny.images()], "minmax", qwt2.Precision(4, 4))
+        qmodel = qwt2.quantize(tiny.captured(build), [tiny.images()], "minmax", qwt2.Precision(4, 4))
         for visit, block in visits_behind_blocks(Walk(qmodel, batches)):
             arguments, outputs = record(model, block, batches)
             for index, _, (x, y) in visit.block_outputs(block, "global"):
@@ -177,7 +178,7 @@ def runs(qmodel: GraphModel, batches, method: str = "cwac", **options) -> Counte
 
 
 @pytest.mark.parametrize("method, options", METHODS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", DIFFERING)
 def test_every_layer_runs_once_in_each_network_where_there_is_room(name, method, options, monkeypatch):
     qmodel = quantized(name)
     monkeypatch.setattr(walk, "GROWTH", float("inf"))
@@ -192,9 +193,9 @@ def test_every_layer_runs_once_in_each_network_where_what_is_alive_hardly_grows(
     assert set(runs(quantized(name), tiny.batches(8)).values()) == {1}
 
 
-@pytest.mark.parametrize("growth", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("growth", [0.0, 0.5])
 @pytest.mark.parametrize("method, options", METHODS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", DIFFERING)
 def test_no_layer_runs_a_third_time_however_little_may_be_kept(name, method, options, growth, monkeypatch):
     qmodel = quantized(name)
     monkeypatch.setattr(walk, "GROWTH", growth)
@@ -252,12 +253,15 @@ def test_compensation_multiplies_no_more_than_a_few_passes_do(name, method, most
     assert found.get_total_flops() <= most * one_pass.get_total_flops()
 
 
+VITS = {depth: functools.partial(tiny.vit, depth) for depth in (2, 6)}
+
+
 @pytest.mark.parametrize("method, options", METHODS)
 def test_work_per_block_does_not_grow_with_the_number_of_blocks(method, options):
     """No pass through the whole network for each module."""
     most = {}
     for depth in (2, 6):
-        qmodel = qwt2.quantize(tiny.vit(depth), [tiny.images()], "repq", qwt2.Precision(4, 4))
+        qmodel = qwt2.quantize(tiny.captured(VITS[depth]), [tiny.images()], "repq", qwt2.Precision(4, 4))
         most[depth] = max(runs(qmodel, tiny.batches(8), method, **options).values())
     assert most[2] == most[6]
 
@@ -270,7 +274,7 @@ def alive(graph: fx.Graph, position: int) -> set[str]:
 
 
 @pytest.mark.parametrize("method, options", METHODS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", DIFFERING)
 def test_nothing_is_held_that_nothing_will_read(name, method, options, monkeypatch):
     qmodel, needless, own = quantized(name), [], ActivationStore.__setitem__
 

@@ -8,6 +8,7 @@ nothing to quantize in networks this narrow.
 import copy
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import qwt2
+from qwt2.capture.export import capture
+from qwt2.capture.graph import GraphModel
 
 SIZE, CLASSES = 32, 5
 PTQ = {"vit": "repq", "swin": "repq", "resnet": "percentile", "mobilenet": "percentile"}
@@ -183,9 +186,15 @@ BUILDERS = {"vit": vit, "swin": swin, "resnet": resnet, "mobilenet": mobilenet}
 
 
 @functools.cache
+def captured(build: Callable[[], nn.Module]) -> GraphModel:
+    """The graph of what `build` returns, captured once a process: to be read only. `qwt2.quantize` makes its own copy."""
+    return capture(build(), images(2))
+
+
+@functools.cache
 def _quantized(name: str, weight_bits: int, activation_bits: int, variant: str) -> nn.Module:
     precision = qwt2.Precision(weight_bits=weight_bits, activation_bits=activation_bits)
-    return qwt2.quantize(BUILDERS[name](), [images()], PTQ[name], precision, variant)
+    return qwt2.quantize(captured(BUILDERS[name]), [images()], PTQ[name], precision, variant)
 
 
 def quantized(name: str, weight_bits: int = 4, activation_bits: int = 4, variant: str = "default") -> nn.Module:
