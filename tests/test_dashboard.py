@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import synthetic
 import yaml
-from browser import CHROMIUM, Browser
+from playwright.sync_api import Page
 
 from benchmarks.experiments import served
 from pipeline import dashboard, resolve
@@ -47,13 +47,14 @@ def address(results):
 
 
 @pytest.fixture
-def browser(tmp_path):
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (Debian package chromium)")
-    browser = Browser(tmp_path / "profile")
-    yield browser
-    browser.close()
-    assert browser.problems == []
+def page(chromium_browser):
+    """An empty page; what is opened in it must not complain."""
+    problems = []
+    with chromium_browser.new_page(viewport={"width": 1600, "height": 1400}) as page:
+        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        yield page
+    assert problems == []
 
 
 def column(field: str) -> str:
@@ -63,65 +64,68 @@ def column(field: str) -> str:
         .map(row => row.querySelector('[col-id="{field}"]')?.innerText)"""
 
 
-def type_into_filter(browser: Browser, heading: str, text: str) -> None:
-    browser.run(f"""(() => {{
-        const input = document.querySelector('input[aria-label="{heading} Filter Input"]');
-        const set = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set;
-        set.call(input, {json.dumps(text)});
-        input.dispatchEvent(new Event('input', {{bubbles: true}}));
-    }})()""")
+def type_into_filter(page: Page, heading: str, text: str) -> None:
+    page.get_by_label(f"{heading} Filter Input", exact=True).fill(text)
 
 
+def wait(page: Page, condition: str):
+    """The first true value of a JavaScript expression."""
+    return page.wait_for_function(condition).json_value()
+
+
+@pytest.mark.browser
 @pytest.mark.timeout(240)
-def test_runs_are_filtered_sorted_and_compared(address, browser, results):
-    browser.open(address)
-    browser.wait("document.querySelectorAll('.ag-center-cols-container .ag-row').length")
-    browser.wait("document.querySelectorAll('#bits .points path').length")
-    assert browser.run(COUNT) == CELLS + 11  # the grid: five methods at two precisions, and fp32
+def test_runs_are_filtered_sorted_and_compared(address, page, results):
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(address)
+    wait(page, "document.querySelectorAll('.ag-center-cols-container .ag-row').length")
+    wait(page, "document.querySelectorAll('#bits .points path').length")
+    assert page.evaluate(COUNT) == CELLS + 11  # the grid: five methods at two precisions, and fp32
 
-    type_into_filter(browser, "sweeps", "sizes")
-    browser.wait(f"{COUNT} == {CELLS // 3}")
-    type_into_filter(browser, "model", "vit")
-    type_into_filter(browser, "bits", "w2a4")
+    type_into_filter(page, "sweeps", "sizes")
+    wait(page, f"{COUNT} == {CELLS // 3}")
+    type_into_filter(page, "model", "vit")
+    type_into_filter(page, "bits", "w2a4")
     combinations = len(synthetic.MODELS) * len(synthetic.PRECISIONS) * 2
     wanted = [n for n in range(1, CELLS, 3) if n % combinations in (6, 7)]  # vit_micro at w2a4, qwt and cwac
-    browser.wait(f"{COUNT} == {len(wanted)}")
-    assert set(browser.run(column("model"))) == {"vit_micro"} and set(browser.run(column("precision"))) == {"w2a4"}
-    drawn = browser.wait("document.querySelectorAll('#bits .points path').length")
-    assert drawn == browser.run(COUNT)  # the plots follow the filter
+    wait(page, f"{COUNT} == {len(wanted)}")
+    assert set(page.evaluate(column("model"))) == {"vit_micro"} and set(page.evaluate(column("precision"))) == {"w2a4"}
+    drawn = wait(page, "document.querySelectorAll('#bits .points path').length")
+    assert drawn == page.evaluate(COUNT)  # the plots follow the filter
 
-    browser.run("window.redrawn = 0; document.querySelector('#bits .js-plotly-plot').on('plotly_afterplot', () => window.redrawn++)")
+    page.evaluate("window.redrawn = 0; document.querySelector('#bits .js-plotly-plot').on('plotly_afterplot', () => window.redrawn++)")
     heading = "document.querySelector('.ag-header-cell[col-id=accuracy] .ag-header-cell-label')"
     for order in (1, -1):
-        browser.run(f"{heading}.click()")
-        browser.wait(f"document.querySelector('.ag-header-cell[col-id=accuracy]').ariaSort == '{'ascending' if order > 0 else 'descending'}'")
+        page.evaluate(f"{heading}.click()")
+        wait(page, f"document.querySelector('.ag-header-cell[col-id=accuracy]').ariaSort == '{'ascending' if order > 0 else 'descending'}'")
         time.sleep(0.3)
-        values = [float(value) for value in browser.run(column("accuracy")) if value]
+        values = [float(value) for value in page.evaluate(column("accuracy")) if value]
         assert len(values) > 5 and values == sorted(values, reverse=order < 0)
-    assert browser.run("window.redrawn") == 0  # the same runs in another order
+    assert page.evaluate("window.redrawn") == 0  # the same runs in another order
 
     for name in ("sweeps", "model", "bits"):
-        type_into_filter(browser, name, "")
+        type_into_filter(page, name, "")
     for name, text in (("sweeps", "grid"), ("bits", "w8a8"), ("method", "repq+")):
-        type_into_filter(browser, name, text)
-    browser.wait(f"{COUNT} == 2")
-    assert browser.wait("window.redrawn") > 0
+        type_into_filter(page, name, text)
+    wait(page, f"{COUNT} == 2")
+    assert wait(page, "window.redrawn") > 0
     for number in (0, 1):
-        browser.run(f"document.querySelectorAll('.ag-row input[type=checkbox]')[{number}].click()")
-    browser.wait("document.querySelectorAll('#layers .trace').length == 2")
-    assert browser.run("document.querySelectorAll('#layers .points path').length") == 26 + 6  # modules, blocks
-    shown = browser.run("[...document.querySelectorAll('#figures tbody tr')].map(row => [...row.cells].map(c => c.innerText))")
+        page.evaluate(f"document.querySelectorAll('.ag-row input[type=checkbox]')[{number}].click()")
+    wait(page, "document.querySelectorAll('#layers .trace').length == 2")
+    assert page.evaluate("document.querySelectorAll('#layers .points path').length") == 26 + 6  # modules, blocks
+    shown = page.evaluate("[...document.querySelectorAll('#figures tbody tr')].map(row => [...row.cells].map(c => c.innerText))")
     check_figures(results, dict((row[0], row[1:]) for row in shown))
-    differing = browser.run("[...document.querySelectorAll('#differences tbody td:first-child')].map(c => c.innerText)")
+    differing = page.evaluate("[...document.querySelectorAll('#differences tbody td:first-child')].map(c => c.innerText)")
     assert "compensation.cwac.estimator" in differing and "model.name" not in differing
 
-    link = browser.run("document.querySelector('.ag-row [col-id=config] a').href")
+    link = page.evaluate("document.querySelector('.ag-row [col-id=config] a').href")
     config = yaml.safe_load(urllib.request.urlopen(link).read())
     assert config["model"]["name"] == "vit_micro" and config["precision"]["name"] == "w8a8"
-    elsewhere = [url for url in browser.requests if not url.startswith((address, "data:", "blob:", "about:"))]
+    elsewhere = [url for url in requests if not url.startswith((address, "data:", "blob:", "about:"))]
     assert elsewhere == []
     for path in dashboard.EARLY:
-        assert sum(path in url for url in browser.requests) == 1
+        assert sum(path in url for url in requests) == 1
 
 
 def check_figures(results: Path, shown: dict[str, list[str]]) -> None:

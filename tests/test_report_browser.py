@@ -2,66 +2,29 @@
 
 import csv
 import io
-import json
 import re
-import shutil
 import statistics
-import subprocess
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 import synthetic
+from playwright.sync_api import Browser
 
 from pipeline.report import report
 from qwt2.report.page import render_model
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=30000", "--dump-dom"),
-)
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian package chromium)"),
-    pytest.mark.timeout(180),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
 # Vega-Lite says so of every chart as wide as its container and as high as its rows, and then does what was asked.
 KNOWN = 'WARN Dropping "fit-y" because spec has discrete height.'
-
-# Before anything else runs: keep every complaint.
-LISTEN = """
-<script>
-const problems = [];
-for (const level of ["error", "warn"]) {
-  const before = console[level];
-  console[level] = (...words) => { problems.push(words.join(" ")); before(...words); };
-}
-for (const type of ["error", "unhandledrejection", "securitypolicyviolation"]) {
-  addEventListener(type, event => problems.push(`${type}: ${event.message || event.reason || event.blockedURI}`));
-}
-</script>
-"""
-
-# Last: wait for the charts, do what the test asks, and leave what it found in the page.
-ACT = """
-<script>
+DRAWN = "document.querySelectorAll('.chart svg').length >= document.querySelectorAll('.chart').length"
+HELPERS = """
 const pause = milliseconds => new Promise(done => setTimeout(done, milliseconds));
 const all = selector => [...document.querySelectorAll(selector)];
 const choose = (element, value) => {
   element.value = value;
   for (const type of ["input", "change"]) element.dispatchEvent(new Event(type, {bubbles: true}));
 };
-(async () => {
-  for (let i = 0; i < 200 && all(".chart svg").length < all(".chart").length; i++) await pause(50);
-  const found = await (async () => {SCRIPT})();
-  const probe = document.createElement("pre");
-  probe.id = "probe";
-  probe.textContent = encodeURIComponent(JSON.stringify({found, problems}));
-  document.body.append(probe);
-})();
-</script>
 """
 
 
@@ -74,29 +37,29 @@ def page(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def visit(page, tmp_path):
+def visit(page, tmp_path, chromium_browser):
     """Run a script (the body of an async function) in the open page; returns what it returns, once nothing failed."""
-    return lambda script, *flags: run_in(page, tmp_path, script, *flags)
+    return lambda script, **window: run_in(chromium_browser, page, tmp_path, script, **window)
 
 
 @pytest.fixture
-def visit_model(tmp_path):
+def visit_model(tmp_path, chromium_browser):
     """The same in the page of one quantized model."""
-    return lambda script, *flags: run_in(render_model(synthetic.MODEL_REPORT), tmp_path, script, *flags)
+    page = render_model(synthetic.MODEL_REPORT)
+    return lambda script, **window: run_in(chromium_browser, page, tmp_path, script, **window)
 
 
-def run_in(page: str, folder: Path, script: str, *flags: str):
-    path = folder / "page.html"
-    body, _, end = page.replace("<head>", "<head>" + LISTEN, 1).rpartition("</body>")
-    path.write_text(body + ACT.replace("SCRIPT", script) + "</body>" + end, encoding="utf-8")
-    profile = f"--user-data-dir={folder / 'profile'}"
-    command = [CHROMIUM, *FLAGS, *flags, profile, path.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=150, check=True).stdout
-    probe = re.search(r'<pre id="probe">(.*?)</pre>', shown)
-    assert probe, "the page's script did not come to its end"
-    answer = json.loads(unquote(probe[1]))
-    assert set(answer["problems"]) <= {KNOWN}
-    return answer["found"]
+def run_in(browser: Browser, html: str, folder: Path, script: str, width: int = 1280, scheme: str = "light"):
+    path, problems = folder / "page.html", []
+    path.write_text(html, encoding="utf-8")
+    with browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
+        page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(path.as_uri())
+        page.wait_for_function(DRAWN)
+        found = page.evaluate("async () => {" + HELPERS + script + "}")
+    assert set(problems) <= {KNOWN}
+    return found
 
 
 def test_every_chart_is_drawn_and_nothing_is_fetched(visit):
@@ -167,7 +130,7 @@ def test_tables_sort_and_filter(visit):
     assert found["spans"][0] == found["spans"][1]
 
 
-WIDE = "--window-size=1366,900"
+WIDE = 1366
 MODULES = """
       const chart = document.getElementById("modules-chart");
       const form = document.getElementById("module-choice").elements;
@@ -194,7 +157,7 @@ def test_module_chart_and_table_follow_their_selects(visit):
       await pause(500);
       result.ptq = shown();
       return result;
-    """, WIDE)
+    """, width=WIDE)
     modules = synthetic._modules()
     assert found["options"] == ["PTQ + CWAC", "PTQ", "PTQ + QwT"]
     assert found["cwac"]["labels"] == modules == [row[0] for row in found["cwac"]["rows"]]
@@ -237,7 +200,7 @@ def test_page_of_one_model(visit_model):
       result.words = document.querySelector("main").innerText;
       result.headline = document.querySelector(".lead").textContent;
       return result;
-    """, WIDE)
+    """, width=WIDE)
     assert found["resources"] == 0 and found["hidden"]
     assert found["before"]["labels"] == [record["module"] for record in synthetic.MODEL_REPORT["modules"]]
     known = [float(value) for value in found["sorted"] if value]
@@ -253,7 +216,7 @@ def test_page_fits_its_window(request, which, width):
     found = request.getfixturevalue(which)(
         "return [innerWidth, document.documentElement.scrollWidth, ...all('.chart svg').map(svg =>"
         " svg.getBoundingClientRect().right - svg.closest('figure').getBoundingClientRect().right)];",
-        f"--window-size={width},900",
+        width=width,
     )
     window, needed, *overhang = found
     assert needed <= window
@@ -262,7 +225,6 @@ def test_page_fits_its_window(request, which, width):
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_charts_take_the_colours_of_the_page(visit, scheme):
-    number = {"dark": 0, "light": 1}[scheme]
     found = visit(
         """
         const colour = (element, property) => getComputedStyle(element)[property];
@@ -272,7 +234,7 @@ def test_charts_take_the_colours_of_the_page(visit, scheme):
           labels: [...new Set(all(".role-axis-label text").map(text => colour(text, "fill")))],
         };
         """,
-        f"--blink-settings=preferredColorScheme={number}",
+        scheme=scheme,
     )
     assert found["labels"] == [found["text"]]
     assert (_brightness(found["text"]) > _brightness(found["ground"])) == (scheme == "dark")
