@@ -148,7 +148,7 @@ def layers_csv(model: str, precision: str) -> str:
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for seed in range(SEEDS):
-        for compensation, names in (("", _modules()), ("qwt", _blocks()), ("cwac", _modules())):
+        for compensation, names in (("", module_names()), ("qwt", _blocks()), ("cwac", module_names())):
             for number, module in enumerate(names):
                 product = "matmul" in module
                 kind = "block" if compensation == "qwt" else "product" if product else "layer"
@@ -181,7 +181,7 @@ def _blocks():
     return [f"blocks.{number}" for number in range(6)]
 
 
-def _modules():
+def module_names():
     parts = ("attn.qkv", "attn.matmul1", "attn.matmul2", "attn.proj", "mlp.fc1", "mlp.fc2")
     return ["patch_embed.proj", *(f"{block}.{part}" for block in _blocks() for part in parts), "head"]
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from pipeline import cells, dvcfiles, experiment, imports, stage, sweeps
 from pipeline.resolve import resolve
 from qwt2.errors import Qwt2Error
-from qwt2.io import atomic_path
+from qwt2.io import atomic_path, read_json, write_json
 from qwt2.report.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,18 +185,33 @@ def check_figures(clone: Path, row: dict[str, str]) -> None:
     assert any(name.endswith(".onnx") for name in record["artifacts"]) and not (cell / "fold").exists()
 
 
-def test_a_change_of_code_or_baseline_makes_a_cell_anew(clone, monkeypatch):
+def test_a_change_of_code_or_baseline_makes_a_cell_anew(clone, tmp_path, monkeypatch):
+    """A finished cell is skipped; one that is run anew ends at once here, as there is no model."""
     monkeypatch.setattr(imports, "ROOT", clone)
-    record = {"status": "finished", "made_from": {"code": imports.fingerprint(cells.CHAIN)}, "models_kept": False}
-    assert cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
-    assert not cells._is_finished(record, record["made_from"], keep_models=True)
-    assert not cells._is_finished(record | {"status": "failed"}, record["made_from"], keep_models=False)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data_folder", "baseline_folder"):
+        monkeypatch.setattr(cells, folder, lambda cfg: tmp_path)
+    cfg, weights = cells.cell_config(composed([])), tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    write_json(tmp_path / "metrics.json", {})
+    cells.run_cell(cfg)
+    record = read_json(cells.cell_folder(cfg) / "cell.json") | {"status": "finished"}
+
+    def status(changed: dict, keep_models: bool = False) -> str:
+        write_json(cells.cell_folder(cfg) / "cell.json", record | changed)
+        return cells.run_cell(cfg, keep_models)["status"]
+
+    assert status({}) == "skipped"
+    assert status({}, keep_models=True) == "failed" and status({"models_kept": True}, keep_models=True) == "skipped"
+    assert status({"status": "failed"}) == "failed"
     source = clone / "qwt2/folding/fold.py"
     before = source.read_text()
-    source.write_text(before + "# another word\n")
-    assert not cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
+    source.write_text(before + "ANOTHER = 1\n")
+    assert status({}) == "failed"
     source.write_text(before)
-    assert cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
+    assert status({}) == "skipped"
+    weights.write_bytes(b"others")
+    assert status({}) == "failed"
 
 
 def test_what_dvc_built_is_reused(tmp_path, monkeypatch):

@@ -158,7 +158,7 @@ def test_module_chart_and_table_follow_their_selects(visit):
       result.ptq = shown();
       return result;
     """, width=WIDE)
-    modules = synthetic._modules()
+    modules = synthetic.module_names()
     assert found["options"] == ["PTQ + CWAC", "PTQ", "PTQ + QwT"]
     assert found["cwac"]["labels"] == modules == [row[0] for row in found["cwac"]["rows"]]
     assert len(found["cwac"]["panels"]) == 4 and found["cwac"]["crosses"] >= 1
