@@ -26,6 +26,7 @@ from torch import nn
 
 import qwt2
 from qwt2.compensation.blocks import AffineCompensation, LinearCompensation, compensated_blocks, put_behind
+from qwt2.compensation.methods import COMPENSATIONS
 from qwt2.quantization import walk
 from qwt2.quantization.activation_store import ActivationStore
 from qwt2.quantization.info import quantized_layers
@@ -418,7 +419,10 @@ def _residual(x: np.ndarray, y: np.ndarray, damping: float) -> np.ndarray:
     return y - y.mean(0) - centred @ weight
 
 
-METHODS = [("cwac", {}), ("cwac", {"granularity": "block"}), ("cwac", {"order": "one_pass"}), ("qwt", {}), ("qwt", {"target": "global"})]
+METHODS = [
+    *((name, {}) for name in COMPENSATIONS.names()),
+    ("cwac", {"granularity": "block"}), ("cwac", {"order": "one_pass"}), ("qwt", {"target": "global"}),
+]  # fmt: skip
 
 
 class TestOffloading:

@@ -13,8 +13,7 @@ from qwt2.evaluation.mismatch import Mismatch, engine_mismatch, fold_mismatch, r
 from qwt2.io import load_arrays, save_arrays
 from qwt2.onnx.file import load_onnx
 
-NAMES = ["onnxruntime", "openvino", "torch_int8"]
-NETWORKS = ["vit", "swin", "resnet", "mobilenet"]
+NAMES, NETWORKS = tiny.ENGINES, list(tiny.BUILDERS)
 
 
 @pytest.mark.parametrize("engine", NAMES)

@@ -29,11 +29,14 @@ def test_transformers_multiply_in_integers_alone(network, engine):
     assert sum(found["integer"].values()) >= layers
 
 
+@pytest.fixture(scope="module")
+def float_file(tmp_path_factory):
+    return qwt2.export_onnx(tiny.vit(), tmp_path_factory.mktemp("float") / "vit.onnx", tiny.images(1))
+
+
 @pytest.mark.parametrize("engine", PRODUCTS)
-def test_a_float_model_has_no_integer_product(engine, tmp_path):
-    model = tiny.vit()
-    path = qwt2.export_onnx(model, tmp_path / "float.onnx", tiny.images(1))
-    found = count_operations(qwt2.load_engine(path, engine).session(1).operations())
+def test_a_float_model_has_no_integer_product(engine, float_file):
+    found = count_operations(qwt2.load_engine(float_file, engine).session(1).operations())
     assert found["integer"] == {} and any(product in kind for kind in found["float"] for product in PRODUCTS[engine])
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import user_models
+from tiny_models import ENGINES
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -16,8 +17,6 @@ from qwt2.evaluation.metrics import sqnr_db
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules
 from qwt2.onnx.file import load_onnx
 from qwt2.quantization.layers import QuantizedModule, full_precision
-
-ENGINES = ("onnxruntime", "openvino", "torch_int8")
 
 
 @cache

@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import qwt2
 from qwt2.capture.graph import GraphModel
 from qwt2.compensation.blocks import visits_behind_blocks
+from qwt2.compensation.methods import COMPENSATIONS
 from qwt2.detection.patching import replaced_forward
 from qwt2.quantization import walk
 from qwt2.quantization.activation_store import ActivationStore, size_of
 from qwt2.quantization.layers import QuantizedLayer, QuantizedMatmul
 from qwt2.quantization.walk import Walk
 
-CHAINS = ["vit", "swin", "resnet", "mobilenet"]
+CHAINS = list(tiny.BUILDERS)
 
 
 class SharedNeck(nn.Module):
@@ -154,8 +155,8 @@ def test_a_layer_that_runs_twice_is_visited_once_with_the_outputs_of_both_runs()
 
 
 METHODS = [
-    ("cwac", {}), ("cwac", {"target": "local"}), ("cwac", {"order": "one_pass"}), ("cwac", {"granularity": "block"}),
-    ("qwt", {}), ("qwt", {"target": "global"}),
+    *((name, {}) for name in COMPENSATIONS.names()),
+    ("cwac", {"target": "local"}), ("cwac", {"order": "one_pass"}), ("cwac", {"granularity": "block"}), ("qwt", {"target": "global"}),
 ]  # fmt: skip
 
 

@@ -21,10 +21,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import qwt2
+from qwt2 import engines
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel
 
 SIZE, CLASSES = 32, 5
+# Those that compile a model for seconds, or need hardware, have tests of their own.
+ENGINES = [name for name in engines.ENGINES.names() if name not in ("inductor", "tensorrt", "tvm")]
 PTQ = {"vit": "repq", "swin": "repq", "resnet": "percentile", "mobilenet": "percentile"}
 
 
