@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import tiny_chain
 from benchmarks.browser import CHROMIUM, MISSING, chromium
+from benchmarks.synthetic import write_cells
 from benchmarks.table import machine_file, versions_text
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.evaluation import machine
@@ -87,9 +88,7 @@ def page(folder: Path) -> dict | None:
 
 
 def made_up_runs(folder: Path, count: int) -> None:
-    """A project of finished cells, with the figures of the tests' made-up results."""
-    from synthetic import write_cells
-
+    """A project of finished cells, with made-up figures."""
     folder.mkdir()
     shutil.copytree(ROOT / "conf", folder / "conf")
     before = Path.cwd()
@@ -137,5 +136,4 @@ def write(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "tests")
     guarded(main)

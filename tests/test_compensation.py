@@ -11,7 +11,6 @@ import pytest
 import tiny_models as tiny
 import torch
 from oracles import (
-    Stored,
     affine,
     block_triples,
     decibel,
@@ -25,6 +24,7 @@ from oracles import (
 from torch import nn
 
 import qwt2
+from benchmarks.stored import Stored
 from qwt2.compensation.blocks import AffineCompensation, LinearCompensation, compensated_blocks, put_behind
 from qwt2.compensation.methods import COMPENSATIONS
 from qwt2.quantization import walk

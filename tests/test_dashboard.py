@@ -9,10 +9,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import synthetic
 import yaml
 from playwright.sync_api import Page
 
+from benchmarks import synthetic
 from benchmarks.experiments import served
 from pipeline import dashboard, resolve
 from pipeline.runs import all_runs

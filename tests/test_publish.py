@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import synthetic
 import yaml
 from limits import unprivileged
 
+from benchmarks import synthetic
 from pipeline import publish, resolve
 from pipeline.report import report
 from pipeline.runs import all_runs

@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import synthetic
 import yaml
 
+from benchmarks import synthetic
 from pipeline import readme
 from pipeline.report import collect, report
 from qwt2.errors import Qwt2Error

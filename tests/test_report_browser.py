@@ -7,9 +7,9 @@ import statistics
 from pathlib import Path
 
 import pytest
-import synthetic
 from playwright.sync_api import Browser
 
+from benchmarks import synthetic
 from pipeline.report import report
 from qwt2.report.page import render_model
 

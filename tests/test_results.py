@@ -4,8 +4,8 @@ import csv
 import random
 
 import pytest
-import synthetic
 
+from benchmarks import synthetic
 from qwt2.errors import Qwt2Error
 from qwt2.report.results import (
     COLUMNS,

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import synthetic
 import yaml
 from limits import in_namespace, unprivileged
 
-from benchmarks import kills, tiny_chain
+from benchmarks import kills, synthetic, tiny_chain
 from pipeline import dvcfiles
 
 REPRO = ("dvc", "repro", "data")
