@@ -1,5 +1,6 @@
 """Vectors computed by the public RepQ-ViT and QwT code (`tests/golden/README.md`), and their models in timm."""
 
+import copy
 import functools
 import re
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import qwt2
+from qwt2.capture.export import capture
+from qwt2.capture.graph import GraphModel
 from qwt2.quantization.layers import QuantizedLayer, QuantizedMatmul
 
 FOLDER = Path(__file__).parent / "golden"
@@ -60,7 +63,7 @@ class Golden:
 
     def quantized(self, precision: qwt2.Precision | None = None, network: nn.Module | None = None) -> nn.Module:
         precision = precision or qwt2.Precision(weight_bits=4, activation_bits=4)
-        network, method = network or self.network(), METHODS[self.model]
+        network, method = network or captured(self.model), METHODS[self.model]
         return qwt2.quantize(network, [self.calibration], method=method, precision=precision, variant="published")
 
     @functools.cached_property
@@ -82,7 +85,7 @@ class Golden:
             deviating: Names of the sections that deviate from the reference, of a quantized model.
             attempts: Models tried before giving up.
         """
-        weights = self.network().state_dict()
+        weights = captured(self.model).state_dict()
         generator = torch.Generator().manual_seed(0)
         unchanged, changed = self.quantized(), dict(weights)
         model = unchanged
@@ -95,7 +98,7 @@ class Golden:
             for name, value in weights.items():
                 if section(name) in touched and value.is_floating_point():
                     changed[name] = value * (1 + 1e-7 * torch.randn(value.shape, generator=generator))
-            network = self.network()
+            network = copy.deepcopy(captured(self.model))
             network.load_state_dict(changed)
             model = self.quantized(network=network)
         return unchanged
@@ -107,6 +110,13 @@ class Golden:
         """Frobenius norm of the logits' error over that of the float logits."""
         reference = self["fp_logits"]
         return float((logits - reference).norm() / reference.norm())
+
+
+@functools.cache
+def captured(model: str) -> GraphModel:
+    """The float network's graph, to be read only."""
+    golden = Golden(model)
+    return capture(golden.network(), golden.calibration[:2])
 
 
 def section(name: str) -> str:

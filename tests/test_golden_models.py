@@ -11,7 +11,7 @@ import re
 
 import pytest
 import torch
-from golden_data import Golden, golden, quantizer_parameters, section  # noqa: F401
+from golden_data import Golden, captured, golden, quantizer_parameters, section  # noqa: F401
 
 import qwt2
 from qwt2.capture.blocks import ends
@@ -85,7 +85,7 @@ def test_float_logits(golden):
 def test_quantizers_after_calibration(golden, monkeypatch):
     monkeypatch.setattr(repq, "reparameterize", lambda *args: None)
     precision = qwt2.Precision(weight_bits=4, activation_bits=4)
-    qmodel = qwt2.quantize(golden.network(), [golden.calibration[:32]], "repq", precision, "published")
+    qmodel = qwt2.quantize(captured(golden.model), [golden.calibration[:32]], "repq", precision, "published")
     expected = comparable(golden, "init")
     found = quantizer_parameters(qmodel)
     assert not differing(found, first(expected), 1e-5)

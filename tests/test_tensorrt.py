@@ -21,7 +21,8 @@ from qwt2.onnx.file import load_onnx
 from qwt2.onnx.tensorrt_rules import MAX_OPSET, check
 from qwt2.quantization.info import quantized_layers
 
-MODELS = tiny.exported_models()
+# Every network, and every number of bits for tokens and for images.
+PAIRS = [("vit", 8), ("vit", 4), ("swin", 4), ("resnet", 8), ("mobilenet", 4)]
 _FILES = tempfile.TemporaryDirectory(prefix="qwt2-tests-")
 
 
@@ -38,8 +39,7 @@ def exported(network: str, bits: int) -> tuple[torch.nn.Module, Path]:
     return folded, export_onnx(folded, Path(_FILES.name) / f"{network}-{bits}.onnx", tiny.images(2), profile="tensorrt")
 
 
-@pytest.mark.parametrize("network", MODELS)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("network, bits", [pytest.param(*pair, marks=pytest.mark.xdist_group(f"export-{pair[0]}")) for pair in PAIRS])
 class TestFiles:
     def test_keep_every_rule(self, network, bits):
         _, path = exported(network, bits)
@@ -162,7 +162,7 @@ def test_the_engine_says_what_to_install():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("network", MODELS)
+@pytest.mark.parametrize("network", tiny.BUILDERS)
 def test_modules_agree_on_tensorrt(network):
     pytest.importorskip("tensorrt", reason="needs the package tensorrt")
     folded, path = exported(network, 8)
