@@ -114,6 +114,7 @@ def test_attention_is_found_whatever_way_it_is_written(product, mask):
 NETWORKS = [*BUILDERS.values(), dense, pyramid]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build, captured_with", [*((build, 1) for build in NETWORKS), (mlp, 2), (mlp, 3)])
 def test_whole_networks_keep_their_function_for_any_number_of_images(build, captured_with):
     model = build()
@@ -252,6 +253,7 @@ def convnet() -> nn.Module:
     return randomize(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [convnet, pyramid])
 def test_images_of_another_size_are_computed_as_the_model_does(build):
     model = build()

@@ -18,6 +18,8 @@ from qwt2.__main__ import main
 from qwt2.onnx.tensorrt_rules import check
 from qwt2.report.results import QUANTILES
 
+pytestmark = pytest.mark.e2e
+
 FACTORY = "import tiny_models\n\ndef make():\n    return tiny_models.vit()\n\ndef number():\n    return 3\n"
 
 

@@ -14,6 +14,8 @@ from qwt2.evaluation.mismatch import record_modules
 from qwt2.onnx.file import load_onnx, with_batch_size, with_constant_shapes
 from qwt2.onnx.slices import slice_modules
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {name: pytest.mark.xdist_group(name) for name in ("inductor", "tvm")}
 NAMES = [pytest.param(name, marks=group) for name, group in GROUPS.items()]
 # Compiling takes up to half a minute each.

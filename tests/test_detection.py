@@ -28,6 +28,8 @@ from qwt2.onnx.file import load_onnx
 from qwt2.quantization.info import quantized_layers
 from qwt2.quantization.layers import full_precision
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"swin": "repq", "resnet": "percentile"}
 ENGINES = ("onnxruntime", "openvino")
 THREE = ["/0of3", "/1of3", "/2of3"]  # query, key and value

@@ -16,6 +16,8 @@ from qwt2.detection.scenes import Batches, build_dataset, draw_calibration, scor
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json
 
+pytestmark = pytest.mark.slow
+
 DATA = tiny_detectors.DATA
 
 

@@ -16,6 +16,8 @@ from qwt2.detection.ops import ensure_operators
 from qwt2.errors import Qwt2Error
 from qwt2.io import save_tensors
 
+pytestmark = pytest.mark.slow
+
 CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
 CONFIGS = {path.stem: cfg for path in sorted(CONF.glob("*.yaml")) if "mmdet" in (cfg := yaml.safe_load(path.read_text()))}
 FULL_SIZE = [name for name, cfg in CONFIGS.items() if cfg["train"] is None]

@@ -13,6 +13,8 @@ import pytest
 from benchmarks import tiny_chain
 from benchmarks.tiny_chain import run
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = {"w3a3": {"top1": 70.0, "sqnr_db": 5.5}, "w8a8": {"top1": 97.5, "sqnr_db": 20.0}}
 COMMIT = ("git", "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "--all", "-m")

@@ -13,6 +13,8 @@ from benchmarks.tiny_chain import edit, run
 from pipeline import imports, resolve
 from qwt2.report.results import read_rows
 
+pytestmark = pytest.mark.e2e
+
 MODELS = ("vit_micro", "resnet_micro")
 # Python imports it first: it notes every file that the process, or a fork of it, opens.
 TRACER = """

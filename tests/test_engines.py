@@ -13,6 +13,8 @@ from qwt2.evaluation.mismatch import Mismatch, engine_mismatch, fold_mismatch, r
 from qwt2.io import load_arrays, save_arrays
 from qwt2.onnx.file import load_onnx
 
+pytestmark = pytest.mark.slow
+
 NAMES, NETWORKS = tiny.ENGINES, list(tiny.BUILDERS)
 
 

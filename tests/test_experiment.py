@@ -141,6 +141,7 @@ def table(folder: Path, sweep: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(400)
 def test_quick_runs_skips_and_survives_a_failing_cell(clone):
     first = run(clone, "experiment=quick", "-v")

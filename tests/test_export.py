@@ -24,6 +24,8 @@ from qwt2.onnx.file import load_onnx, with_batch_size
 from qwt2.onnx.graph import OnnxGraph
 from qwt2.onnx.passes import clip_values
 
+pytestmark = pytest.mark.slow
+
 MODELS = tiny.exported_models()
 ONE_OF_EACH_KIND = tiny.exported_models(["vit", "resnet"])  # an export takes seconds
 TINY = pytest.mark.xdist_group("export-resnet")  # tests that export small things of their own go with one group

@@ -11,6 +11,8 @@ from qwt2.capture import wiring
 from qwt2.capture.export import capture
 from qwt2.capture.normalise import fold_batchnorms
 
+pytestmark = pytest.mark.slow
+
 # Small members of those whose wiring no other test has, and the size of image that they take here;
 # `benchmarks/families.py` takes all families.
 FAMILIES = {

@@ -18,6 +18,8 @@ from qwt2.capture.blocks import ends
 from qwt2.quantization.layers import full_precision
 from qwt2.quantization.methods import repq
 
+pytestmark = pytest.mark.slow
+
 # Convolutional networks are calibrated once and not re-parameterised.
 TRANSFORMERS = pytest.mark.parametrize("golden", ["vit", "swin"], indirect=True)
 NOT_SINGULAR = [("vit", "blocks.0"), ("resnet", "layer1.0")]

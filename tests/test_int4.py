@@ -19,6 +19,8 @@ from qwt2.onnx.file import load_onnx, save_onnx, with_batch_size
 from qwt2.onnx.int4 import pack_int4, widen_int4
 from qwt2.quantization.info import quantized_layers
 
+pytestmark = pytest.mark.slow
+
 MODELS = tiny.exported_models()
 
 

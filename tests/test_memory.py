@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import psutil, torch
 from qwt2.quantization.malloc import give_back_after

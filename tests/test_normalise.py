@@ -31,6 +31,7 @@ def parameter(*shape: int, seed: int = 1) -> nn.Parameter:
     return nn.Parameter(random(*shape, seed=seed), requires_grad=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [*BUILDERS.values(), dense, pyramid, mlp])
 def test_whole_networks_keep_their_function_through_every_pass(build):
     pass_after_pass(build(), images(5))

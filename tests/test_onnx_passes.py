@@ -23,6 +23,8 @@ from qwt2.onnx.passes import normalize_rows, quantize_before_pooling, share_quan
 from qwt2.onnx.passes.projections import split_projections
 from qwt2.onnx.passes.windowed_attention import limit_masks, move_codes, repeat_masks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
 def exported(request, tmp_path_factory):

@@ -24,6 +24,8 @@ from pipeline.runs import all_runs
 from qwt2.errors import Qwt2Error
 from qwt2.report.results import read_layers, read_rows
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "0" * 40
 MODELS, PRECISIONS = ["vit_micro"], ["w8a8", "w3a3"]

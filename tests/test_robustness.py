@@ -22,6 +22,8 @@ from limits import in_namespace, unprivileged
 from benchmarks import kills, synthetic, tiny_chain
 from pipeline import dvcfiles
 
+pytestmark = pytest.mark.e2e
+
 REPRO = ("dvc", "repro", "data")
 VERIFY = (sys.executable, "-m", "pipeline.verify")
 ROOT = Path(__file__).resolve().parents[1]

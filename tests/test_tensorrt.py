@@ -21,6 +21,8 @@ from qwt2.onnx.file import load_onnx
 from qwt2.onnx.tensorrt_rules import MAX_OPSET, check
 from qwt2.quantization.info import quantized_layers
 
+pytestmark = pytest.mark.slow
+
 # Every network, and every number of bits for tokens and for images.
 PAIRS = [("vit", 8), ("vit", 4), ("swin", 4), ("resnet", 8), ("mobilenet", 4)]
 _FILES = tempfile.TemporaryDirectory(prefix="qwt2-tests-")

@@ -18,6 +18,8 @@ from qwt2.evaluation.mismatch import engine_mismatch, record_modules
 from qwt2.onnx.file import load_onnx
 from qwt2.quantization.layers import QuantizedModule, full_precision
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def quantized(name: str) -> tuple[nn.Module, nn.Module]:
