@@ -1,9 +1,8 @@
 """What compensating a network costs: this library against an implementation that stores every output of a block.
 
-deit_small with random weights at 224 x 224, W4A4; the other implementation is the tests' oracle (tests/oracles.py,
-`Stored`), which finds the same parameters. Each measurement has a process of its own. `peak_rss_mb` is the process'
-peak as the system tells it, with libraries, network and images in it; `added_mb` is what the work itself added to
-what was resident before it.
+deit_small with random weights at 224 x 224, W4A4; the other implementation (`Stored`) is an oracle of the tests too,
+which finds the same parameters. Each measurement has a process of its own. `peak_rss_mb` is the process' peak as the system
+tells it, with libraries, network and images in it; `added_mb` is what the work itself added to what was resident before it.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.peers import photo_crops
+from benchmarks.stored import Stored
 from benchmarks.table import machine_file
 from pipeline.readme import read_dicts
 from pipeline.resources import PeakMemory
@@ -99,9 +99,6 @@ def measure(method: str, implementation: str, file: str, images: int, threads: i
 def compensation(method: str, implementation: str, qmodel: torch.nn.Module, batches: list[torch.Tensor]):
     if implementation == "qwt2":
         return lambda: compensate(qmodel, batches, method, **OPTIONS[method])
-    sys.path.insert(0, "tests")
-    from oracles import Stored
-
     return getattr(Stored(qmodel, batches), method)
 
 

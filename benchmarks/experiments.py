@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import tiny_chain
+from benchmarks.browser import CHROMIUM, MISSING, chromium
+from benchmarks.synthetic import write_cells
 from benchmarks.table import machine_file, versions_text
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.evaluation import machine
@@ -30,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ("model=vit_micro,swin_micro", "precision=w3a3,w4a4", "compensation=qwt,cwac", "seed=0,1,2")
 CELLS = 24
 PUBLISHED, SHOWN = 100, 1000
+WINDOW = {"width": 1600, "height": 1400}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,29 +74,21 @@ def publishing(folder: Path) -> dict:
 
 
 def page(folder: Path) -> dict | None:
-    from browser import CHROMIUM, Browser
-
     if CHROMIUM is None:
-        print("no chromium on this machine (Debian package chromium): the page is not measured")
+        print(f"the page is not measured: {MISSING}")
         return None
     made_up_runs(folder, SHOWN)
-    browser = Browser(folder / "profile")
-    try:
-        with served(folder) as address:
-            browser.open(address)
-            browser.wait("document.querySelectorAll('.ag-center-cols-container .ag-row').length")
-            for plot in ("bits", "latency"):
-                browser.wait(f"document.querySelectorAll('#{plot} .points path').length")
-            seconds = browser.run("performance.now()") / 1e3
-    finally:
-        browser.close()
+    with chromium() as browser, served(folder) as address, browser.new_page(viewport=WINDOW) as shown:
+        shown.goto(address)
+        shown.wait_for_function("document.querySelectorAll('.ag-center-cols-container .ag-row').length")
+        for plot in ("bits", "latency"):
+            shown.wait_for_function(f"document.querySelectorAll('#{plot} .points path').length")
+        seconds = shown.evaluate("performance.now()") / 1e3
     return {"what": f"page of {SHOWN} runs", "variant": "", "seconds": seconds, "ratio": ""}
 
 
 def made_up_runs(folder: Path, count: int) -> None:
-    """A project of finished cells, with the figures of the tests' made-up results."""
-    from synthetic import write_cells
-
+    """A project of finished cells, with made-up figures."""
     folder.mkdir()
     shutil.copytree(ROOT / "conf", folder / "conf")
     before = Path.cwd()
@@ -141,5 +136,4 @@ def write(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "tests")
     guarded(main)

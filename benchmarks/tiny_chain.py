@@ -22,6 +22,8 @@ SOURCES = (
     ".gitignore",
 )
 
+NARROW = {"resnet_micro": {"channels": [8, 8, 16, 16]}, "vit_micro": {"embed_dim": 24, "depth": 2}}
+
 
 def make(folder: Path, models: tuple[str, ...] = ("resnet_micro",)) -> Path:
     """A Git repository with the project's sources and a small grid; returns `folder`."""
@@ -35,8 +37,7 @@ def make(folder: Path, models: tuple[str, ...] = ("resnet_micro",)) -> Path:
     edit(folder / "conf/config.yaml", _shrink)
     for model in models:
         edit(folder / f"conf/model/{model}.yaml", lambda c: c["train"].update(steps=3, batch_size=16))
-    if "resnet_micro" in models:
-        edit(folder / "conf/model/resnet_micro.yaml", lambda c: c["kwargs"].update(channels=[8, 8, 16, 16]))
+        edit(folder / f"conf/model/{model}.yaml", lambda c, narrow=NARROW[model]: c["kwargs"].update(narrow))
     run(folder, sys.executable, "-m", "pipeline.params", f"model={models[0]}", "precision=w3a3", "seed=1")
     run(folder, "git", "init", "--quiet")
     return folder

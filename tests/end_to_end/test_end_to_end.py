@@ -1,0 +1,137 @@
+"""The whole chain at a tiny size, through `dvc repro` in a temporary clone."""
+
+import hashlib
+import json
+import sys
+from importlib.util import source_from_cache
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tiny_chain
+from benchmarks.tiny_chain import edit, run
+from pipeline import imports, resolve
+from qwt2.report.results import read_rows
+
+pytestmark = pytest.mark.e2e
+
+MODELS = ("vit_micro", "resnet_micro")
+# Python imports it first: it notes every file that the process, or a fork of it, opens.
+TRACER = """
+import os, sys
+file = os.open(os.environ["OPENED"], os.O_WRONLY | os.O_APPEND)
+
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        os.write(file, os.path.abspath(arguments[0]).encode() + b"\\n")
+
+sys.addaudithook(note)
+"""
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    return tiny_chain.make(tmp_path_factory.mktemp("clone"), MODELS)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of the arrays in `folder`; its JSON holds durations."""
+    files = [path for path in folder.iterdir() if path.suffix != ".json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def stages_run(output: str) -> set[str]:
+    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
+
+
+@pytest.mark.timeout(840)
+def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
+    first = run(clone, sys.executable, "-m", "pipeline.warm", "dvc", "repro")
+    cells = {f"{m}-w3a3" for m in MODELS}
+    assert {f"{s}@{c}" for s in ("ptq", "compensate", "fold", "evaluate") for c in cells} < stages_run(first.stdout)
+    check_summary(clone)
+    check_page(clone)
+
+    assert stages_run(run(clone, "dvc", "repro").stdout) == set()
+
+    # A comment re-runs `resolve` alone; a key that only `evaluate` and `report` read re-runs those.
+    with (clone / "conf/config.yaml").open("a") as file:
+        file.write("# nothing new\n")
+    assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve"}
+    edit(clone / "conf/grid.yaml", lambda c: c["grid"].update(model=["vit_micro"]))
+    assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve", "report"}
+    assert {row.model for row in read_rows(clone / "results/summary.csv")} == {"vit_micro"}
+
+    # So does code: a stage whose hash of code it leaves alone does not run.
+    with (clone / "qwt2/report/templates/page.css").open("a") as file:
+        file.write("/* nothing new */\n")
+    assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve", "report"}
+    with (clone / "qwt2/folding/fold.py").open("a") as file:
+        file.write("# nothing new\n")
+    assert stages_run(run(clone, "dvc", "repro", "compensate@vit_micro-w3a3").stdout) == {"resolve"}
+    assert json.loads(run(clone, "dvc", "status", "--json").stdout) == {
+        stage: [{"changed deps": {"out/resolved/code.yaml": {f"code.{stage.partition('@')[0]}": "modified"}}}]
+        for stage in ("fold@vit_micro-w3a3", "trial")
+    }
+
+    # A stage in a process of its own writes the same results as one that started warm.
+    for stage in ("ptq", "compensate", "fold"):
+        folder = clone / "out" / stage / "vit_micro-w3a3"
+        warm = hashes(folder)
+        check_sources(clone, stage, "vit_micro-w3a3")
+        assert warm == hashes(folder) and warm
+    for stage, cell in (("data", ""), ("baseline", "vit_micro"), ("evaluate", "vit_micro-w3a3"), ("report", "")):
+        check_sources(clone, stage, cell)
+
+
+def check_sources(clone: Path, stage: str, cell: str) -> None:
+    """Run a stage, and see that the hash of its code covers every file of the project that it opens."""
+    tracer, opened = clone / "tracer", clone / "tracer/opened"
+    tracer.mkdir(exist_ok=True)
+    (tracer / "sitecustomize.py").write_text(TRACER)
+    opened.write_text("")
+    environment = tiny_chain.environment(clone)
+    environment |= {"PYTHONPATH": f"{tracer}:{clone}", "OPENED": str(opened)}
+    run(clone, sys.executable, "-m", f"pipeline.{stage}", *[cell] * bool(cell), env=environment)
+    found = {Path(source_from_cache(name) if name.endswith(".pyc") else name) for name in opened.read_text().splitlines()}
+    files = {path.relative_to(clone).as_posix() for path in found if path.is_relative_to(clone)}
+    code = {name for name in files if name.startswith(("pipeline/", "qwt2/"))}
+    assert f"pipeline/{stage}.py" in code
+    assert code <= {*imports.sources(resolve.CODE[stage]), *imports.WIRING}
+
+
+def check_summary(clone: Path) -> None:
+    rows = read_rows(clone / "results/summary.csv")
+    found = {(r.model, r.method, r.engine, r.metric) for r in rows}
+    for model, ptq in (("vit_micro", "repq"), ("resnet_micro", "percentile")):
+        assert (model, "fp32", "torch", "top1") in found
+        for method in (ptq, f"{ptq}+qwt", f"{ptq}+cwac"):
+            for engine in ("onnxruntime", "openvino"):
+                for metric in ("top1", "agreement", "engine_top1_delta", "engine_mismatch_steps", "latency_ratio_to_ptq"):
+                    assert (model, method, engine, metric) in found
+        assert (model, f"{ptq}_published+cwac", "torch", "top1") in found
+    figures = {(r.model, r.method, r.engine, r.metric): r.value for r in rows}
+    for model, ptq in (("vit_micro", "repq"), ("resnet_micro", "percentile")):
+        assert figures[model, f"{ptq}+cwac", "torch", "extra_params"] == 0
+        assert figures[model, f"{ptq}+qwt", "torch", "extra_params"] > 0
+        sizes = [figures[model, method, "openvino", "file_bytes"] for method in (ptq, f"{ptq}+cwac")]
+        assert sizes[0] == sizes[1]
+
+
+def check_page(clone: Path) -> None:
+    page = (clone / "results/report.html").read_text()
+    assert "vit_micro" in page and "resnet_micro" in page
+
+
+@pytest.mark.timeout(300)
+def test_mistakes_end_with_one_sentence_and_exit_code_2(clone):
+    edit(clone / "conf/precision/w3a3.yaml", lambda c: c.update(weight_bits=9))
+    failed = run(clone, sys.executable, "-m", "pipeline.resolve", check=False)
+    edit(clone / "conf/precision/w3a3.yaml", lambda c: c.update(weight_bits=3))
+    assert failed.returncode == 2
+    assert failed.stderr.strip() == "error: precision: weight_bits is 9; use a whole number from 2 to 8"
+
+    edit(clone / "conf/grid.yaml", lambda c: c["grid"].update(precision=["w3a9"]))
+    failed = run(clone, sys.executable, "-m", "pipeline.resolve", check=False)
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert "'precision/w3a9'" in failed.stderr and "w8a8" in failed.stderr

@@ -1,0 +1,162 @@
+"""Which modules are quantized, with how many bits, and what each costs at the network's output."""
+
+import json
+import math
+
+import pytest
+from tests.support import tiny_models as tiny
+import torch
+from torch import nn
+
+import qwt2
+from qwt2.errors import Qwt2Error
+from qwt2.quantization.layers import QuantizedModule
+from qwt2.quantization.request import matches
+
+W4A4 = qwt2.Precision(4, 4)
+
+
+def quantize(name="vit", **options):
+    return qwt2.quantize(tiny.BUILDERS[name](), tiny.batches(), **options)
+
+
+@pytest.mark.parametrize(
+    "name, pattern, expected",
+    [
+        ("blocks.0.mlp.fc1", "blocks.0", True),
+        ("blocks.0.mlp.fc1", "blocks.*.mlp", True),
+        ("blocks.0.mlp.fc1", "*.fc1", True),
+        ("blocks.0.mlp.fc1", "fc1", False),
+        ("blocks.10.mlp.fc1", "blocks.1", False),
+        ("head", "head", True),
+    ],
+)
+def test_a_name_stands_for_all_that_the_module_holds(name, pattern, expected):
+    assert matches(name, pattern) == expected
+
+
+def test_what_is_excluded_stays_float_and_is_listed_with_its_share():
+    qmodel = quantize(exclude=["blocks.0.mlp", "*.matmul1"])
+    info = qmodel.quantization
+    assert set(info.float_modules) == {
+        "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.0.attn.matmul1", "blocks.1.attn.matmul1"
+    }  # fmt: skip
+    assert set(info.float_modules.values()) == {"was excluded"}
+    assert info.float_macs["blocks.0.mlp.fc1"] == 17 * 16 * 64  # tokens, width, hidden
+    assert type(qmodel.get_submodule("blocks.0.mlp.fc1")) is nn.Linear
+    assert "blocks.0.mlp.fc1" not in info.layers and "blocks.1.mlp.fc1" in info.layers
+
+
+def test_modules_have_bits_of_their_own_and_the_last_entry_wins():
+    qmodel = quantize(bits={"blocks": qwt2.Precision(4, 6), "*.qkv": qwt2.Precision(3, 5), "head": qwt2.Precision(2, 7)})
+    found = {
+        name: (layer.weight_quantizer.grid.bits, layer.input_quantizer.grid.bits)
+        for name, layer in ((name, qmodel.get_submodule(name)) for name in qmodel.quantization.layers)
+    }
+    assert found["patch_embed.proj"] == (8, 8) and found["head"] == (2, 7)
+    assert found["blocks.0.attn.qkv"] == (3, 5) and found["blocks.1.mlp.fc2"] == (4, 6)
+    assert qmodel.get_submodule("blocks.0.attn.matmul1").a_quantizer.grid.bits == 6
+
+
+def test_it_is_stored_with_the_model(tmp_path):
+    qmodel = quantize(exclude=["blocks.1"], bits={"*.fc1": W4A4})
+    qwt2.save_quantized(qmodel, tmp_path / "a.safetensors")
+    loaded = qwt2.load_quantized(tiny.BUILDERS["vit"](), tmp_path / "a.safetensors")
+    assert loaded.quantization == qmodel.quantization
+    with torch.no_grad():
+        assert torch.equal(loaded(tiny.images()), qmodel(tiny.images()))
+    json.dumps(qmodel.quantization.to_dict())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"exclude": ["blcks.0"]}, "exclude: 'blcks.0' matches no module that can be quantized; near names are: blocks.0"),
+        ({"bits": {"blocks.7.*": W4A4}}, "bits: 'blocks.7.\\*' matches no module"),
+        ({"exclude": ["*"]}, "every layer of VisionTransformer is excluded"),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused_with_near_names(options, message):
+    with pytest.raises(Qwt2Error, match=message):
+        quantize(**options)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_costs_are_what_each_module_alone_costs(name):
+    """Against the network with one quantized module at a time: first order is close where the error is small."""
+    model, batches = tiny.BUILDERS[name](), tiny.batches()
+    precision = qwt2.Precision(6, 6)
+    costs = qwt2.sensitivity(model, batches, precision=precision)
+    qmodel = qwt2.quantize(model, batches, precision=precision)
+    images = torch.cat(batches)[:16]
+    modules = {name: qmodel.get_submodule(name) for name in qmodel.calls(QuantizedModule)}
+    assert {cost.module for cost in costs} == set(qmodel.quantization.modules)
+    with qwt2.full_precision(qmodel), torch.no_grad():
+        exact = qmodel(images).double()
+        spread = (exact - exact.mean(0)).square().sum()
+        for cost in costs:
+            modules[cost.module].quantized = True
+            error = float((qmodel(images).double() - exact).square().sum() / spread)
+            modules[cost.module].quantized = False
+            assert abs(cost.sqnr_db + 10 * math.log10(error)) < 4  # three random directions on 16 images
+    assert [cost.error for cost in costs] == sorted((cost.error for cost in costs), reverse=True)
+
+
+def test_costs_take_at_most_ten_forward_passes():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, batches = tiny.BUILDERS["vit"](), tiny.batches()
+    qmodel = qwt2.quantize(model, batches)
+    from qwt2.quantization.sensitivity import _output_errors, _pieces
+
+    pieces = _pieces(batches, 16)
+    with FlopCounterMode(display=False) as one, torch.no_grad(), qwt2.full_precision(qmodel):
+        for piece in pieces:
+            qmodel(piece)
+    with FlopCounterMode(display=False) as whole:
+        _output_errors(qmodel, pieces)
+    assert whole.get_total_flops() <= 10 * one.get_total_flops()
+
+
+def test_a_budget_is_kept_and_spent_on_what_costs_most():
+    model, batches = tiny.BUILDERS["vit"](), tiny.batches()
+    low = qwt2.allocate(model, batches, precision=W4A4, weight_bytes=10**9)
+    count = low.weight_bytes // 1  # all modules at 8 bits: a byte per weight
+    some = qwt2.allocate(model, batches, precision=W4A4, weight_bytes=int(0.75 * count))
+    assert some.weight_bytes <= 0.75 * count and 0 < len(some.moves) < len(some.bits)
+    qmodel = qwt2.quantize(model, batches, **some.settings)
+    bits = {n: qmodel.get_submodule(n).weight_quantizer.grid.bits for n in qmodel.quantization.layers}
+    stored = sum(qmodel.get_submodule(n).weight.numel() * b for n, b in bits.items()) / 8
+    assert stored == some.weight_bytes
+    with pytest.raises(Qwt2Error, match="weight_bytes=10 is less than"):
+        qwt2.allocate(model, batches, weight_bytes=10)
+
+
+def test_a_target_is_reached_with_the_fewest_moves():
+    model, batches = tiny.BUILDERS["resnet"](), tiny.batches()
+    found = qwt2.allocate(model, batches, "percentile", W4A4, sqnr_db=15.0)
+    images = torch.cat(batches)
+    with torch.no_grad():
+        exact = model(images).double()
+        error = qwt2.quantize(model, batches, "percentile", **found.settings)(images).double() - exact
+    reached = 10 * math.log10(float((exact - exact.mean(0)).square().sum() / error.square().sum()))
+    assert reached >= 15 and reached == pytest.approx(found.sqnr_db, abs=1e-6)
+    assert 0 < len(found.moves) < len(found.bits)
+    with pytest.raises(Qwt2Error, match="sqnr_db reaches .* with all but one module in float, not 300"):
+        qwt2.allocate(model, batches, "percentile", sqnr_db=300.0)
+    with pytest.raises(Qwt2Error, match="2 goals are given"):
+        qwt2.allocate(model, batches, sqnr_db=10.0, agreement=90.0)
+
+
+def test_a_folded_module_that_differs_is_refused(monkeypatch):
+    from qwt2.folding import fold as folding
+
+    def wrong(layer):
+        integer = right(layer)
+        integer.weight_scale *= 1.1
+        return integer
+
+    right = folding.fold_layer
+    monkeypatch.setattr(folding, "fold_layer", wrong)
+    with pytest.raises(Qwt2Error, match="patch_embed.proj: its folded form differs by .* output steps"):
+        qwt2.fold(quantize())

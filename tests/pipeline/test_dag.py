@@ -1,0 +1,157 @@
+"""dvc.yaml against the code: a change of a source file re-runs the stages that run it, and no others."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import imports, resolve
+from pipeline.cells import CHAIN
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+RUN = {"data", "baseline", *CHAIN}
+# Imports, each in a fork that has only third-party modules so far, the files of each stage; prints what was then loaded.
+IMPORT = """
+import importlib, json, os, sys
+import torch, timm, hydra, onnx
+for stage, modules in json.load(sys.stdin).items():
+    if os.fork() == 0:
+        for module in modules:
+            importlib.import_module(module)
+        loaded = [name for name in sys.modules if name.split(".")[0] in ("pipeline", "qwt2")]
+        print(json.dumps([stage, [os.path.relpath(sys.modules[name].__file__) for name in loaded]]), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("code")
+    for package in ("pipeline", "qwt2"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture
+def sources(code, monkeypatch) -> Path:
+    """A copy of the code, whose hashes are taken; a test leaves it as it was."""
+    monkeypatch.setattr(imports, "ROOT", code)
+    return code
+
+
+def hashes() -> dict[str, str]:
+    return yaml.safe_load(resolve.code()[resolve.config_path("code")])["code"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_watches_its_configuration_and_the_hash_of_its_code(stage):
+    declared = STAGES[stage]
+    assert declared["cmd"].split()[:3] == ["python", "-m", f"pipeline.{stage}"]
+    if stage == "resolve":
+        assert declared["deps"] == ["conf", "pipeline", "qwt2"] and "params" not in declared
+        return
+    assert all(dep.startswith("out/") for dep in declared.get("deps", []))
+    watched = {file: keys for param in declared["params"] for file, keys in param.items()}
+    assert watched.pop("out/resolved/code.yaml") == [f"code.{stage}"]
+    (configuration,) = watched
+    assert configuration == "params.yaml" if stage == "trial" else configuration.startswith(f"out/resolved/{stage}")
+
+
+def test_every_stage_has_a_hash_of_the_modules_that_it_runs():
+    assert hashes().keys() == resolve.CODE.keys() == STAGES.keys() - {"resolve"}
+    assert set(resolve.CODE["trial"]) == {"trial", *RUN}
+    assert all(modules == (stage,) for stage, modules in resolve.CODE.items() if stage != "trial")
+
+
+def test_what_the_files_of_a_stage_import_is_among_them():
+    files = {stage: {*imports.sources(modules), *imports.WIRING} for stage, modules in resolve.CODE.items()}
+    names = {stage: sorted(module(file) for file in found if file.endswith(".py")) for stage, found in files.items()}
+    done = subprocess.run([sys.executable, "-c", IMPORT], input=json.dumps(names), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = dict(map(json.loads, done.stdout.splitlines()))
+    assert loaded.keys() == files.keys()
+    assert {stage: set(found) - files[stage] for stage, found in loaded.items()} == {stage: set() for stage in files}
+
+
+def module(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
+    """In `imports` (lazy names, registries), in `resolve.CODE` (cells), or as third-party modules (engines, warm)."""
+    calls = ("import_module(", "__import__(", "run_module(", "run_path(")
+    files = [path for path in imports.closure(ROOT / "pipeline" / f"{stage}.py" for stage in STAGES) if path.suffix == ".py"]
+    found = {path.relative_to(ROOT).as_posix() for path in files if any(call in path.read_text() for call in calls)}
+    third_party = {"qwt2/engines/__init__.py", "pipeline/warm.py"}
+    assert found == {"qwt2/__init__.py", "qwt2/registry.py", "pipeline/cells.py"} | third_party
+
+
+@pytest.mark.parametrize(
+    "file, stages",
+    [
+        ("qwt2/folding/fold.py", {"fold", "trial"}),
+        ("qwt2/evaluation/costs.py", {"fold", "trial"}),
+        ("qwt2/evaluation/latency.py", {"evaluate", "trial"}),
+        ("qwt2/classification/training.py", RUN - {"data"} | {"trial"}),
+        ("qwt2/data/digits.py", RUN | {"trial"}),
+        ("qwt2/quantization/methods/repq.py", RUN - {"data", "baseline", "evaluate"} | {"trial"}),
+        ("qwt2/engines/openvino.py", {"fold", "evaluate", "trial"}),
+        ("qwt2/compensation/methods/cwac.py", {"compensate", "trial"}),
+        ("qwt2/report/results.py", {"compensate", "evaluate", "report", "trial"}),
+        ("qwt2/report/templates/page.css", {"report"}),
+        ("pipeline/ptq.py", {"ptq", "trial"}),
+        ("pipeline/schema.py", {"trial"}),
+        ("pipeline/dashboard.py", set()),
+        ("qwt2/__main__.py", set()),
+        ("qwt2/errors.py", set()),
+    ],
+)
+def test_a_change_of_code_changes_the_hashes_of_the_stages_that_run_it(file, stages, sources):
+    before, content = hashes(), (sources / file).read_bytes()
+    (sources / file).write_bytes(content + b"\r\n")
+    after = hashes()
+    (sources / file).write_bytes(content)
+    assert {stage for stage in before if before[stage] != after[stage]} == stages
+    assert hashes() == before
+
+
+def test_a_new_method_is_a_change_of_code(sources):
+    before, file = hashes(), sources / "qwt2/compensation/methods/another.py"
+    file.write_text("from qwt2.evaluation.latency import measure\n")
+    after, listed = hashes(), yaml.safe_load(resolve.code()[resolve.config_path("sources")])
+    file.unlink()
+    assert {stage for stage in before if before[stage] != after[stage]} == {"compensate", "trial"}
+    assert listed["qwt2/evaluation/latency.py"]["stages"] == ["compensate", "evaluate", "trial"]
+
+
+def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):
+    monkeypatch.setattr(imports, "ROOT", tmp_path)
+    files = {
+        "pipeline/stage_one.py": "import os, torch, qwt2.one\ndef f():\n    from qwt2.two import g\n",
+        "qwt2/__init__.py": "",
+        "qwt2/one.py": "if TYPE_CHECKING:\n    from qwt2.unused import T\nfrom qwt2 import fold\n",
+        "qwt2/folding/__init__.py": "",
+        "qwt2/folding/fold.py": "from qwt2.deep.er import leaf\n",
+        "qwt2/deep/__init__.py": "",
+        "qwt2/deep/er/__init__.py": "",
+        "qwt2/deep/er/leaf.py": "from . import twig\nfrom ..side import a\n",
+        "qwt2/deep/er/twig.py": "import qwt2.one\n",
+        "qwt2/deep/er/table.csv": "1",
+        "qwt2/deep/er/unused.py": "",
+        "qwt2/deep/side.py": "",
+        "qwt2/two/__init__.py": "from qwt2.registry import Registry\n",
+        "qwt2/two/method.py": "",
+        "qwt2/registry.py": "class Registry: ...\n",
+        "qwt2/unused.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = imports.sources(["stage_one"])
+    assert found.keys() == {name for name in files if "unused" not in name} - imports.WIRING
