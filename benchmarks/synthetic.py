@@ -31,6 +31,7 @@ OPERATIONS = {
     "float_modules": {"pool": "GRU stays in float"},
 }
 
+
 def _module(name: str, kind: str, **fit) -> dict:
     engines = {"onnxruntime": {"steps": 0.0, "fraction": 0.0}, "openvino": {"steps": 1.0, "fraction": 1e-5}}
     return {"module": name, "kind": kind, **fit, "mismatch": engines}
@@ -65,7 +66,10 @@ MODEL_REPORT = {
 CONFIG = {
     "grid": {"model": list(MODELS), "precision": list(PRECISIONS)},
     "datasets": {"digits": {"name": "digits", "val_images": 2000}},
-    "models": {model: {"task": "classification", "dataset": "digits", "calibration_images": 256, "latency_repeats": 200} for model in MODELS},
+    "models": {
+        model: {"task": "classification", "dataset": "digits", "calibration_images": 256, "latency_repeats": 200}
+        for model in MODELS
+    },
     "evaluate": {"latency": {"batch_size": 1, "threads": 1}},
 }
 
@@ -153,7 +157,14 @@ def layers_csv(model: str, precision: str) -> str:
                 product = "matmul" in module
                 kind = "block" if compensation == "qwt" else "product" if product else "layer"
                 method = MODELS[model] + (f"+{compensation}" if compensation else "")
-                record = {"model": model, "precision": precision, "method": method, "seed": seed, "module": module, "kind": kind}
+                record = {
+                    "model": model,
+                    "precision": precision,
+                    "method": method,
+                    "seed": seed,
+                    "module": module,
+                    "kind": kind,
+                }
                 if compensation and not product:
                     record |= _fit(rng, 22 - LOSS[precision] - 0.4 * number, number, compensation)
                 if seed == 0 and kind != "block":
@@ -225,7 +236,9 @@ def write_cells(count: int, tables: int = 3) -> None:
         config, folder = copy.deepcopy(config) | {"seeds": [number]}, Path(f"out/cells/{number:016x}")
         method = f"{MODELS[model]}+{name}"
         rows = [r for r in cell_rows(model, precision) if r.method in (method, MODELS[model])]
-        rows = [row._replace(value=min(99.9, row.value + number / 1e3)) if row.metric == "top1" else row for row in rows]
+        rows = [
+            row._replace(value=min(99.9, row.value + number / 1e3)) if row.metric == "top1" else row for row in rows
+        ]
         (folder / "evaluate").mkdir(parents=True)
         (folder / "config.yaml").write_text("")
         record = {"status": "finished", "config": config, "method": method, "figures": by_method(rows), "artifacts": {},

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qwt2.capture.batch import Inputs
 from qwt2.capture.graph import GraphModel
-from qwt2.onnx.export import Exporter, structure
+from qwt2.onnx.metadata import structure
+from qwt2.onnx.templates import Exporter
 
 
 class FileExporter:

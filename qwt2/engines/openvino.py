@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from qwt2.engines import ENGINES
 from qwt2.engines.operations import Operation
 from qwt2.extras import extra
-from qwt2.onnx.file import TARGET_KEY
-from qwt2.onnx.graph import OnnxGraph
+from qwt2.onnx.graph import make, maker
+from qwt2.onnx.metadata import TARGET_KEY, properties
 
 _FUSED = ("Clip", "Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")  # computed in a convolution's kernel
 
@@ -56,38 +57,35 @@ def quantize_added_twice(model: onnx.ModelProto) -> onnx.ModelProto:
     the quantizer's rounding. A repeated one changes no value, and the rounding is kept. Models of target="openvino" are
     meant to run without it.
     """
-    if any(entry.key == TARGET_KEY and entry.value == "openvino" for entry in model.metadata_props):
+    if properties(model).get(TARGET_KEY) == "openvino":
         return model
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    graph = _Convolutions(changed)
-    nodes = []
-    for node in graph.nodes:
-        if node.op_type == "Add":
-            for position, name in enumerate(node.input):
-                if graph.is_quantized_convolution(name):
-                    parameters = graph.made[name].input[1:]
-                    codes, value = (f"{node.output[0]}/{kind}_{position}" for kind in ("codes", "again"))
-                    nodes.append(onnx.helper.make_node("QuantizeLinear", [name, *parameters], [codes]))
-                    nodes.append(onnx.helper.make_node("DequantizeLinear", [codes, *parameters], [value]))
-                    node.input[position] = value
-        nodes.append(node)
-    graph.replace_nodes(nodes)
-    return changed
+    changed = ir.from_proto(model)
+    for addition in [node for node in changed.graph if node.op_type == "Add"]:
+        for position, value in enumerate(addition.inputs):
+            if _is_quantized_convolution(value):
+                _quantize_again(addition, position)
+    return ir.to_proto(changed)
 
 
-class _Convolutions(OnnxGraph):
-    def is_convolution(self, name: str) -> bool:
-        """Whether a tensor is a convolution's output that nothing else reads, perhaps activated or clipped."""
-        node = self.made.get(name)
-        if node is None or len(self.readers[name]) > 1:
-            return False
-        return node.op_type == "Conv" or (node.op_type in _FUSED and self.is_convolution(node.input[0]))
+def _quantize_again(addition: ir.Node, position: int) -> None:
+    value, name = addition.inputs[position], addition.outputs[0].name
+    parameters = value.producer().inputs[1:]
+    quantize = make("QuantizeLinear", [value, *parameters], f"{name}/codes_{position}")
+    dequantize = make("DequantizeLinear", [quantize.outputs[0], *parameters], f"{name}/again_{position}")
+    addition.prepend([quantize, dequantize])
+    addition.replace_input_with(position, dequantize.outputs[0])
 
-    def is_quantized_convolution(self, name: str) -> bool:
-        """Whether a tensor is such an output behind a quantizer."""
-        dequantize = self.made.get(name)
-        if dequantize is None or dequantize.op_type != "DequantizeLinear":
-            return False
-        quantize = self.made.get(dequantize.input[0])
-        return quantize is not None and self.is_convolution(quantize.input[0])
+
+def _is_convolution(value: ir.Value) -> bool:
+    """Whether a tensor is a convolution's output that nothing else reads, perhaps activated or clipped."""
+    node = value.producer()
+    if node is None or len(value.uses()) > 1:
+        return False
+    return node.op_type == "Conv" or (node.op_type in _FUSED and _is_convolution(node.inputs[0]))
+
+
+def _is_quantized_convolution(value: ir.Value) -> bool:
+    """Whether a tensor is such an output behind a quantizer."""
+    dequantize = maker(value, "DequantizeLinear")
+    quantize = None if dequantize is None else dequantize.inputs[0].producer()
+    return quantize is not None and _is_convolution(quantize.inputs[0])

@@ -43,7 +43,7 @@ def quantize_dequantize(
         lowest, highest: as the zero point; codes of fewer bits are 8-bit codes that are clipped to these. ``None``: all
             256 codes are in use, and the saturation of their type is the clipping.
         low, high: float32, (). With these, it gives what an engine gives that leaves out the rounding of this pair: ``x``,
-            clipped. What the exported file has in its place, :func:`qwt2.onnx.passes.fuse_additions` decides.
+            clipped. What the exported file has in its place, :func:`qwt2.onnx.passes.quantizers.fuse_additions` decides.
     """
     if low is not None:
         return torch.clamp(x, low, high)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
-from onnx import TensorProto, numpy_helper
 from torch import nn
 from torch.utils._pytree import tree_unflatten
 
@@ -22,26 +17,19 @@ from qwt2.capture.batch import Inputs, tensors
 from qwt2.capture.check import evaluation_mode
 from qwt2.capture.graph import GraphModel
 from qwt2.errors import Qwt2Error
-from qwt2.folding.layers import IntegerLayer, QuantizeDequantize
+from qwt2.folding.layers import IntegerLayer
 from qwt2.io import quiet
-from qwt2.onnx.file import (
-    PRODUCER_KEY,
-    TARGET_KEY,
-    load_onnx,
-    save_onnx,
-    set_shared_quantizers,
-    shared_quantizers,
-    stored_values,
-)  # fmt: skip
+from qwt2.onnx.file import save_onnx
 from qwt2.onnx.int4 import pack_int4
-from qwt2.onnx.passes import clip_values, rewrite_for_engines, rewrite_for_numbers
-from qwt2.onnx.tensorrt_rules import check as check_tensorrt
+from qwt2.onnx.metadata import stamp
+from qwt2.onnx.passes import rewrite
+from qwt2.onnx.passes.names import FIRST_NAMES
+from qwt2.onnx.tensorrt_rules import violations
 from qwt2.quantization.targets import TARGETS, find_target
 
 # In files of later opsets, ONNX Runtime 1.32 gives quantizers the wrong type when it moves them past other operations.
 OPSETS = (18, 19, 20)
 WEIGHT_STORAGE = ("int8", "int4")
-STRUCTURE_KEY = "qwt2_structure"
 # The exporter reports its progress on the console and through warnings; a library must not.
 _LOGGERS = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.fx.experimental.symbolic_shapes")
 
@@ -95,18 +83,18 @@ def export_onnx(
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
             raise Qwt2Error(
-                f"{type(folded).__name__} cannot be exported: {reason}; torch.export must be able to trace its forward, "
-                "which excludes branches on the values of tensors"
+                f"{type(folded).__name__} cannot be exported: {reason}; torch.export must be able to trace its "
+                "forward, which excludes branches on the values of tensors"
             ) from error
-    model = program.model_proto
-    _strip(model)
-    _strip_later_attributes(model)
-    _use_first_names(model, folded)
-    rewrite_for_engines(model, _clipped(folded), keeps_pairs=TARGETS[target].float_biases)
-    _stamp(model, folded)
-    if TARGETS[target].float_biases:
-        _fit_tensorrt(model)
-    return save_onnx(pack_int4(model) if weight_storage == "int4" else model, path)
+    model = program.model
+    model.graph.meta[FIRST_NAMES] = _first_names(folded)
+    rewrite(model.graph, target)
+    stamp(model, folded, target)
+    if TARGETS[target].float_biases and (broken := violations(model)):
+        raise Qwt2Error(f"target {target!r}: {broken[0]}; leave that module in float, or choose another target")
+    if weight_storage == "int4":
+        pack_int4(model)
+    return save_onnx(model, path)
 
 
 def _example(inputs: Inputs) -> tuple[dict[str, Any], Any]:
@@ -129,7 +117,7 @@ def _output_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """The exporter makes millions of objects that live until its end; looking for garbage among them takes a fifth of its time."""
+    """Collect no garbage: the exporter's millions of objects live until its end; searching takes a fifth of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -140,10 +128,10 @@ def _without_collection() -> Iterator[None]:
 
 
 def check_format(target: str, weight_storage: str, opset: int) -> None:
-    """Refuse what :func:`export_onnx` has not.
+    """Refuse a target, storage or opset that :func:`export_onnx` does not have.
 
     Raises:
-        Qwt2Error: unknown target, storage or opset, or two that exclude each other.
+        Qwt2Error: one of them is unknown, or two exclude each other.
     """
     if opset not in OPSETS:
         raise Qwt2Error(f"opset {opset} is not supported; use one of: {', '.join(map(str, OPSETS))}")
@@ -151,61 +139,6 @@ def check_format(target: str, weight_storage: str, opset: int) -> None:
         raise Qwt2Error(f"unknown weight storage {weight_storage!r}; use one of: {', '.join(WEIGHT_STORAGE)}")
     if find_target(target).float_biases and weight_storage == "int4":
         raise Qwt2Error(f"target {target!r} needs weight storage 'int8': it multiplies int4 weights only in float")
-
-
-class Exporter:
-    """Exports many models; one whose structure was exported before is written into a copy of that file.
-
-    Args:
-        example_input: as in :func:`export_onnx`.
-    """
-
-    def __init__(self, example_input: Inputs):
-        self.example_input = example_input
-        self._templates: dict[str, Path] = {}
-
-    def export(self, folded: nn.Module, path: str | os.PathLike) -> Path:
-        """As :func:`export_onnx`; the files that were written before must still be there."""
-        known = self._templates.get(structure(folded))
-        if known is not None:
-            return rewrite_onnx(known, folded, path)
-        return self.learn(export_onnx(folded, path, self.example_input))
-
-    def learn(self, path: Path) -> Path:
-        """Write models of the structure in a file that was exported elsewhere into copies of it; returns ``path``."""
-        self._templates |= dict.fromkeys(_structures(load_onnx(path)), path)
-        return path
-
-
-def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.PathLike) -> Path:
-    """Write ``folded`` into a copy of an exported file of a model of the same structure.
-
-    Only stored numbers change, so the two files have the same operators in the same order; it also
-    takes a fraction of an export's time.
-
-    Raises:
-        Qwt2Error: the file was not exported by this library or from another structure.
-    """
-    model = load_onnx(template)
-    if structure(folded) not in _structures(model):
-        raise Qwt2Error(f"{template} holds a model of another structure; export this one with qwt2.export_onnx")
-    state = {name: tensor.detach().cpu().numpy() for name, tensor in folded.state_dict().items()}
-    for tensor in model.graph.initializer:
-        values = stored_values(tensor.name, state)
-        if values is not None:
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    _check_shared(model, state)
-    rewrite_for_numbers(model, _clipped(folded))
-    _stamp(model, folded)
-    return save_onnx(model, path)
-
-
-def _check_shared(model: onnx.ModelProto, state: dict[str, np.ndarray]) -> None:
-    """Refuse numbers with which quantizers that share one in the file would differ."""
-    for name, other in shared_quantizers(model).items():
-        for key in [key for key in state if key.rpartition(".")[0] == name]:
-            if not np.array_equal(state[key], state[f"{other}.{key.rpartition('.')[2]}"]):
-                raise Qwt2Error(f"{name} and {other} differ, which share a quantizer in the file; export the model with qwt2.export_onnx again")
 
 
 def _translations() -> dict:
@@ -227,93 +160,11 @@ def _translations() -> dict:
     }
 
 
-def _fit_tensorrt(model: onnx.ModelProto) -> None:
-    """Float biases, and values clipped in place of codes; refuse what else does not fit."""
-    clip_values(model)
-    _float_biases(model)
-    [structure] = [entry for entry in model.metadata_props if entry.key == STRUCTURE_KEY]
-    structure.value = f"tensorrt {structure.value}"  # another file than the model's own names and types tell
-    if violations := check_tensorrt(model):
-        raise Qwt2Error(f"target 'tensorrt': {violations[0]}; leave that module in float, or choose another target")
-
-
-def _float_biases(model: onnx.ModelProto) -> None:
-    """Turn int32 biases behind dequantizers into float constants of their names."""
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    biases = {
-        node.output[0]: node for node in model.graph.node
-        if node.op_type == "DequantizeLinear" and stored.get(node.input[0], TensorProto()).data_type == TensorProto.INT32
-    }  # fmt: skip
-    scales = {node.input[0]: node.input[1] for node in biases.values()}  # a layer may run several times
-    for name, scale_name in scales.items():
-        codes, scale = (numpy_helper.to_array(stored[n]) for n in (name, scale_name))
-        stored[name].CopyFrom(numpy_helper.from_array(codes.astype(np.float32) * scale, name))
-    sources = {output: node.input[0] for output, node in biases.items()}
-    for node in biases.values():
-        model.graph.node.remove(node)
-    for node in model.graph.node:
-        node.input[:] = [sources.get(name, name) for name in node.input]
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    shown = [value for value in model.graph.value_info if value.name not in sources and value.name not in stored]
-    del model.graph.initializer[:], model.graph.value_info[:]
-    model.graph.initializer.extend(kept)
-    model.graph.value_info.extend(shown)
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    """Drop what the exporter notes about its run: paths and stack traces of the exporting machine."""
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        del value.metadata_props[:]
-    del model.graph.metadata_props[:]
-
-
-def _strip_later_attributes(model: onnx.ModelProto) -> None:
-    """Drop what quantizers of later opsets write out although it is their default: older ones have no such attribute."""
-    for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            kept = [attribute for attribute in node.attribute if attribute.name == "axis"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
-
-
-def _use_first_names(model: onnx.ModelProto, folded: nn.Module) -> None:
-    """Name a stored tensor as `named_modules` does: the exporter may use another name of a shared module."""
+def _first_names(folded: nn.Module) -> dict[str, str]:
+    """Names of stored tensors -> their first ones, where a module has several."""
     first = {id(tensor): name for name, tensor in (*folded.named_parameters(), *folded.named_buffers())}
-    state = folded.state_dict(keep_vars=True)
-    new = {name: first[id(state[name])] for t in model.graph.initializer if (name := t.name) in state}
-    for tensor in model.graph.initializer:
-        tensor.name = new.get(tensor.name, tensor.name)
-    for node in model.graph.node:
-        node.input[:] = [new.get(name, name) for name in node.input]
-
-
-def _clipped(folded: nn.Module) -> list[str]:
-    """Names of the quantizers that do not round."""
-    return [name for name, module in folded.named_modules() if isinstance(module, QuantizeDequantize) and not module.rounds]
-
-
-def _stamp(model: onnx.ModelProto, folded: nn.Module) -> None:
-    shared = shared_quantizers(model)
-    info = getattr(folded, "quantization", None)
-    label = "float" if info is None else f"{info.method} W{info.precision.weight_bits}A{info.precision.activation_bits}"
-    target = {} if info is None else {TARGET_KEY: info.target}
-    onnx.helper.set_model_props(model, {PRODUCER_KEY: label, STRUCTURE_KEY: structure(folded)} | target)
-    set_shared_quantizers(model, shared)
-
-
-def structure(model: nn.Module) -> str:
-    """A digest of the names, shapes and types of everything a model stores."""
-    stored = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
-    return hashlib.sha256(json.dumps(stored).encode()).hexdigest()
-
-
-def _structures(model: onnx.ModelProto) -> set[str]:
-    """Of the model that a file was exported from; empty for files of others."""
-    return {entry.value for entry in model.metadata_props if entry.key == STRUCTURE_KEY}
+    names = {name: first[id(tensor)] for name, tensor in folded.state_dict(keep_vars=True).items()}
+    return {name: other for name, other in names.items() if name != other}
 
 
 def _refuse_unfolded(model: nn.Module) -> None:

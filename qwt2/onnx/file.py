@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -15,14 +13,10 @@ from onnx.reference import ReferenceEvaluator
 
 from qwt2.errors import Qwt2Error
 from qwt2.io import atomic_path
-from qwt2.onnx.int4 import widen_int4
+from qwt2.onnx.metadata import INT4_KEY, PRODUCER_KEY, properties
 
-PRODUCER_KEY = "qwt2"
-TARGET_KEY = "qwt2_target"  # what the model was quantized for
-SHARED_KEY = "qwt2_shared"  # quantizers that are not in the file -> equal ones that do their work
-# Names of nodes that qwt2.onnx.passes adds in front of a pooling.
-POOLED = "pooled/"
-_PART = re.compile(r"(.+)/(\d+)of(\d+)")
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def load_onnx(path: str | os.PathLike) -> onnx.ModelProto:
@@ -37,15 +31,29 @@ def load_onnx(path: str | os.PathLike) -> onnx.ModelProto:
         model = onnx.load(path)
     except Exception as error:  # protobuf has no common base for what it raises
         raise Qwt2Error(f"{path} is not an ONNX file; export the model with qwt2.export_onnx") from error
-    if PRODUCER_KEY not in {entry.key for entry in model.metadata_props}:
+    notes = properties(model)
+    if PRODUCER_KEY not in notes:
         raise Qwt2Error(f"{path} was not exported by qwt2; export the model with qwt2.export_onnx")
-    return widen_int4(model)
+    return _widened(model) if INT4_KEY in notes else model
 
 
-def save_onnx(model: onnx.ModelProto, path: str | os.PathLike) -> Path:
+def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnx_ir as ir  # takes half a second, which only these files need
+
+    from qwt2.onnx.int4 import widen_int4
+
+    widened = ir.from_proto(model)
+    widen_int4(widened)
+    return ir.to_proto(widened)
+
+
+def save_onnx(model: ir.Model, path: str | os.PathLike) -> Path:
     """Write ``model`` atomically; equal models give equal bytes."""
+    import onnx_ir as ir
+
+    data = ir.to_proto(model).SerializeToString(deterministic=True)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
+        temporary.write_bytes(data)
     return Path(path)
 
 
@@ -78,10 +86,11 @@ def with_constant_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Compute what depends on constants and known shapes alone, except dequantized weights."""
+    """Compute what depends only on constants and known shapes, except dequantized weights."""
     graph = model.graph
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (*graph.input, *graph.value_info)}
+    described = (*graph.input, *graph.value_info)
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in described}
     kept = []
     for node in graph.node:
         known = all(name in values for name in node.input if name) and node.op_type != "DequantizeLinear"
@@ -101,41 +110,3 @@ def _fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.node.extend(kept)
     graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in values.items() if name in used)
     return model
-
-
-def part_name(name: str, number: int, count: int) -> str:
-    """Name of a part of a stored tensor, or of anything else of its layer (:mod:`qwt2.onnx.passes.projections`)."""
-    return f"{name}/{number}of{count}"
-
-
-def part_names(name: str, names: Collection[str]) -> list[str]:
-    """``name`` if it is among ``names``, else those of its parts, in order; empty if it has none."""
-    if name in names:
-        return [name]
-    count = next((int(match[3]) for key in names if (match := _PART.fullmatch(key)) and match[1] == name), 0)
-    return [part_name(name, number, count) for number in range(count)]
-
-
-def stored_values(name: str, state: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """What a file stores under ``name`` of a model's tensors: one of them, or a part of it; else ``None``."""
-    if name in state:
-        return state[name]
-    match = _PART.fullmatch(name)
-    if match is None or match[1] not in state:
-        return None
-    return np.ascontiguousarray(np.split(state[match[1]], int(match[3]), axis=-1)[int(match[2])])
-
-
-def shared_quantizers(model: onnx.ModelProto) -> dict[str, str]:
-    """Quantizers that are not in a file -> the equal ones that do their work; see :func:`qwt2.onnx.passes.share_quantizers`."""
-    [found] = [entry.value for entry in model.metadata_props if entry.key == SHARED_KEY] or ["{}"]
-    return json.loads(found)
-
-
-def set_shared_quantizers(model: onnx.ModelProto, shared: dict[str, str]) -> None:
-    """Note them in a file."""
-    kept = [entry for entry in model.metadata_props if entry.key != SHARED_KEY]
-    del model.metadata_props[:]
-    model.metadata_props.extend(kept)
-    if shared:
-        model.metadata_props.add(key=SHARED_KEY, value=json.dumps(shared, sort_keys=True))

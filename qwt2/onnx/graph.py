@@ -1,82 +1,120 @@
-"""Who makes and who reads each tensor of an ONNX graph."""
+"""Questions that passes ask of a graph, and the changes that several of them make.
+
+A graph is onnx-ir's: every value knows the node that makes it and the nodes that read it, also after a change.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 
-import onnx
+import numpy as np
+import onnx_ir as ir
 
 _ROUNDING = ("Clip", "QuantizeLinear")
 
 
-class OnnxGraph:
-    """The wiring of a model's graph as it was when this was made.
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """What is stored of a value: an initializer, or what a Constant node holds; else ``None``."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
 
-    Attributes:
-        nodes: in execution order.
-        made: tensor -> the node that makes it.
-        readers: tensor -> the nodes that read it, one entry for each operand; empty for what nothing reads.
-        constants: tensor -> what is stored of it: initializers and the tensors of Constant nodes.
-        shapes: tensor -> its sizes, as far as the model tells them; 0 where one depends on the number of images.
-        outputs: the graph's outputs.
+
+def sizes(value: ir.Value) -> list[int]:
+    """A value's sizes, 0 where one depends on the number of images; empty where they are not known."""
+    return [size if isinstance(size, int) else 0 for size in value.shape or ()]
+
+
+def readers(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value, one entry per operand."""
+    return [usage.node for usage in value.uses()]
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that reads a value, if no other does and the value is no output of the graph."""
+    nodes = readers(value)
+    return nodes[0] if len(nodes) == 1 and not value.is_graph_output() else None
+
+
+def maker(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """The node that makes a value, if it is of this kind."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == kind else None
+
+
+def quantizer_from(node: ir.Node) -> list[ir.Node]:
+    """The QuantizeLinear, Clip (if any) and DequantizeLinear that start with ``node``, perhaps behind another Clip.
+
+    Empty if something else starts with it.
     """
+    chain = [node]
+    while chain[-1].op_type in _ROUNDING and len(nodes := readers(chain[-1].outputs[0])) == 1:
+        chain += nodes
+    kinds = [n.op_type for n in chain]
+    return chain if kinds[-1] == "DequantizeLinear" and "QuantizeLinear" in kinds else []
 
-    def __init__(self, model: onnx.ModelProto):
-        self._graph = model.graph
-        self.nodes = list(model.graph.node)
-        self.made = {name: node for node in self.nodes for name in node.output}
-        self.readers: defaultdict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in self.nodes:
-            for name in node.input:
-                self.readers[name].append(node)
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        for node in self.nodes:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self.constants[node.output[0]] = node.attribute[0].t
-        self.outputs = {value.name for value in model.graph.output}
-        self.shapes = {
-            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.value_info
-        }
 
-    def only_reader(self, tensor: str) -> onnx.NodeProto | None:
-        """The node that reads a tensor, if no other does and the tensor is no output."""
-        readers = self.readers[tensor]
-        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
+def quantizer_before(dequantize: ir.Node) -> list[ir.Node]:
+    """The QuantizeLinear, and the Clips (if any) around it, that make what only this dequantizer reads; else empty."""
+    chain: list[ir.Node] = []
+    value = dequantize.inputs[0]
+    while (node := value.producer()) is not None and node.op_type in _ROUNDING and only_reader(value):
+        chain.insert(0, node)
+        value = node.inputs[0]
+    return chain if any(node.op_type == "QuantizeLinear" for node in chain) else []
 
-    def quantizer_from(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """The QuantizeLinear, Clip (if any) and DequantizeLinear, perhaps behind another Clip, that start with ``node``, or nothing."""
-        chain = [node]
-        while chain[-1].op_type in _ROUNDING and len(self.readers[chain[-1].output[0]]) == 1:
-            chain += self.readers[chain[-1].output[0]]
-        kinds = [n.op_type for n in chain]
-        return chain if kinds[-1] == "DequantizeLinear" and "QuantizeLinear" in kinds else []
 
-    def quantizer_before(self, dequantize: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """The QuantizeLinear and the Clips (if any) around it that make what one dequantizer alone reads, or nothing."""
-        chain: list[onnx.NodeProto] = []
-        tensor = dequantize.input[0]
-        while (node := self.made.get(tensor)) is not None and node.op_type in _ROUNDING and self.only_reader(tensor):
-            chain.insert(0, node)
-            tensor = node.input[0]
-        return chain if any(node.op_type == "QuantizeLinear" for node in chain) else []
+def grid(quantizer: Sequence[ir.Node]) -> tuple[tuple[bytes, ...], ...]:
+    """The numbers that a quantizer's nodes compute with; equal for quantizers that give equal values."""
 
-    def replace_nodes(self, nodes: Sequence[onnx.NodeProto], forget: Collection[str] = ()) -> None:
-        """Give the model's graph these nodes, its own among them, in this order, and drop what it stores for others.
+    def numbers(node: ir.Node) -> tuple[bytes, ...]:
+        return tuple(constant(value).tobytes() for value in node.inputs[1:] if value is not None)
 
-        Constants that no other node reads are left out.
+    return tuple(map(numbers, quantizer))
 
-        Args:
-            forget: tensors whose shape or type is another now.
-        """
-        read = {name for node in nodes for name in node.input} | self.outputs
-        kept = [node for node in nodes if node.op_type != "Constant" or node.output[0] in read]
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
-        used = {name for node in copies for name in (*node.input, *node.output)} | self.outputs
-        stored = [tensor for tensor in self._graph.initializer if tensor.name in used]
-        unchanged = used - set(forget)
-        known = [value for value in self._graph.value_info if value.name in unchanged]
-        del self._graph.node[:], self._graph.initializer[:], self._graph.value_info[:]
-        self._graph.node.extend(copies)
-        self._graph.initializer.extend(stored)
-        self._graph.value_info.extend(known)
+
+def make(kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes) -> ir.Node:
+    """A node with one output; both bear the name."""
+    return ir.node(kind, inputs, attributes, name=name, outputs=[ir.val(name)])
+
+
+def make_constant(name: str, array: np.ndarray) -> ir.Node:
+    """A Constant node."""
+    return make("Constant", [], name, value=ir.tensor(np.asarray(array)))
+
+
+def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], rename: Callable[[str], str]) -> ir.Node:
+    """A node of the same kind and attributes, in no graph yet."""
+    outputs = [ir.val(rename(value.name)) for value in node.outputs]
+    return ir.Node(node.domain, node.op_type, inputs, node.attributes, outputs=outputs, name=rename(node.name))
+
+
+def store(value: ir.Value, array: np.ndarray) -> None:
+    """Give an initializer these numbers, and their type and shape."""
+    value.const_value = ir.tensor(array, name=value.name)
+    value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Store an array under a new name."""
+    value = ir.Value(name=name)
+    store(value, np.asarray(array))
+    graph.register_initializer(value)
+    return value
+
+
+def take_over(new: ir.Value, old: ir.Value) -> None:
+    """Let ``new`` be read in place of ``old``, under its name and with its shape; ``old`` is then read by none."""
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+
+
+def bypass(node: ir.Node) -> None:
+    """Let what reads a node's output read its first input, and remove the node."""
+    node.outputs[0].replace_all_uses_with(node.inputs[0])
+    node.graph.remove(node, safe=True)
+
+
+def forget(*values: ir.Value) -> None:
+    """Drop the shapes and types that are noted of values that have others now."""
+    for value in values:
+        value.type = value.shape = None

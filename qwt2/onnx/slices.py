@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+import onnx_ir as ir
 
-from qwt2.onnx.file import POOLED, part_names, shared_quantizers
-from qwt2.onnx.graph import OnnxGraph
+from qwt2.onnx.graph import constant, copy_node, make, only_reader, readers
+from qwt2.onnx.metadata import properties, shared_quantizers
+from qwt2.onnx.names import POOLED, part_names
 
 # Between a layer and the next quantizer, engines merge these into the layer's integer kernel.
 _MERGED = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
 
 
-def slice_modules(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tuple[onnx.ModelProto, dict[str, "Slice"]]:
+def slice_modules(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, dict[str, Slice]]:
     """One model that runs every integer module by itself.
 
     Each module becomes a separate piece of the graph with its own inputs and output: from the float
@@ -27,21 +30,21 @@ def slice_modules(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tupl
     Returns:
         The model, whose inputs bear those names, and module name -> :class:`Slice`.
     """
-    graph = _Modules(model)
-    modules = sorted({name.rpartition(".")[0] for name in inputs})
-    nodes, slices = [], {}
-    for module in modules:
-        piece, output, epilogue = graph.piece(module)
-        nodes += piece
-        slices[module] = Slice(output, [graph.describe(n) for n in epilogue], graph.output_scale(module))
-    values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, a.shape) for n, a in inputs.items()]
-    used = {name for node in nodes for name in node.input}
-    sliced = helper.make_graph(
-        nodes, "modules", values,
-        [helper.make_tensor_value_info(s.output, onnx.TensorProto.FLOAT, None) for s in slices.values()],
-        [tensor for tensor in model.graph.initializer if tensor.name in used],
+    modules = _Modules(model)
+    recorded = {name: ir.val(name, ir.DataType.FLOAT, array.shape) for name, array in inputs.items()}
+    stored: dict[ir.Value, ir.Value] = {}
+    nodes, outputs, slices = [], [], {}
+    for module in sorted({name.rpartition(".")[0] for name in inputs}):
+        piece, epilogue, aliases = modules.piece(module, recorded)
+        nodes += _isolated(piece + epilogue, module, aliases, stored)
+        outputs += nodes[-1].outputs
+        outputs[-1].dtype = ir.DataType.FLOAT
+        slices[module] = Slice(outputs[-1].name, [_describe(node) for node in epilogue], modules.output_scale(module))
+    graph = ir.Graph(
+        list(recorded.values()), outputs, nodes=nodes,
+        initializers=list(stored.values()), opset_imports=modules.graph.opset_imports, name="modules",
     )  # fmt: skip
-    return helper.make_model(sliced, opset_imports=model.opset_import, ir_version=model.ir_version), slices
+    return ir.to_proto(ir.Model(graph, ir_version=model.ir_version)), slices
 
 
 class Slice:
@@ -79,97 +82,113 @@ class Slice:
         return self.scale or max(float(expected.max() - expected.min()) / 255, np.finfo(np.float32).tiny)
 
 
-class _Modules(OnnxGraph):
-    """The integer modules of a graph."""
+class _Modules:
+    """The integer modules of a model."""
 
     def __init__(self, model: onnx.ModelProto):
-        super().__init__(model)
-        self.shared = shared_quantizers(model)
+        self.graph = ir.from_proto(model).graph
+        self.stored = self.graph.initializers
+        self.shared = shared_quantizers(properties(model))
 
-    def piece(self, module: str) -> tuple[list[onnx.NodeProto], str, list[onnx.NodeProto]]:
-        """Nodes of one module's slice, its output tensor, and the part after the module itself.
+    def piece(
+        self, module: str, recorded: Mapping[str, ir.Value]
+    ) -> tuple[list[ir.Node], list[ir.Node], dict[ir.Value, ir.Value]]:
+        """Nodes of one module, the part of its slice after it, and what is read in the slice in place of other values.
 
         Of a module that runs several times in one pass, the first run is taken.
         """
-        roles = ["input"] if part_names(f"{module}.weight", self.constants) else ["a", "b"]
+        roles = ["input"] if part_names(f"{module}.weight", self.stored) else ["a", "b"]
         operations, nodes = self._layer(module) if roles == ["input"] else self._products(module)
         aliases = {}
         for operand, role in enumerate(roles):
             quantizer = self._quantizer(f"{module}.{role}")
-            aliases[quantizer[0].input[0]] = f"{module}.{role}"
-            aliases[quantizer[-1].input[0]] = quantizer[-2].output[0]  # codes may be rolled between the two
+            aliases[quantizer[0].inputs[0]] = recorded[f"{module}.{role}"]
+            aliases[quantizer[-1].inputs[0]] = quantizer[-2].outputs[0]  # codes may be rolled between the two
             nodes += quantizer
             # A reshape or transpose may lie between; the recorded inputs are as the module saw them.
-            aliases |= {operation.input[operand]: quantizer[-1].output[0] for operation in operations}
+            aliases |= {operation.inputs[operand]: quantizer[-1].outputs[0] for operation in operations}
         nodes += operations
         if len(operations) > 1:
-            nodes.append(helper.make_node("Concat", [o.output[0] for o in operations], [module], axis=1))
-        if f"{module}.output.scale" in self.constants:
+            nodes.append(make("Concat", [operation.outputs[0] for operation in operations], module, axis=1))
+        if f"{module}.output.scale" in self.stored:
             nodes += self._quantizer(f"{module}.output")
-        epilogue = self._epilogue(nodes[-1].output[0])
-        copies = _isolated(nodes + epilogue, module, aliases)
-        return copies, copies[-1].output[0], epilogue
+        return nodes, _epilogue(nodes[-1].outputs[0]), aliases
 
-    def _layer(self, module: str) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+    def _layer(self, module: str) -> tuple[list[ir.Node], list[ir.Node]]:
         """A layer's operation, or those of its parts, and what dequantizes its weight and bias."""
         operations, nodes = [], []
-        for weight_name, bias_name in zip(*(part_names(f"{module}.{kind}", self.constants) for kind in ("weight", "bias"))):
-            weight, bias = self.readers[weight_name][0], self.readers[bias_name][0]
-            operations.append(self.readers[weight.output[0]][0])
+        names = [part_names(f"{module}.{kind}", self.stored) for kind in ("weight", "bias")]
+        for weight, bias in ((readers(self.stored[name])[0] for name in pair) for pair in zip(*names)):
+            operations.append(readers(weight.outputs[0])[0])
             nodes.append(weight)
             if bias.op_type == "DequantizeLinear":  # else it is float, and the operation reads it
                 nodes.append(bias)
         return operations, nodes
 
-    def _products(self, module: str) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
-        return [self._product(self._quantizer(f"{module}.a")[-1].output[0])], []
-
-    def _product(self, tensor: str) -> onnx.NodeProto:
-        """The matrix product that reads a tensor, perhaps after a transpose."""
-        [reader] = self.readers[tensor]
-        return reader if reader.op_type == "MatMul" else self._product(reader.output[0])
+    def _products(self, module: str) -> tuple[list[ir.Node], list[ir.Node]]:
+        return [_product(self._quantizer(f"{module}.a")[-1].outputs[0])], []
 
     def output_scale(self, module: str) -> float | None:
         """Scale of a module's output quantizer, if it has one."""
-        tensor = self.constants.get(f"{module}.output.scale")
-        return None if tensor is None else float(numpy_helper.to_array(tensor))
+        scale = constant(self.stored.get(f"{module}.output.scale"))
+        return None if scale is None else float(scale)
 
-    def _quantizer(self, prefix: str) -> list[onnx.NodeProto]:
-        """The QuantizeLinear, Clip (if any) and DequantizeLinear with these scales, or equal ones, perhaps behind another Clip."""
+    def _quantizer(self, prefix: str) -> list[ir.Node]:
+        """The QuantizeLinear, Clip (if any) and DequantizeLinear with these scales, or equal ones.
+
+        The first is another Clip where the quantizer does not round.
+        """
         prefix = self.shared.get(prefix, prefix)
-        users = self.readers[f"{prefix}.scale"]
-        users = [node for node in users if not node.name.startswith(POOLED)]
-        quantize = next(n for n in users if n.op_type == "QuantizeLinear")
-        dequantize = next(n for n in users if n.op_type == "DequantizeLinear")
-        values, codes = (
-            [node for node in self.readers[f"{prefix}.{end}"] if not node.name.startswith(POOLED)][:1] for end in ("low", "lowest")
-        )
-        return [*values, quantize, *codes, dequantize]
+        users, values, codes = (self._users(f"{prefix}.{name}") for name in ("scale", "low", "lowest"))
+        quantize = next(node for node in users if node.op_type == "QuantizeLinear")
+        dequantize = next(node for node in users if node.op_type == "DequantizeLinear")
+        return [*values[:1], quantize, *codes[:1], dequantize]
 
-    def _epilogue(self, tensor: str) -> list[onnx.NodeProto]:
-        """What lies between a tensor and the end of the next quantizer, if only mergeable nodes do."""
-        nodes: list[onnx.NodeProto] = []
-        while (reader := self.only_reader(tensor)) is not None and reader.op_type in _MERGED:
-            nodes.append(reader)
-            tensor = reader.output[0]
-            if nodes[-1].op_type == "DequantizeLinear":
-                return nodes
-        return []
-
-    def describe(self, node: onnx.NodeProto) -> tuple[str, list[np.ndarray]]:
-        return node.op_type, [numpy_helper.to_array(self.constants[name]) for name in node.input[1:]]
+    def _users(self, name: str) -> list[ir.Node]:
+        """The nodes that read what is stored under a name, but for those in front of a pooling."""
+        nodes = readers(self.stored[name]) if name in self.stored else []
+        return [node for node in nodes if not node.name.startswith(POOLED)]
 
 
-def _isolated(nodes: list[onnx.NodeProto], module: str, aliases: dict[str, str]) -> list[onnx.NodeProto]:
-    """Copies whose own tensors bear the module's name, so that slices may share nodes of the graph."""
-    made = {name for node in nodes for name in node.output}
+def _product(value: ir.Value) -> ir.Node:
+    """The matrix product that reads a tensor, perhaps after a transpose."""
+    [reader] = readers(value)
+    return reader if reader.op_type == "MatMul" else _product(reader.outputs[0])
+
+
+def _epilogue(value: ir.Value) -> list[ir.Node]:
+    """What lies between a tensor and the end of the next quantizer, if only mergeable nodes do."""
+    nodes: list[ir.Node] = []
+    while (reader := only_reader(value)) is not None and reader.op_type in _MERGED:
+        nodes.append(reader)
+        value = reader.outputs[0]
+        if reader.op_type == "DequantizeLinear":
+            return nodes
+    return []
+
+
+def _describe(node: ir.Node) -> tuple[str, list[np.ndarray]]:
+    return node.op_type, [constant(value) for value in node.inputs[1:]]
+
+
+def _isolated(
+    nodes: list[ir.Node], module: str, aliases: Mapping[ir.Value, ir.Value], stored: dict[ir.Value, ir.Value]
+) -> list[ir.Node]:
+    """Copies whose own tensors bear the module's name, so that slices may share nodes of the graph.
+
+    Args:
+        stored: constants of the graph -> those of the slices, which this adds to.
+    """
+    made: dict[ir.Value, ir.Value] = {}
+
+    def own(value: ir.Value) -> ir.Value:
+        value = aliases.get(value, value)
+        if constant(value) is not None:
+            stored.setdefault(value, ir.val(value.name, const_value=ir.tensor(constant(value), name=value.name)))
+        return made.get(value) or stored.get(value) or value
+
     copies = []
-    for number, node in enumerate(nodes):
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.name = f"{module}/{number}"
-        inputs = [aliases.get(name, name) for name in node.input]
-        copy.input[:] = [f"{module}/{name}" if name in made else name for name in inputs]
-        copy.output[:] = [f"{module}/{name}" for name in node.output]
-        copies.append(copy)
+    for node in nodes:
+        copies.append(copy_node(node, list(map(own, node.inputs)), lambda name: f"{module}/{name}"))
+        made |= zip(node.outputs, copies[-1].outputs)
     return copies

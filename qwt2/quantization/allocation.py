@@ -111,11 +111,15 @@ def _price(cost: ModuleCost, precision: Precision | None, goal: str) -> float:
     return cost.multiply_accumulates * left * activation_bits
 
 
-def _allocation(costs: list[ModuleCost], precision: Precision, high: list[str], to: Precision, floats: list[str]) -> Allocation:
+def _allocation(
+    costs: list[ModuleCost], precision: Precision, high: list[str], to: Precision, floats: list[str]
+) -> Allocation:
     """With the first-named modules at ``to``, or in float; every module is named, so that first and last ones are too."""
     chosen = {c.module: None if c.module in floats else to if c.module in high else precision for c in costs}
     high = [name for name in high if name not in floats]
-    moves = [f"{name} to W{to.weight_bits}A{to.activation_bits}" for name in high] + [f"{name} to float" for name in floats]
+    moves = [f"{name} to W{to.weight_bits}A{to.activation_bits}" for name in high] + [
+        f"{name} to float" for name in floats
+    ]
     total = {goal: sum(_price(c, chosen[c.module], goal) for c in costs) for goal in ("weight_bytes", "bit_operations")}
     return Allocation(
         precision,

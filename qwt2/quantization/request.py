@@ -58,12 +58,10 @@ class Request:
         return next((p for pattern, p in reversed(self.bits.items()) if matches(name, pattern)), None)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Request":
+    def from_dict(cls, values: Mapping[str, Any]) -> Request:
         """From what ``dataclasses.asdict`` gave, perhaps by way of JSON."""
         bits = {pattern: Precision(**own) for pattern, own in values["bits"].items()}
-        lists = {
-            key: None if values[key] is None else tuple(values[key]) for key in ("blocks", "parts", "exclude")
-        }
+        lists = {key: None if values[key] is None else tuple(values[key]) for key in ("blocks", "parts", "exclude")}
         return cls(**{**values, **lists, "precision": Precision(**values["precision"]), "bits": bits})
 
 

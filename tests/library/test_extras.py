@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 
 import qwt2
 from qwt2.engines import check_engine
 from qwt2.errors import Qwt2Error
+from tests.support import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -37,6 +38,13 @@ def linear(weight_bits: int, width: int = 256, flip: bool = False) -> nn.Module:
     return qwt2.fold(qmodel)
 
 
+def in_int4(path: Path) -> ir.Model:
+    """A file's model with INT4 weights."""
+    model = ir.from_proto(load_onnx(path))
+    pack_int4(model)
+    return model
+
+
 def types(path: Path) -> set[int]:
     return {tensor.data_type for tensor in onnx.load(path).graph.initializer}
 
@@ -45,9 +53,8 @@ def types(path: Path) -> set[int]:
 @pytest.mark.parametrize("bits, method", [(4, "cwac"), (3, None)])
 def test_the_loaded_model_is_the_int8_model_byte_for_byte(name, bits, method, tmp_path):
     _, path = tiny.exported(name, bits, method)
-    model = load_onnx(path)
-    packed = pack_int4(model)
-    onnx.checker.check_model(packed, full_check=True)
+    model, packed = load_onnx(path), in_int4(path)
+    onnx.checker.check_model(ir.to_proto(packed), full_check=True)
     stored = save_onnx(packed, tmp_path / "int4.onnx")
     assert TensorProto.INT4 in types(stored)
     assert load_onnx(stored).SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
@@ -75,7 +82,7 @@ def test_the_file_as_it_is_means_the_same_to_engines_that_know_int4(engine):
     """Without qwt2: the scales in the file bear what the codes lack."""
     folded, path = tiny.exported("vit", 4, "cwac")
     images = tiny.images(2)
-    raw = with_batch_size(pack_int4(load_onnx(path)), 2)
+    raw = with_batch_size(ir.to_proto(in_int4(path)), 2)
     if engine == "openvino":
         [found] = ENGINES.get(engine)(raw, 1)({"images": images.numpy()}).values()
     else:
@@ -93,7 +100,7 @@ def test_weights_of_more_bits_stay_int8(tmp_path):
     """First and last layer keep their 8 bits."""
     _, path = tiny.exported("vit", 4, None)
     before = {t.name: t for t in load_onnx(path).graph.initializer}
-    after = {t.name: t for t in pack_int4(load_onnx(path)).graph.initializer}
+    after = {t.name: t for t in ir.to_proto(in_int4(path)).graph.initializer}
     for name in ("patch_embed.proj.weight", "head.weight"):
         assert after[name] == before[name] and after[name].data_type == TensorProto.INT8
     assert after["blocks.0.mlp.fc1.weight"].data_type == TensorProto.INT4
@@ -125,5 +132,6 @@ def test_tensorrt_takes_no_int4_weights(tmp_path):
 
 def test_int8_models_pass_through_widening():
     model = load_onnx(tiny.exported("resnet", 8, None)[1])
-    before = model.SerializeToString(deterministic=True)
-    assert widen_int4(model).SerializeToString(deterministic=True) == before
+    same = ir.from_proto(model)
+    widen_int4(same)
+    assert ir.to_proto(same) == model

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -15,15 +16,23 @@ from qwt2.engines.interpreter.graph import TorchGraph
 from qwt2.engines.onnxruntime import OnnxRuntimeSession
 from qwt2.engines.openvino import OpenVinoSession
 from qwt2.errors import Qwt2Error
-from qwt2.onnx.export import rewrite_onnx
-from qwt2.onnx.file import shared_quantizers, with_batch_size
-from qwt2.onnx.graph import OnnxGraph
-from qwt2.onnx.passes import normalize_rows, quantize_before_pooling, share_quantizers
+from qwt2.onnx.file import with_batch_size
+from qwt2.onnx.graph import maker, only_reader, readers
+from qwt2.onnx.metadata import SHARED, properties, shared_quantizers
+from qwt2.onnx.passes import PASSES
+from qwt2.onnx.passes.layout import normalize_rows
+from qwt2.onnx.passes.names import strip_notes, use_first_names
 from qwt2.onnx.passes.projections import split_projections
+from qwt2.onnx.passes.quantizers import drop_later_attributes, quantize_before_pooling, share_quantizers
+from qwt2.onnx.passes.tensorrt import make_biases_float
 from qwt2.onnx.passes.windowed_attention import limit_masks, move_codes, repeat_masks
+from qwt2.onnx.templates import rewrite_onnx
+from tests.support.onnx_graphs import after, kinds, stored, values_of
 from tests.support.tiny_models import BUILDERS, PTQ, batches, captured, images
 
 pytestmark = pytest.mark.slow
+
+NAMES_ONLY = (strip_notes, drop_later_attributes, use_first_names)
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
@@ -34,7 +43,7 @@ def exported(request, tmp_path_factory):
     qwt2.compensate(qmodel, batches(), "cwac")
     folded = qwt2.fold(qmodel)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwt2.onnx.export.rewrite_for_engines", lambda *arguments, **options: None)
+        patch.setattr("qwt2.onnx.passes.PASSES", [(p, profiles) for p, profiles in PASSES if p in NAMES_ONLY])
         plain = onnx.load(qwt2.export_onnx(folded, folder / "plain.onnx", images(1)))
     return name, plain, onnx.load(qwt2.export_onnx(folded, folder / "rewritten.onnx", images(1)))
 
@@ -45,6 +54,20 @@ def test_rewritten_graphs_compute_the_same(exported):
     [expected], [actual] = TorchGraph(plain)(feeds).values(), TorchGraph(rewritten)(feeds).values()
     assert np.array_equal(actual, expected)
     onnx.checker.check_model(rewritten, full_check=True)
+
+
+def test_every_pass_keeps_every_value(exported):
+    """One after the other, as they stand in the list, on what the exporter made."""
+    _, model, _ = exported
+    feeds = {"images": images(3, seed=6).numpy()}
+    [expected] = TorchGraph(model)(feeds).values()
+    for rewrite, _ in PASSES:
+        model = after(model, rewrite)
+        [actual] = TorchGraph(model)(feeds).values()
+        if rewrite is make_biases_float:  # adds in float32 what was added in integers, from here on
+            assert np.allclose(actual, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+            expected = actual
+        assert np.array_equal(actual, expected), rewrite.__name__
 
 
 def test_nothing_lies_between_layers_and_their_activation(exported):
@@ -79,10 +102,9 @@ def test_reshapes_do_not_follow_each_other(exported):
     name, plain, rewritten = exported
 
     def pairs(model):
-        graph = OnnxGraph(model)
-        sources = [graph.made.get(node.input[0]) for node in graph.nodes if node.op_type == "Reshape"]
-        alone = [node for node in sources if node is not None and node.op_type == "Reshape" and graph.only_reader(node.output[0])]
-        return len(alone)
+        reshapes = [value.producer() for value in values_of(model).values() if maker(value, "Reshape")]
+        sources = [maker(node.inputs[0], "Reshape") for node in reshapes]
+        return sum(source is not None and only_reader(source.outputs[0]) is not None for source in sources)
 
     assert pairs(rewritten) == 0
     assert (pairs(plain) > 0) == (name in ("vit", "swin"))
@@ -136,7 +158,7 @@ def masked(windows: int, mask: list[int], joined: list[int]) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    "windows, mask, joined, rewritten",
+    "windows, mask, joined, repeated",
     [
         (2, [2, 1, 5, 5], [-1, 3, 5, 5], True),
         (2, [2, 3, 5, 5], [-1, 3, 5, 5], False),  # a mask of its own for each head
@@ -144,13 +166,12 @@ def masked(windows: int, mask: list[int], joined: list[int]) -> onnx.ModelProto:
         (2, [2, 1, 5, 5], [-1, 15, 5, 1], False),  # not viewed back
     ],
 )
-def test_masks_are_repeated_where_nothing_but_a_view_lies_around_the_addition(windows, mask, joined, rewritten):
+def test_masks_are_repeated_where_nothing_but_a_view_lies_around_the_addition(windows, mask, joined, repeated):
     model, x = masked(windows, mask, joined), np.random.default_rng(1).normal(size=(4, 3, 5, 5)).astype(np.float32)
     [expected] = ReferenceEvaluator(model).run(None, {"x": x})
-    repeat_masks(model)
-    onnx.checker.check_model(model, full_check=True)
-    before_softmax = OnnxGraph(model).made["together"].op_type
-    assert (before_softmax == "Add") == rewritten
+    model = after(model, repeat_masks)
+    before_softmax = values_of(model)["together"].producer().op_type
+    assert (before_softmax == "Add") == repeated
     [actual] = ReferenceEvaluator(model).run(None, {"x": x})
     assert np.array_equal(actual, expected)
 
@@ -163,9 +184,8 @@ def test_masks_of_a_softmax_hide_without_denormal_numbers():
     stored.CopyFrom(numpy_helper.from_array(mask, "mask"))
     x = np.random.default_rng(1).normal(size=(4, 3, 5, 5)).astype(np.float32)
     [expected] = ReferenceEvaluator(model).run(None, {"x": x})
-    limit_masks(model)
-    repeat_masks(model)
-    assert OnnxGraph(model).made["together"].op_type == "Add"
+    model = after(model, limit_masks, repeat_masks)
+    assert values_of(model)["together"].producer().op_type == "Add"
     [actual] = ReferenceEvaluator(model).run(None, {"x": x})
     hidden = np.broadcast_to(np.tile(mask, (2, 1, 1, 1)) < -99, actual.shape)
     assert actual[hidden].min() > np.finfo(np.float32).tiny and actual[hidden].max() < 1e-20
@@ -204,22 +224,20 @@ def rolled(low_bits: bool, other: str) -> onnx.ModelProto:
 def test_what_is_rolled_is_quantized_before_if_nothing_else_reads_it(low_bits, other):
     model, x = rolled(low_bits, other), np.random.default_rng(1).normal(size=(2, 6, 4)).astype(np.float32)
     expected = ReferenceEvaluator(model).run(None, {"x": x})
-    move_codes(model)
-    onnx.checker.check_model(model, full_check=True)
-    graph = OnnxGraph(model)
-    assert (graph.made[graph.made["y"].input[0]].op_type == "Transpose") == (other == "")
+    model = after(model, move_codes)
+    dequantize = values_of(model)["y"].producer()
+    assert (dequantize.inputs[0].producer().op_type == "Transpose") == (other == "")
     for y, wanted in zip(ReferenceEvaluator(model).run(None, {"x": x}), expected):
         assert np.array_equal(y, wanted)
 
 
 def test_windows_are_cut_of_codes_and_heads_of_floats(exported):
     name, _, rewritten = exported
-    graph = OnnxGraph(onnx.shape_inference.infer_shapes(rewritten))
-    cuts = [node for node in graph.nodes if node.op_type == "Transpose" and len(node.attribute[0].ints) == 6]
-    quantized = [node for node in cuts if graph.made[graph.made[node.input[0]].input[0]].op_type == "QuantizeLinear"]
+    transposes = [node for value in values_of(rewritten).values() if (node := maker(value, "Transpose"))]
+    cuts = [node.inputs[0].producer() for node in transposes if len(node.attributes.get_ints("perm")) == 6]
+    quantized = [reshape for reshape in cuts if maker(reshape.inputs[0], "QuantizeLinear")]
     assert len(quantized) == (2 if name == "swin" else 0)  # of three blocks; the shifted one rolls its codes before
-    products = {node.output[0] for node in graph.nodes if node.op_type == "MatMul"}
-    heads = [node for node in graph.nodes if node.op_type == "Transpose" and node.input[0] in products]
+    heads = [node for node in transposes if maker(node.inputs[0], "MatMul")]
     assert (len(heads) > 0) == (name in ("vit", "swin"))
 
 
@@ -246,10 +264,8 @@ def test_layer_norms_of_maps_see_rows(shape, axis, rows):
     model = normalized(shape, axis)
     x = np.random.default_rng(1).normal(size=[s if isinstance(s, int) else 3 for s in shape]).astype(np.float32)
     expected = ReferenceEvaluator(model).run(None, {"x": x})
-    normalize_rows(model)
-    onnx.checker.check_model(model, full_check=True)
-    [norm] = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
-    assert (OnnxGraph(model).made[norm.input[0]].op_type == "Reshape") == rows
+    model = after(model, normalize_rows)
+    assert (kinds(model)[1:3] == ["Reshape", "LayerNormalization"]) == rows
     for y, wanted in zip(ReferenceEvaluator(model).run(None, {"x": x}), expected):
         assert np.array_equal(y, wanted)
 
@@ -310,8 +326,7 @@ def test_layers_are_split_where_their_output_is_taken_apart(shape, order, pieces
     model = projected(shape, order, pieces, select, extra)
     x = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
     expected = ReferenceEvaluator(model).run(None, {"x": x})
-    split_projections(model)
-    onnx.checker.check_model(model, full_check=True)
+    model = after(model, split_projections)
     assert sum(node.op_type == "Gemm" for node in model.graph.node) == (pieces if split else 1)
     for y, wanted in zip(ReferenceEvaluator(model).run(None, {"x": x}), expected):
         assert y.shape == wanted.shape and np.allclose(y, wanted, rtol=0, atol=1e-6)
@@ -335,20 +350,18 @@ def pooled(scales: list[float]) -> onnx.ModelProto:
 def test_quantizing_before_pooling_changes_no_value(scales, moved):
     model, x = pooled(scales), np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
     expected = TorchGraph(model)({"x": x})
-    quantize_before_pooling(model)
+    model = after(model, quantize_before_pooling)
     assert (model.graph.node[0].op_type == "QuantizeLinear") == moved
     for name, y in TorchGraph(model)({"x": x}).items():
         assert np.array_equal(y, expected[name])
-    nodes = len(model.graph.node)
-    quantize_before_pooling(model)
-    assert len(model.graph.node) == nodes
+    assert kinds(after(model, quantize_before_pooling)) == kinds(model)
 
 
 def test_pooling_that_the_model_returns_stays_in_float():
     model, x = pooled([0.03]), np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
     model.graph.output.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, [2, 3, 4, 4]))
     expected = TorchGraph(model)({"x": x})["p"]
-    quantize_before_pooling(model)
+    model = after(model, quantize_before_pooling)
     assert np.array_equal(TorchGraph(model)({"x": x})["p"], expected)
     assert np.array_equal(expected, x.reshape(2, 3, 4, 2, 4, 2).max((3, 5)))
 
@@ -397,11 +410,11 @@ def test_what_is_not_rounded_is_quantized_where_one_quantizer_reads_the_sum_and_
 
 def test_of_equal_quantizers_of_a_tensor_one_is_in_the_file(exported, tmp_path):
     name, _, rewritten = exported
-    graph = OnnxGraph(rewritten)
-    constants = {key: numpy_helper.to_array(tensor).tobytes() for key, tensor in graph.constants.items()}
-    quantizers = [(n.input[0], *map(constants.get, n.input[1:])) for n in graph.nodes if n.op_type == "QuantizeLinear"]
+    constants = {key: array.tobytes() for key, array in stored(rewritten).items()}
+    nodes = rewritten.graph.node
+    quantizers = [(n.input[0], *map(constants.get, n.input[1:])) for n in nodes if n.op_type == "QuantizeLinear"]
     assert len(quantizers) == len(set(quantizers))
-    shared = shared_quantizers(rewritten)
+    shared = shared_quantizers(properties(rewritten))
     # What a residual block reads, its first convolution and its shortcut, is quantized alike; in a transformer one layer reads it.
     assert (len(shared) > 0) == (name in ("resnet", "mobilenet"))
     assert not {f"{gone}.scale" for gone in shared} & constants.keys()
@@ -410,18 +423,17 @@ def test_of_equal_quantizers_of_a_tensor_one_is_in_the_file(exported, tmp_path):
 def test_sums_behind_shared_quantizers_are_added_in_integers():
     model, x = summed([0.03, 0.03]), np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
     expected = ReferenceEvaluator(model).run(None, {"x": x})
-    before = OnnxRuntimeSession(model, threads=1).operations()
-    share_quantizers(model)
-    assert all(np.array_equal(y, wanted) for y, wanted in zip(ReferenceEvaluator(model).run(None, {"x": x}), expected))
-    after = OnnxRuntimeSession(model, threads=1).operations()
-    assert ["QLinearAdd" in {operation.kind for operation in operations} for operations in (before, after)] == [False, True]
+    shared = after(model, share_quantizers)
+    assert all(np.array_equal(y, wanted) for y, wanted in zip(ReferenceEvaluator(shared).run(None, {"x": x}), expected))
+    operations = [OnnxRuntimeSession(m, threads=1).operations() for m in (model, shared)]
+    assert ["QLinearAdd" in {operation.kind for operation in found} for found in operations] == [False, True]
 
 
 def test_quantizers_that_differ_stay():
     model = summed([0.03, 0.04])
-    before = model.SerializeToString(deterministic=True)
-    share_quantizers(model)
-    assert model.SerializeToString(deterministic=True) == before and not shared_quantizers(model)
+    graph = ir.from_proto(model).graph
+    share_quantizers(graph)
+    assert [node.op_type for node in graph] == kinds(model) and not graph.meta[SHARED]
 
 
 def summed(scales: list[float]) -> onnx.ModelProto:
@@ -447,9 +459,10 @@ def test_numbers_with_which_shared_quantizers_would_differ_are_refused(tmp_path)
     folded = qwt2.fold(qmodel)
     path = qwt2.export_onnx(folded, tmp_path / "model.onnx", images(1))
     assert rewrite_onnx(path, folded, tmp_path / "again.onnx").read_bytes() == path.read_bytes()
-    shared = shared_quantizers(onnx.load(path))
-    made = OnnxGraph(onnx.load(path)).made
-    sources = [made[n.input[0]].op_type for n in onnx.load(path).graph.node if n.input[1:2] and n.input[1][:-6] in shared.values() and n.op_type == "QuantizeLinear"]
+    model = onnx.load(path)
+    shared, values = shared_quantizers(properties(model)), values_of(model)
+    quantizers = [node for kept in shared.values() for node in readers(values[f"{kept}.scale"])]
+    sources = [node.inputs[0].producer().op_type for node in quantizers if node.op_type == "QuantizeLinear"]
     assert {"MaxPool", "Relu"} <= set(sources)  # behind the pooling in front of the blocks, and behind sums
     for gone, kept in shared.items():
         other = copy.deepcopy(folded)

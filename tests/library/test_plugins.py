@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tests.support.tiny_models import batches, images, vit
 
 import qwt2
 from qwt2.compensation.methods import COMPENSATIONS
@@ -14,6 +13,7 @@ from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.precision import Precision
+from tests.support.tiny_models import batches, images, vit
 
 # Ranges of two thirds of what is seen: no method of this library has them.
 METHOD = """

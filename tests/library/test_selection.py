@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-from tests.support import tiny_models as tiny
 import torch
 from torch import nn
 
@@ -12,6 +11,7 @@ import qwt2
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.layers import QuantizedModule
 from qwt2.quantization.request import matches
+from tests.support import tiny_models as tiny
 
 W4A4 = qwt2.Precision(4, 4)
 

@@ -17,8 +17,9 @@ import qwt2
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules
-from qwt2.onnx.export import export_onnx, rewrite_onnx
+from qwt2.onnx.export import export_onnx
 from qwt2.onnx.file import load_onnx
+from qwt2.onnx.templates import rewrite_onnx
 from qwt2.onnx.tensorrt_rules import MAX_OPSET, check
 from qwt2.quantization.info import quantized_layers
 from tests.support import tiny_models as tiny

@@ -213,7 +213,7 @@ _FILES = tempfile.TemporaryDirectory(prefix="qwt2-tests-")
 
 @functools.cache
 def _exporter(name: str):
-    from qwt2.onnx.export import Exporter
+    from qwt2.onnx.templates import Exporter
 
     return Exporter(images(2))
 

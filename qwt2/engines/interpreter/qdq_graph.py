@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qwt2.engines.interpreter.graph import OPS, Codes, TorchGraph
 from qwt2.errors import Qwt2Error
-from qwt2.onnx.passes import clip_values
+from qwt2.onnx.passes.tensorrt import clip_values
 
 OPERATORS = torch.ops.quantized_decomposed
 
@@ -33,8 +34,9 @@ class QuantizedGraph(TorchGraph):
     """
 
     def __init__(self, model: onnx.ModelProto):
-        model = onnx.ModelProto.FromString(model.SerializeToString())
-        clip_values(model)
+        clipped = ir.from_proto(model)
+        clip_values(clipped.graph)
+        model = ir.to_proto(clipped)
         super().__init__(model)
         self.input_values = list(model.graph.input)
         self.inputs = [value.name for value in self.input_values]

@@ -1,46 +1,31 @@
-"""Splitting projections of exported graphs: one layer that makes query, key and value becomes one layer for each.
+"""Splitting of projections: one layer that makes query, key and value becomes one layer for each.
 
-Behind each then lies a quantizer alone, which belongs to the integer kernel: engines write codes of a byte, where they
-would write floats for all, take those apart and quantize them after. Every value stays what it was, bit for bit: a layer's
-output channels do not depend on each other.
+Behind each then lies only a quantizer, which belongs to the integer kernel: engines write codes of one byte, where
+they would write floats for all three, take those apart and quantize them after. Every value stays what it was, bit for
+bit: a layer's output channels do not depend on each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper
+import onnx_ir as ir
 
-from qwt2.onnx.file import part_name, stored_values
-from qwt2.onnx.graph import OnnxGraph
+from qwt2.onnx.graph import add_initializer, constant, copy_node, make, maker, only_reader, readers, sizes, take_over
+from qwt2.onnx.names import part_name, stored_values
 
 
-def split_projections(model: onnx.ModelProto) -> None:
-    """Split every layer whose output is reshaped, transposed and taken apart into equal pieces, in place.
+def split_projections(graph: ir.Graph) -> None:
+    """Split every layer whose output is reshaped, transposed and taken apart into equal pieces.
 
-    Stored tensors become `<name>/0of3`, `<name>/1of3`, ... (:func:`qwt2.onnx.file.part_name`).
+    Stored tensors become `<name>/0of3`, `<name>/1of3`, ... (:func:`qwt2.onnx.names.part_name`).
     """
-    graph = model.graph
-    finder = _Finder(model)
-    found = [projection for node in finder.nodes if node.op_type == "Gemm" and (projection := finder.projection(node))]
-    if not found:
-        return
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    gone = {id(node) for projection in found for node in projection.nodes}
-    # In the transpose's place: what its shape is computed from may come behind the layer.
-    replaced = {id(projection.transpose): projection.parts() for projection in found}
-    nodes = []
-    for node in finder.nodes:
-        nodes += replaced.get(id(node), [] if id(node) in gone else [node])
-    for projection in found:
-        for name in projection.constants:
-            parts = [part_name(name, number, projection.count) for number in range(projection.count)]
-            whole = {name: numpy_helper.to_array(stored[name])}
-            graph.initializer.remove(stored[name])
-            graph.initializer.extend(numpy_helper.from_array(stored_values(part, whole), part) for part in parts)
-    finder.replace_nodes(nodes)
+    for gemm in list(graph):
+        projection = _projection(gemm) if gemm.op_type == "Gemm" and len(gemm.inputs) == 3 else None
+        if projection is not None:
+            projection.split(graph)
 
 
 @dataclass
@@ -50,129 +35,110 @@ class _Projection:
     Attributes:
         gemm, weight, bias: the layer and its dequantizers.
         reshapes, transpose: behind it.
-        sizes: constants and sizes that make the last reshape's shape, one for each axis.
+        lengths: constants and sizes that make the last reshape's shape, one per axis.
         order: the transpose's; its first axis counts the pieces.
         pieces: for each piece the nodes that select it.
     """
 
-    gemm: onnx.NodeProto
-    weight: onnx.NodeProto
-    bias: onnx.NodeProto
-    reshapes: list[onnx.NodeProto]
-    transpose: onnx.NodeProto
-    sizes: list[str]
+    gemm: ir.Node
+    weight: ir.Node
+    bias: ir.Node
+    reshapes: list[ir.Node]
+    transpose: ir.Node
+    lengths: list[ir.Value]
     order: list[int]
-    pieces: list[list[onnx.NodeProto]]
+    pieces: list[list[ir.Node]]
 
-    @property
-    def count(self) -> int:
-        return len(self.pieces)
-
-    @property
-    def constants(self) -> list[str]:
-        return [*self.weight.input, *self.bias.input]
-
-    @property
-    def nodes(self) -> list[onnx.NodeProto]:
-        """What the parts replace."""
+    def split(self, graph: ir.Graph) -> None:
+        """Put a layer, a reshape and a transpose per piece where the transpose is."""
+        stored = [*self.weight.inputs, *self.bias.inputs]
+        parts = [self._store_part(graph, number, stored) for number in range(len(self.pieces))]
+        # Not in the layer's place: what the shape is computed from may come behind the layer.
+        self.transpose.prepend([node for number, part in enumerate(parts) for node in self._part(number, part)])
         selecting = [node for piece in self.pieces for node in piece]
-        return [self.gemm, self.weight, self.bias, *self.reshapes, self.transpose, *selecting]
+        graph.remove([self.gemm, self.weight, self.bias, *self.reshapes, self.transpose, *selecting], safe=True)
+        for value in stored:
+            del graph.initializers[value.name]
 
-    def parts(self) -> list[onnx.NodeProto]:
-        """The layers of all pieces, each with a reshape and a transpose behind it."""
-        return [node for number in range(self.count) for node in self._part(number)]
+    def _store_part(self, graph: ir.Graph, number: int, stored: list[ir.Value]) -> dict[ir.Value, ir.Value]:
+        """Store one piece's share of the layer's tensors; whole -> part."""
+        names = {value: part_name(value.name, number, len(self.pieces)) for value in stored}
+        arrays = {name: stored_values(name, {value.name: constant(value)}) for value, name in names.items()}
+        return {value: add_initializer(graph, name, arrays[name]) for value, name in names.items()}
 
-    def _part(self, number: int) -> list[onnx.NodeProto]:
+    def _part(self, number: int, stored: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
+        """One piece's layer, reshape and transpose, which makes what the piece was."""
+
         def own(name: str) -> str:
-            return part_name(name, number, self.count)
+            return part_name(name, number, len(self.pieces))
 
-        def copy(node: onnx.NodeProto, inputs: list[str]) -> onnx.NodeProto:
-            same = onnx.NodeProto.FromString(node.SerializeToString())
-            same.name, same.input[:], same.output[0] = own(node.name), inputs, own(node.output[0])
-            return same
-
-        counted, reshape = self.order[0], self.reshapes[-1]
-        sizes = [size for axis, size in enumerate(self.sizes) if axis != counted]
+        counted, last = self.order[0], self.reshapes[-1]
+        lengths = [length for axis, length in enumerate(self.lengths) if axis != counted]
         order = [axis - (axis > counted) for axis in self.order[1:]]
-        shape, selected = own(reshape.input[1]), self.pieces[number][-1].output[0]
-        layer = copy(self.gemm, [self.gemm.input[0], *map(own, self.gemm.input[1:])])
-        return [
-            copy(self.weight, list(map(own, self.weight.input))),
-            copy(self.bias, list(map(own, self.bias.input))),
-            layer,
-            helper.make_node("Concat", sizes, [shape], f"{own(reshape.name)}/shape", axis=0),
-            copy(reshape, [layer.output[0], shape]),
-            helper.make_node("Transpose", [own(reshape.output[0])], [selected], own(self.transpose.name), perm=order),
-        ]
+        weight = copy_node(self.weight, [stored[value] for value in self.weight.inputs], own)
+        bias = copy_node(self.bias, [stored[value] for value in self.bias.inputs], own)
+        layer = copy_node(self.gemm, [self.gemm.inputs[0], *weight.outputs, *bias.outputs], own)
+        shape = make("Concat", lengths, own(last.inputs[1].name), axis=0)
+        reshape = copy_node(last, [*layer.outputs, *shape.outputs], own)
+        transpose = make("Transpose", reshape.outputs, own(self.transpose.name), perm=order)
+        take_over(transpose.outputs[0], self.pieces[number][-1].outputs[0])
+        return [weight, bias, layer, shape, reshape, transpose]
 
 
-class _Finder(OnnxGraph):
-    def __init__(self, model: onnx.ModelProto):
-        super().__init__(model)
-        self.stored = {tensor.name for tensor in model.graph.initializer}
+def _projection(gemm: ir.Node) -> _Projection | None:
+    """What is behind a layer, if it can be split."""
+    weight, bias = (maker(value, "DequantizeLinear") for value in gemm.inputs[1:])
+    if not _has_own_constants(weight) or not _has_own_constants(bias):
+        return None
+    reshapes, node = [], gemm
+    while (node := only_reader(node.outputs[0])) is not None and node.op_type == "Reshape":
+        reshapes.append(node)
+    if node is None or node.op_type != "Transpose" or not reshapes or node.outputs[0].is_graph_output():
+        return None
+    order, shape = list(node.attributes.get_ints("perm")), sizes(node.inputs[0])
+    pieces = _pieces(node.outputs[0], shape[order[0]] if len(shape) == len(order) else 0)
+    joined = maker(reshapes[-1].inputs[1], "Concat")
+    if not pieces or joined is None or len(joined.inputs) != len(order):
+        return None
+    # The pieces lie one after the other along the layer's channels, if the axis that counts them leads these.
+    width = (sizes(gemm.outputs[0]) or [0])[-1]
+    if not width or np.prod(shape[order[0] :]) != width:
+        return None
+    return _Projection(gemm, weight, bias, reshapes, node, list(joined.inputs), order, pieces)
 
-    def projection(self, gemm: onnx.NodeProto) -> _Projection | None:
-        """What is behind a layer, if it can be split."""
-        weight, bias = (self.made.get(name) for name in gemm.input[1:])
-        if not self._own_constants(weight) or not self._own_constants(bias):
-            return None
-        reshapes, tensor = [], gemm.output[0]
-        while (node := self.only_reader(tensor)) is not None and node.op_type == "Reshape":
-            reshapes.append(node)
-            tensor = node.output[0]
-        if node is None or node.op_type != "Transpose" or not reshapes or node.output[0] in self.outputs:
-            return None
-        order = list(helper.get_attribute_value(node.attribute[0]))
-        sizes = self.made.get(reshapes[-1].input[1])
-        shape = self.shapes.get(tensor, [])
-        pieces = self._pieces(node.output[0], shape[order[0]] if len(shape) == len(order) else 0)
-        if not pieces or sizes is None or sizes.op_type != "Concat" or len(sizes.input) != len(order):
-            return None
-        # The pieces lie one after the other along the layer's channels, if the axis that counts them leads these.
-        width = self.shapes.get(gemm.output[0], [0])[-1]
-        if not width or np.prod(shape[order[0] :]) != width:
-            return None
-        return _Projection(gemm, weight, bias, reshapes, node, list(sizes.input), order, pieces)
 
-    def _own_constants(self, node: onnx.NodeProto | None) -> bool:
-        """Whether a node dequantizes what is stored for it alone."""
-        return (
-            node is not None and node.op_type == "DequantizeLinear" and len(self.readers[node.output[0]]) == 1
-            and all(name in self.stored and len(self.readers[name]) == 1 for name in node.input)
-        )  # fmt: skip
+def _has_own_constants(dequantize: ir.Node | None) -> bool:
+    """Whether a node dequantizes what is stored for it only."""
+    if dequantize is None or not all(value.is_initializer() for value in dequantize.inputs):
+        return False
+    return all(len(value.uses()) == 1 for value in (*dequantize.inputs, *dequantize.outputs))
 
-    def _pieces(self, tensor: str, count: int) -> list[list[onnx.NodeProto]]:
-        """For every index of a tensor's first axis the nodes that select it, if nothing else reads the tensor."""
-        found: dict[int, list[onnx.NodeProto]] = {}
-        for reader in self.readers[tensor]:
-            index, nodes = self._selected(reader)
-            if index is None:
-                return []
-            found[index % count if count else index] = nodes
-        complete = count > 1 and sorted(found) == list(range(count)) and len(self.readers[tensor]) == count
-        return [found[i] for i in range(count)] if complete else []
 
-    def _selected(self, node: onnx.NodeProto) -> tuple[int | None, list[onnx.NodeProto]]:
-        """Which index of its input's first axis a node selects (with a Squeeze behind a Slice)."""
-        if node.op_type == "Gather":
-            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-            index = self._constant(node.input[1])
-            return (index.item(), [node]) if axis == 0 and index is not None and index.ndim == 0 else (None, [])
-        if node.op_type != "Slice" or len(node.input) < 4:
-            return None, []
-        start, end, axis = (self._constant(name) for name in node.input[1:4])
-        squeeze = self.only_reader(node.output[0])
-        known = all(value is not None and value.size == 1 for value in (start, end, axis))
-        if not known or squeeze is None or squeeze.op_type != "Squeeze" or axis.item() != 0 or end.item() != start.item() + 1:
-            return None, []
-        squeezed = self._constant(squeeze.input[1]) if len(squeeze.input) > 1 else None
-        return (start.item(), [node, squeeze]) if squeezed is not None and squeezed.tolist() == [0] else (None, [])
+def _pieces(value: ir.Value, count: int) -> list[list[ir.Node]]:
+    """For every index of a tensor's first axis the nodes that select it, if nothing else reads the tensor."""
+    found: dict[int, list[ir.Node]] = {}
+    for reader in readers(value):
+        index, nodes = _selected(reader)
+        if index is None:
+            return []
+        found[index % count if count else index] = nodes
+    complete = count > 1 and sorted(found) == list(range(count)) and len(value.uses()) == count
+    return [found[i] for i in range(count)] if complete else []
 
-    def _constant(self, name: str) -> np.ndarray | None:
-        tensor = self.constants.get(name)
-        if tensor is not None:
-            return numpy_helper.to_array(tensor)
-        node = self.made.get(name)
-        if node is None or node.op_type != "Constant":
-            return None
-        return np.asarray(helper.get_attribute_value(node.attribute[0]))
+
+def _selected(node: ir.Node) -> tuple[int | None, list[ir.Node]]:
+    """Which index of its input's first axis a node selects (with a Squeeze behind a Slice)."""
+    if node.op_type == "Gather":
+        index = constant(node.inputs[1])
+        is_single = node.attributes.get_int("axis", 0) == 0 and index is not None and index.ndim == 0
+        return (index.item(), [node]) if is_single else (None, [])
+    if node.op_type != "Slice" or len(node.inputs) < 4:
+        return None, []
+    ends = [constant(value) for value in node.inputs[1:4]]
+    squeeze = only_reader(node.outputs[0])
+    if squeeze is None or squeeze.op_type != "Squeeze" or any(value is None or value.size != 1 for value in ends):
+        return None, []
+    start, end, axis = (value.item() for value in ends)
+    squeezed = constant(squeeze.inputs[1]) if len(squeeze.inputs) > 1 else None
+    is_one = axis == 0 and end == start + 1 and squeezed is not None and squeezed.tolist() == [0]
+    return (start, [node, squeeze]) if is_one else (None, [])

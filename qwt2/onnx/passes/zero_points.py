@@ -2,9 +2,10 @@
 
     sum_k (x_k - z) w_k + b = sum_k x_k w_k + (b - z sum_k w_k)
 
-in integers on both sides. The dequantizer in front of a layer then has the zero point 0, whatever its quantizer's is; the
-accumulators, once the bias is in them, and all that follows stay what they were, bit for bit. OpenVINO (2026.4) takes a zero
-point off behind the product, in an operation of its own that also keeps scale and bias out of the kernel's fast path.
+in integers on both sides. The dequantizer in front of a layer then has the zero point 0, whatever its quantizer's is;
+the accumulators, once the bias is in them, and all that follows stay what they were, bit for bit. OpenVINO (2026.4)
+takes a zero point off behind the product, in an operation of its own that also keeps scale and bias out of the kernel's
+fast path.
 """
 
 from __future__ import annotations
@@ -12,101 +13,89 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
+import onnx_ir as ir
 
-from qwt2.onnx.graph import OnnxGraph
+from qwt2.onnx.graph import add_initializer, constant, maker, store
 
 FOLDED = "zero_point/folded"  # the zero point of dequantizers whose own went into biases
 _MOVES = ("Flatten", "Reshape", "Transpose")
 _BIASES = np.iinfo(np.int32)
 
 
-def fold_zero_points(model: onnx.ModelProto) -> None:
-    """Fold the zero point of every quantized tensor that layers alone read, in place.
+def fold_zero_points(graph: ir.Graph) -> None:
+    """Fold the zero point of every quantized tensor that only layers read.
 
     Left as they are: what convolutions pad, since zeros would have to be padded with another code; layers that share a
     bias; and zero points with which a bias would leave int32.
     """
-    graph = OnnxGraph(model)
-    folded = 0
-    for dequantize in graph.nodes:
-        folded += _fold(dequantize, graph)
-    if folded:
-        model.graph.initializer.append(numpy_helper.from_array(np.uint8(0), FOLDED))
+    for dequantize in graph:
+        layers = _layers(dequantize.outputs[0]) if (zero_point := _zero_point(dequantize)) else []
+        biases = [layer.bias_without(zero_point) for layer in layers]
+        if not layers or any(bias.min() < _BIASES.min or bias.max() > _BIASES.max for bias in biases):
+            continue
+        for layer, bias in zip(layers, biases):
+            store(layer.bias, bias.astype(np.int32))
+        folded = graph.initializers.get(FOLDED) or add_initializer(graph, FOLDED, np.uint8(0))
+        dequantize.replace_input_with(2, folded)
 
 
-def unfold_zero_points(model: onnx.ModelProto) -> None:
-    """Give dequantizers the zero points of their quantizers again, in place, for biases that are yet to be written."""
-    graph = OnnxGraph(model)
-    for dequantize in graph.readers[FOLDED]:
-        dequantize.input[2] = f"{dequantize.input[1].removesuffix('.scale')}.zero_point"
-    if FOLDED in graph.constants:
-        model.graph.initializer.remove(graph.constants[FOLDED])
+def unfold_zero_points(graph: ir.Graph) -> None:
+    """Give dequantizers the zero points of their quantizers again, for biases that are yet to be folded into."""
+    folded = graph.initializers.pop(FOLDED, None)
+    for dequantize, position in [] if folded is None else folded.uses():
+        name = f"{dequantize.inputs[1].name.removesuffix('.scale')}.zero_point"
+        dequantize.replace_input_with(position, graph.initializers[name])
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's stored weight codes, the axis of their output channels, and the name of its bias codes."""
+    """A layer's stored weight codes, the axis of their output channels, and its stored bias codes."""
 
-    weight: np.ndarray
+    weight: ir.Value
     axis: int
-    bias: str
+    bias: ir.Value
 
-    def sums(self) -> np.ndarray:
-        others = tuple(axis for axis in range(self.weight.ndim) if axis != self.axis)
-        return self.weight.astype(np.int64).sum(others)
-
-
-def _fold(dequantize: onnx.NodeProto, graph: OnnxGraph) -> bool:
-    zero_point = _zero_point(dequantize, graph)
-    layers = _layers(dequantize.output[0], graph) if zero_point else []
-    stored = [graph.constants[layer.bias] for layer in layers]
-    biases = [numpy_helper.to_array(s).astype(np.int64) - zero_point * layer.sums() for s, layer in zip(stored, layers)]
-    if not layers or any(bias.min() < _BIASES.min or bias.max() > _BIASES.max for bias in biases):
-        return False
-    for tensor, bias in zip(stored, biases):
-        tensor.CopyFrom(numpy_helper.from_array(bias.astype(np.int32), tensor.name))
-    dequantize.input[2] = FOLDED
-    return True
+    def bias_without(self, zero_point: int) -> np.ndarray:
+        """The bias codes, int64, that a layer needs which reads codes without their zero point."""
+        weight = constant(self.weight)
+        others = tuple(axis for axis in range(weight.ndim) if axis != self.axis)
+        return constant(self.bias).astype(np.int64) - zero_point * weight.sum(others, dtype=np.int64)
 
 
-def _zero_point(dequantize: onnx.NodeProto, graph: OnnxGraph) -> int:
+def _zero_point(dequantize: ir.Node) -> int:
     """Of an activation's dequantizer; 0 of anything else."""
-    if dequantize.op_type != "DequantizeLinear" or dequantize.input[0] in graph.constants:
+    if dequantize.op_type != "DequantizeLinear" or constant(dequantize.inputs[0]) is not None:
         return 0
-    stored = numpy_helper.to_array(graph.constants[dequantize.input[2]])
-    return int(stored) if stored.ndim == 0 and stored.dtype == np.uint8 else 0
+    stored = constant(dequantize.inputs[2])
+    return int(stored) if stored is not None and stored.ndim == 0 and stored.dtype == np.uint8 else 0
 
 
-def _layers(tensor: str, graph: OnnxGraph) -> list[_Layer]:
-    """The layers that read a tensor, perhaps moved; none if anything else does, or a layer that cannot take its zero point."""
-    names, layers = [tensor], []
-    while names:
-        name = names.pop()
-        if name in graph.outputs:
+def _layers(value: ir.Value) -> list[_Layer]:
+    """The layers that read a tensor, perhaps moved.
+
+    None if anything else reads it, or a layer that cannot take its zero point.
+    """
+    values, layers = [value], []
+    while values:
+        read = values.pop()
+        if read.is_graph_output():
             return []
-        for reader in graph.readers[name]:
+        for reader, position in read.uses():
             if reader.op_type in _MOVES:
-                names.append(reader.output[0])
-            elif (layer := _layer(reader, name, graph)) is not None:
+                values.append(reader.outputs[0])
+            elif position == 0 and (layer := _layer(reader)) is not None:
                 layers.append(layer)
             else:
                 return []
     return layers
 
 
-def _layer(node: onnx.NodeProto, tensor: str, graph: OnnxGraph) -> _Layer | None:
-    if node.op_type not in ("Conv", "Gemm") or node.input[0] != tensor or len(node.input) < 3 or _pads(node):
+def _layer(node: ir.Node) -> _Layer | None:
+    if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or any(node.attributes.get_ints("pads", ())):
         return None
-    weight, bias = (graph.made.get(name) for name in node.input[1:3])
-    if any(made is None or made.op_type != "DequantizeLinear" or made.input[0] not in graph.constants for made in (weight, bias)):
+    weight, bias = (maker(value, "DequantizeLinear") for value in node.inputs[1:3])
+    if any(made is None or constant(made.inputs[0]) is None for made in (weight, bias)):
         return None
-    if len(graph.readers[bias.output[0]]) > 1 or len(graph.readers[bias.input[0]]) > 1:
+    if len(bias.outputs[0].uses()) > 1 or len(bias.inputs[0].uses()) > 1:
         return None
-    axis = next(attribute.i for attribute in weight.attribute if attribute.name == "axis")
-    return _Layer(numpy_helper.to_array(graph.constants[weight.input[0]]), axis, bias.input[0])
-
-
-def _pads(node: onnx.NodeProto) -> bool:
-    return any(any(attribute.ints) for attribute in node.attribute if attribute.name == "pads")
+    return _Layer(weight.inputs[0], weight.attributes.get_int("axis"), bias.inputs[0])

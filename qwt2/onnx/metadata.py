@@ -1,0 +1,56 @@
+"""What a file says about itself, beside its graph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import onnx
+
+from qwt2.quantization.targets import TARGETS
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import nn
+
+PRODUCER_KEY = "qwt2"
+TARGET_KEY = "qwt2_target"  # what the model was quantized for
+STRUCTURE_KEY = "qwt2_structure"
+SHARED_KEY = "qwt2_shared"  # quantizers that are not in the file -> equal ones that do their work
+SHARED = "shared quantizers"  # the same, in Graph.meta, as qwt2.onnx.passes.quantizers.share_quantizers leaves it
+INT4_KEY = "qwt2_int4"  # the opset of the int8 model, and how far its codes are shifted left
+
+
+def properties(model: onnx.ModelProto) -> dict[str, str]:
+    """The metadata of a file."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def stamp(model: ir.Model, folded: nn.Module, target: str = "portable") -> None:
+    """Note in a file which model it holds, and how that was quantized."""
+    info = getattr(folded, "quantization", None)
+    label = "float" if info is None else f"{info.method} W{info.precision.weight_bits}A{info.precision.activation_bits}"
+    # Files with float biases differ where the names and types of what they were made from are the same.
+    form = f"{target} {structure(folded)}" if TARGETS[target].float_biases else structure(folded)
+    shared = model.graph.meta.get(SHARED) or shared_quantizers(model.metadata_props)
+    notes = {PRODUCER_KEY: label, STRUCTURE_KEY: form, TARGET_KEY: info and info.target}
+    notes[SHARED_KEY] = json.dumps(shared, sort_keys=True) if shared else None
+    model.metadata_props.clear()
+    model.metadata_props.update({key: note for key, note in notes.items() if note is not None})
+
+
+def structure(model: nn.Module) -> str:
+    """A digest of the names, shapes and types of everything a model stores."""
+    stored = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
+    return hashlib.sha256(json.dumps(stored).encode()).hexdigest()
+
+
+def shared_quantizers(notes: Mapping[str, str]) -> dict[str, str]:
+    """Quantizers that are not in a file -> the equal ones that do their work; see :data:`SHARED`.
+
+    Args:
+        notes: the file's metadata.
+    """
+    return json.loads(notes.get(SHARED_KEY, "{}"))
