@@ -12,12 +12,12 @@ PYTHON ?= python3.11
 .PHONY: repro repro-classification test readme lock benchmarks dashboard publish experiments verify determinism kills clean
 
 repro: $(STAMP)
-	python -m pipeline.warm dvc repro
+	python -m pipeline.common.warm dvc repro
 
 # The same without detection: its cells, and a report of them alone.
 repro-classification: $(STAMP)
-	python -m pipeline.warm dvc repro $$(python -m pipeline.resolve classification)
-	python -m pipeline.report classification
+	python -m pipeline.common.warm dvc repro $$(python -m pipeline.stages.resolve classification)
+	python -m pipeline.stages.report classification
 
 test: $(STAMP)
 	pytest -n 2 --dist loadgroup
@@ -31,10 +31,10 @@ benchmarks: $(STAMP) $(PEERS)/.installed
 
 # A page on this machine that compares all runs.
 dashboard: $(STAMP)
-	python -m pipeline.dashboard
+	python -m pipeline.comparison.dashboard
 
 publish: $(STAMP)
-	python -m pipeline.publish
+	python -m pipeline.comparison.publish
 
 # DVC's experiments by what differs between them; without the hashes of code, and without what the grid's stages read.
 experiments: $(STAMP)
@@ -42,7 +42,7 @@ experiments: $(STAMP)
 
 # Re-hash all that is stored; ARGS=--repair deletes what is damaged.
 verify: $(STAMP)
-	python -m pipeline.verify $(ARGS)
+	python -m pipeline.build.verify $(ARGS)
 
 # The chain twice from nothing, and what differs; ARGS=--tiny for a small one.
 determinism: $(STAMP)
@@ -53,7 +53,7 @@ kills: $(STAMP)
 	python -m benchmarks.kills
 
 readme: $(STAMP)
-	python -m pipeline.readme
+	python -m pipeline.comparison.readme
 
 $(STAMP): requirements.lock
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

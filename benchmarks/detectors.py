@@ -14,9 +14,9 @@ import yaml
 from tqdm import tqdm
 
 from benchmarks.architectures import PRECISION, THREADS, figures, timed
-from pipeline.files import file_exporters
-from pipeline.resolve import CONF, compose_cell
-from pipeline.resources import PeakMemory
+from pipeline.build.compose import CONF, compose_cell
+from pipeline.common.resources import PeakMemory
+from pipeline.tasks.files import file_exporters
 from qwt2 import compensate, fold, quantize
 from qwt2.capture.batch import Inputs
 from qwt2.detection.models import build_detector

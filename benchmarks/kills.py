@@ -2,7 +2,7 @@
 
 Each round starts the tiny chain from nothing, sends SIGKILL to DVC or to the stage that runs, at a random moment, and then
 only repeats the command: no other step. That is `dvc repro` in half the rounds, and in the others what `make repro` runs,
-which starts stages warm (`pipeline.warm`).
+which starts stages warm (`pipeline.common.warm`).
 """
 
 import argparse
@@ -19,12 +19,12 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks import tiny_chain
-from pipeline.compare import differences
+from pipeline.comparison.differences import differences
 from qwt2.errors import guarded
 
 SUMMARY = Path("results/summary.csv")
 COLD = ("dvc", "repro")
-WARM = (sys.executable, "-m", "pipeline.warm", *COLD)
+WARM = (sys.executable, "-m", "pipeline.common.warm", *COLD)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -81,7 +81,7 @@ def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str
         process.kill()  # with DVC goes the process that started it warm, as when a machine is switched off
     process.wait()
     # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice, seconds
-    # on a busy machine, and DVC alone, without `pipeline.warm`, takes the lock of a process that is still listed for held.
+    # on a busy machine, and DVC alone, without `pipeline.common.warm`, takes the lock of a process that is still listed for held.
     psutil.wait_procs([victim], timeout=60)
     return f"{name} killed after {after:.1f} s"
 
@@ -99,7 +99,7 @@ def _victim(started: psutil.Process, what: str) -> psutil.Process | None:
 
 
 def _is_stage(process: psutil.Process) -> bool:
-    return any(word.startswith("pipeline.") and word != "pipeline.warm" for word in process.cmdline())
+    return any(word.startswith("pipeline.") and word != "pipeline.common.warm" for word in process.cmdline())
 
 
 def recover(folder: Path, command: tuple[str, ...], quiet: Path) -> str:
@@ -109,7 +109,7 @@ def recover(folder: Path, command: tuple[str, ...], quiet: Path) -> str:
         return f"the chain ended with {again.returncode}: {(again.stdout + again.stderr)[-1500:]}"
     if found := differences(folder / SUMMARY, quiet / SUMMARY):
         return f"{len(found)} figures differ, first: {found[0]}"
-    sound = tiny_chain.run(folder, sys.executable, "-m", "pipeline.verify", check=False)
+    sound = tiny_chain.run(folder, sys.executable, "-m", "pipeline.build.verify", check=False)
     return "" if sound.returncode == 0 else sound.stdout + sound.stderr
 
 

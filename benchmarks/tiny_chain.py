@@ -27,7 +27,7 @@ def make(folder: Path, models: tuple[str, ...] = ("resnet_micro",)) -> Path:
         edit(folder / f"conf/model/{model}.yaml", lambda c: c["train"].update(steps=3, batch_size=16))
     if "resnet_micro" in models:
         edit(folder / "conf/model/resnet_micro.yaml", lambda c: c["kwargs"].update(channels=[8, 8, 16, 16]))
-    run(folder, sys.executable, "-m", "pipeline.params", f"model={models[0]}", "precision=w3a3", "seed=1")
+    run(folder, sys.executable, "-m", "pipeline.sweeps.params", f"model={models[0]}", "precision=w3a3", "seed=1")
     run(folder, "git", "init", "--quiet")
     return folder
 

@@ -211,7 +211,7 @@ def write_cells(count: int, tables: int = 3) -> None:
     """Finished cells of sweeps in the current folder, the last one failed; the first ``tables`` have their tables too."""
     from hydra import compose, initialize_config_dir
 
-    from pipeline.cells import by_method, cell_config
+    from pipeline.sweeps.cells import by_method, cell_config
 
     configs = {}
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import imports, resolve
-from pipeline.cells import CHAIN
+from pipeline.build import code_hashes
+from pipeline.stages import resolve
+from pipeline.sweeps.cells import CHAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -41,7 +42,7 @@ def code(tmp_path_factory) -> Path:
 @pytest.fixture
 def sources(code, monkeypatch) -> Path:
     """A copy of the code, whose hashes are taken; a test leaves it as it was."""
-    monkeypatch.setattr(imports, "ROOT", code)
+    monkeypatch.setattr(code_hashes, "ROOT", code)
     return code
 
 
@@ -52,7 +53,8 @@ def hashes() -> dict[str, str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_watches_its_configuration_and_the_hash_of_its_code(stage):
     declared = STAGES[stage]
-    assert declared["cmd"].split()[:3] == ["python", "-m", f"pipeline.{stage}"]
+    module = code_hashes.MODULES.get(stage, "pipeline.stages.resolve")
+    assert declared["cmd"].split()[:3] == ["python", "-m", module]
     if stage == "resolve":
         assert declared["deps"] == ["conf", "pipeline", "qwt2"] and "params" not in declared
         return
@@ -64,13 +66,13 @@ def test_stage_watches_its_configuration_and_the_hash_of_its_code(stage):
 
 
 def test_every_stage_has_a_hash_of_the_modules_that_it_runs():
-    assert hashes().keys() == resolve.CODE.keys() == STAGES.keys() - {"resolve"}
-    assert set(resolve.CODE["trial"]) == {"trial", *RUN}
-    assert all(modules == (stage,) for stage, modules in resolve.CODE.items() if stage != "trial")
+    assert hashes().keys() == code_hashes.MODULES.keys() == STAGES.keys() - {"resolve"}
+    trial = code_hashes.sources(["trial"])
+    assert all(code_hashes.sources([stage]).items() <= trial.items() for stage in RUN)
 
 
 def test_what_the_files_of_a_stage_import_is_among_them():
-    files = {stage: {*imports.sources(modules), *imports.WIRING} for stage, modules in resolve.CODE.items()}
+    files = {stage: {*code_hashes.sources([stage]), *code_hashes.WIRING} for stage in code_hashes.MODULES}
     names = {stage: sorted(module(file) for file in found if file.endswith(".py")) for stage, found in files.items()}
     done = subprocess.run([sys.executable, "-c", IMPORT], input=json.dumps(names), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -84,12 +86,12 @@ def module(file: str) -> str:
 
 
 def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
-    """In `imports` (lazy names, registries), in `resolve.CODE` (cells), or as third-party modules (engines, warm)."""
+    """In `code_hashes` (lazy names, registries), or as third-party modules (engines, warm)."""
     calls = ("import_module(", "__import__(", "run_module(", "run_path(")
-    files = [path for path in imports.closure(ROOT / "pipeline" / f"{stage}.py" for stage in STAGES) if path.suffix == ".py"]
-    found = {path.relative_to(ROOT).as_posix() for path in files if any(call in path.read_text() for call in calls)}
-    third_party = {"qwt2/engines/__init__.py", "pipeline/warm.py"}
-    assert found == {"qwt2/__init__.py", "qwt2/registry.py", "pipeline/cells.py"} | third_party
+    names = {*code_hashes.sources(code_hashes.MODULES), *code_hashes.WIRING}
+    found = {name for name in names if name.endswith(".py") and any(call in (ROOT / name).read_text() for call in calls)}
+    third_party = {"qwt2/engines/__init__.py", "pipeline/common/warm.py"}
+    assert found == {"qwt2/__init__.py", "qwt2/registry.py"} | third_party
 
 
 @pytest.mark.parametrize(
@@ -105,9 +107,9 @@ def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
         ("qwt2/compensation/methods/cwac.py", {"compensate", "trial"}),
         ("qwt2/report/results.py", {"compensate", "evaluate", "report", "trial"}),
         ("qwt2/report/templates/page.css", {"report"}),
-        ("pipeline/ptq.py", {"ptq", "trial"}),
-        ("pipeline/schema.py", {"trial"}),
-        ("pipeline/dashboard.py", set()),
+        ("pipeline/stages/ptq.py", {"ptq", "trial"}),
+        ("pipeline/build/schema.py", {"trial"}),
+        ("pipeline/comparison/dashboard.py", set()),
         ("qwt2/__main__.py", set()),
         ("qwt2/errors.py", set()),
     ],
@@ -131,8 +133,10 @@ def test_a_new_method_is_a_change_of_code(sources):
 
 
 def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):
-    monkeypatch.setattr(imports, "ROOT", tmp_path)
+    monkeypatch.setattr(code_hashes, "ROOT", tmp_path)
+    monkeypatch.setitem(code_hashes.MODULES, "one", "pipeline.stage_one")
     files = {
+        "pipeline/__init__.py": "",
         "pipeline/stage_one.py": "import os, torch, qwt2.one\ndef f():\n    from qwt2.two import g\n",
         "qwt2/__init__.py": "",
         "qwt2/one.py": "if TYPE_CHECKING:\n    from qwt2.unused import T\nfrom qwt2 import fold\n",
@@ -153,5 +157,14 @@ def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    found = imports.sources(["stage_one"])
-    assert found.keys() == {name for name in files if "unused" not in name} - imports.WIRING
+    found = code_hashes.sources(["one"])
+    assert found.keys() == {name for name in files if "unused" not in name} - code_hashes.WIRING
+
+
+def test_rooms_import_one_way():
+    rooms = ["common", "tasks", "build", "stages", "sweeps", "comparison"]
+    files = {f"pipeline.{path.parent.name}.{path.stem}": path for path in (ROOT / "pipeline").glob("*/*.py")}
+    for name, path in files.items():
+        imported = {found for found in code_hashes._imports(path) if found.startswith("pipeline.")}
+        later = rooms[rooms.index(name.split(".")[1]) + 1 :]
+        assert not {found for found in imported if found.split(".")[1] in later}, name

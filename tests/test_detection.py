@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from pipeline.files import file_exporters
+from pipeline.tasks.files import file_exporters
 from qwt2 import Precision, compensate, fold, load_engine, load_quantized, quantize, save_quantized
 from qwt2.capture.batch import call, first
 from qwt2.capture.export import capture

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from pipeline.resolve import compose_cell
+from pipeline.build.compose import compose_cell
 from qwt2.detection.models import build_detector, convert_swin, detector_config, load_detector
 from qwt2.detection.ops import ensure_operators
 from qwt2.errors import Qwt2Error

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import tiny_chain
 from benchmarks.tiny_chain import edit, run
-from pipeline import imports, resolve
+from pipeline.build import code_hashes
 from qwt2.report.results import read_rows
 
 MODELS = ("vit_micro", "resnet_micro")
@@ -44,7 +44,7 @@ def stages_run(output: str) -> set[str]:
 
 @pytest.mark.timeout(840)
 def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
-    first = run(clone, sys.executable, "-m", "pipeline.warm", "dvc", "repro")
+    first = run(clone, sys.executable, "-m", "pipeline.common.warm", "dvc", "repro")
     cells = {f"{m}-w3a3" for m in MODELS}
     assert {f"{s}@{c}" for s in ("ptq", "compensate", "fold", "evaluate") for c in cells} < stages_run(first.stdout)
     check_summary(clone)
@@ -90,12 +90,12 @@ def check_sources(clone: Path, stage: str, cell: str) -> None:
     opened.write_text("")
     environment = tiny_chain.environment(clone)
     environment |= {"PYTHONPATH": f"{tracer}:{clone}", "OPENED": str(opened)}
-    run(clone, sys.executable, "-m", f"pipeline.{stage}", *[cell] * bool(cell), env=environment)
+    run(clone, sys.executable, "-m", f"pipeline.stages.{stage}", *[cell] * bool(cell), env=environment)
     found = {Path(source_from_cache(name) if name.endswith(".pyc") else name) for name in opened.read_text().splitlines()}
     files = {path.relative_to(clone).as_posix() for path in found if path.is_relative_to(clone)}
     code = {name for name in files if name.startswith(("pipeline/", "qwt2/"))}
-    assert f"pipeline/{stage}.py" in code
-    assert code <= {*imports.sources(resolve.CODE[stage]), *imports.WIRING}
+    assert f"pipeline/stages/{stage}.py" in code
+    assert code <= {*code_hashes.sources([stage]), *code_hashes.WIRING}
 
 
 def check_summary(clone: Path) -> None:
@@ -124,12 +124,12 @@ def check_page(clone: Path) -> None:
 @pytest.mark.timeout(300)
 def test_mistakes_end_with_one_sentence_and_exit_code_2(clone):
     edit(clone / "conf/precision/w3a3.yaml", lambda c: c.update(weight_bits=9))
-    failed = run(clone, sys.executable, "-m", "pipeline.resolve", check=False)
+    failed = run(clone, sys.executable, "-m", "pipeline.stages.resolve", check=False)
     edit(clone / "conf/precision/w3a3.yaml", lambda c: c.update(weight_bits=3))
     assert failed.returncode == 2
     assert failed.stderr.strip() == "error: precision: weight_bits is 9; use a whole number from 2 to 8"
 
     edit(clone / "conf/grid.yaml", lambda c: c["grid"].update(precision=["w3a9"]))
-    failed = run(clone, sys.executable, "-m", "pipeline.resolve", check=False)
+    failed = run(clone, sys.executable, "-m", "pipeline.stages.resolve", check=False)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     assert "'precision/w3a9'" in failed.stderr and "w8a8" in failed.stderr

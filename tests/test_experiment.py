@@ -15,8 +15,12 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from pipeline import cells, dvcfiles, experiment, imports, stage, sweeps
-from pipeline.resolve import resolve
+from pipeline.build import code_hashes
+from pipeline.build import dvcfiles
+from pipeline.common import stage
+from pipeline.stages.resolve import resolve
+from pipeline.sweeps import cells, experiment
+from pipeline.sweeps import sweep as sweeps
 from qwt2.errors import Qwt2Error
 from qwt2.io import atomic_path
 from qwt2.report.results import read_rows
@@ -132,7 +136,7 @@ def clone(tmp_path_factory) -> Path:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pipeline.experiment", *arguments]
+    command = [sys.executable, "-m", "pipeline.sweeps.experiment", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
 
 
@@ -166,7 +170,7 @@ def test_quick_runs_skips_and_survives_a_failing_cell(clone):
     assert outcomes["none", "32"]["top1"] == outcomes["none", "32"]["ptq_top1"]
     for shared in (clone / "out/cells/shared").glob("*/"):
         assert {path.name for path in shared.iterdir()} >= {"config.yaml", "outputs.json"}
-    assert subprocess.run([sys.executable, "-m", "pipeline.verify"], cwd=clone, env=os.environ | {"PYTHONPATH": str(clone)}).returncode == 0
+    assert subprocess.run([sys.executable, "-m", "pipeline.build.verify"], cwd=clone, env=os.environ | {"PYTHONPATH": str(clone)}).returncode == 0
     failed = clone / "out/cells" / outcomes["cwac", "4"]["cell"]
     assert sorted(path.name for path in failed.iterdir()) == ["cell.json", "config.yaml", "log.txt"]
     assert "Traceback" in (failed / "log.txt").read_text()
@@ -186,17 +190,17 @@ def check_figures(clone: Path, row: dict[str, str]) -> None:
 
 
 def test_a_change_of_code_or_baseline_makes_a_cell_anew(clone, monkeypatch):
-    monkeypatch.setattr(imports, "ROOT", clone)
-    record = {"status": "finished", "made_from": {"code": imports.fingerprint(cells.CHAIN)}, "models_kept": False}
-    assert cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
+    monkeypatch.setattr(code_hashes, "ROOT", clone)
+    record = {"status": "finished", "made_from": {"code": code_hashes.fingerprint(cells.CHAIN)}, "models_kept": False}
+    assert cells._is_finished(record, {"code": code_hashes.fingerprint(cells.CHAIN)}, keep_models=False)
     assert not cells._is_finished(record, record["made_from"], keep_models=True)
     assert not cells._is_finished(record | {"status": "failed"}, record["made_from"], keep_models=False)
     source = clone / "qwt2/folding/fold.py"
     before = source.read_text()
     source.write_text(before + "# another word\n")
-    assert not cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
+    assert not cells._is_finished(record, {"code": code_hashes.fingerprint(cells.CHAIN)}, keep_models=False)
     source.write_text(before)
-    assert cells._is_finished(record, {"code": imports.fingerprint(cells.CHAIN)}, keep_models=False)
+    assert cells._is_finished(record, {"code": code_hashes.fingerprint(cells.CHAIN)}, keep_models=False)
 
 
 def test_what_dvc_built_is_reused(tmp_path, monkeypatch):

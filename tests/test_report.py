@@ -14,8 +14,8 @@ import pytest
 import synthetic
 import yaml
 
-from pipeline import readme
-from pipeline.report import collect, report
+from pipeline.comparison import readme
+from pipeline.stages.report import collect, report
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation import machine
 from qwt2.report import findings
@@ -329,7 +329,7 @@ def test_this_machine_describes_itself():
 
 
 def run_stage(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline.report"]
+    command = [sys.executable, "-m", "pipeline.stages.report"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -352,7 +352,7 @@ def test_stage_writes_both_files_or_says_in_one_sentence_why_not(out):
 
 
 def test_stage_needs_no_torch():
-    code = "import sys, pipeline.report, pipeline.readme; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.stages.report, pipeline.comparison.readme; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
 
 

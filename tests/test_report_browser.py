@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 import synthetic
 
-from pipeline.report import report
+from pipeline.stages.report import report
 from qwt2.report.page import render_model
 
 CHROMIUM = shutil.which("chromium")

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import resolve as stage
-from pipeline.resolve import resolve
+from pipeline.build import compose
+from pipeline.stages import resolve as stage
+from pipeline.stages.resolve import resolve
 from qwt2.errors import Qwt2Error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,9 +106,9 @@ def test_detectors_are_resolved_beside_classifiers_and_apart(conf):
 
 def test_a_task_takes_its_own_datasets_alone():
     with pytest.raises(Qwt2Error, match="data.name is 'digits_coco'; for classification, choose one of digits, imagefolder"):
-        stage.compose_cell(["data=digits_coco"])
+        compose.compose_cell(["data=digits_coco"])
     with pytest.raises(Qwt2Error, match="'data.path' is not set"):
-        stage.compose_cell(["model=mask_rcnn_swin_tiny"])
+        compose.compose_cell(["model=mask_rcnn_swin_tiny"])
 
 
 def test_stage_writes_its_files_and_removes_those_of_former_cells(conf):
@@ -124,7 +125,7 @@ def test_resolving_imports_no_torch():
     import subprocess
     import sys
 
-    code = "import sys; from pipeline.resolve import resolve; resolve(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from pipeline.stages.resolve import resolve; resolve(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -132,20 +133,20 @@ def test_resolving_imports_no_torch():
 def test_every_option_of_every_group_composes(group):
     for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
         needs_path = "data: coco" in path.read_text()
-        cfg = stage.compose_cell([f"{group}={path.stem}", *["data.path=some/folder"] * needs_path])
+        cfg = compose.compose_cell([f"{group}={path.stem}", *["data.path=some/folder"] * needs_path])
         assert cfg[group].get("name", cfg[group].get("method")) == path.stem.removesuffix("_integer")
 
 
 def test_compensations_are_added_under_a_name_of_their_own():
     name = "compensation.offsets"
-    cfg = stage.compose_cell([f"+compensation@{name}=cwac", f"{name}.estimator=bias_only", "compensation.qwt.dtype=float32"])
+    cfg = compose.compose_cell([f"+compensation@{name}=cwac", f"{name}.estimator=bias_only", "compensation.qwt.dtype=float32"])
     assert cfg["compensations"] == ["qwt", "cwac", "offsets"]
     assert cfg["compensation"]["offsets"] == cfg["compensation"]["cwac"] | {"estimator": "bias_only"}
     assert cfg["compensation"]["qwt"]["dtype"] == "float32"
 
 
 def test_full_size_models_compose_with_a_folder_of_images():
-    cfg = stage.compose_cell(["model=deit_small", "data=imagefolder", "data.path=some/folder"])
+    cfg = compose.compose_cell(["model=deit_small", "data=imagefolder", "data.path=some/folder"])
     assert cfg["data"]["num_classes"] == 1000 and cfg["model"]["pretrained"] and cfg["model"]["train"] is None
 
 
@@ -176,5 +177,5 @@ def test_full_size_models_compose_with_a_folder_of_images():
 )
 def test_a_slip_is_one_sentence_with_what_is_valid(overrides, message):
     with pytest.raises(Qwt2Error, match=message) as caught:
-        stage.compose_cell(overrides)
+        compose.compose_cell(overrides)
     assert "\n" not in str(caught.value)

@@ -21,10 +21,10 @@ import yaml
 from limits import in_namespace, unprivileged
 
 from benchmarks import kills, tiny_chain
-from pipeline import dvcfiles
+from pipeline.build import dvcfiles
 
 REPRO = ("dvc", "repro", "data")
-VERIFY = (sys.executable, "-m", "pipeline.verify")
+VERIFY = (sys.executable, "-m", "pipeline.build.verify")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -94,7 +94,7 @@ def test_damage_is_found_and_the_remedy_heals(damage, project):
     name = damage(project)
     found = tiny_chain.run(project, *VERIFY, check=False)
     assert found.returncode == 2 and name in found.stdout
-    assert "python -m pipeline.verify --repair`, then run `make repro`" in found.stderr
+    assert "python -m pipeline.build.verify --repair`, then run `make repro`" in found.stderr
     tiny_chain.run(project, *VERIFY, "--repair")
     tiny_chain.run(project, *REPRO)
     assert tiny_chain.run(project, *VERIFY).stdout == "nothing is damaged\n"
@@ -139,7 +139,7 @@ def test_killed_and_run_again_gives_the_same(what, built, sources):
 
 def test_locks_of_ended_processes_are_no_obstacle(project):
     """A zombie, which `dvc repro` alone takes for the holder, and a lock file cut short."""
-    warm = (sys.executable, "-m", "pipeline.warm", "dvc", "repro", "--force", "data")
+    warm = (sys.executable, "-m", "pipeline.common.warm", "dvc", "repro", "--force", "data")
     zombie = subprocess.Popen(["true"])  # never waited for
     while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
@@ -173,8 +173,8 @@ def test_two_at_once_build_once_or_one_says_why_not(built, sources):
 
 def test_full_disk_is_one_sentence_and_leaves_no_half(sources):
     script = f"""
-        mkdir out && mount -t tmpfs -o size=200k tmpfs out && {sys.executable} -m pipeline.resolve
-        {sys.executable} -m pipeline.data; echo "code $?"; find out -name '.*.*'; ls out"""
+        mkdir out && mount -t tmpfs -o size=200k tmpfs out && {sys.executable} -m pipeline.stages.resolve
+        {sys.executable} -m pipeline.stages.data; echo "code $?"; find out -name '.*.*'; ls out"""
     done = tiny_chain.run(sources, *in_namespace("--mount"), "sh", "-c", script)
     assert "No space left on device; make room" in done.stderr and done.stderr.count("\n") == 1
     assert done.stdout.split() == ["code", "2", *sorted(["locks", "logs", "resolved"])]
@@ -186,7 +186,7 @@ def test_read_only_results_are_one_sentence(tmp_path):
     (tmp_path / "out/resolved/report.yaml").write_text(yaml.safe_dump(synthetic.CONFIG))
     (tmp_path / "results").mkdir(mode=0o555)
     done = tiny_chain.run(
-        tmp_path, *unprivileged(), sys.executable, "-m", "pipeline.report", check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        tmp_path, *unprivileged(), sys.executable, "-m", "pipeline.stages.report", check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: cannot write results/") and "Permission denied; make room or give access" in done.stderr
@@ -209,7 +209,7 @@ def test_without_a_network(project):
     environment = tiny_chain.environment(project) | {"WANDB_API_KEY": "0" * 40}
     environment.pop("WANDB_MODE", None)
     started = time.monotonic()
-    done = tiny_chain.run(project, *offline, sys.executable, "-m", "pipeline.publish", env=environment)
+    done = tiny_chain.run(project, *offline, sys.executable, "-m", "pipeline.comparison.publish", env=environment)
     assert "1 runs published offline" in done.stdout and time.monotonic() - started < 60
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import stage
+from pipeline.common import stage
 from qwt2 import io
 from qwt2.errors import Qwt2Error
 
@@ -88,7 +88,7 @@ def test_a_defect_keeps_its_traceback_and_leaves_nothing(workspace, error):
 
 
 def test_stages_run_from_the_command_line_name_what_is_missing(tmp_path):
-    for arguments in (["pipeline.data"], ["pipeline.baseline", "no_such_model"]):
+    for arguments in (["pipeline.stages.data"], ["pipeline.stages.baseline", "no_such_model"]):
         done = subprocess.run(
             [sys.executable, "-m", *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True, text=True,
@@ -98,7 +98,7 @@ def test_stages_run_from_the_command_line_name_what_is_missing(tmp_path):
 
 
 def test_threads_limit_torch():
-    code = "from pipeline.stage import set_threads; set_threads(1); import torch; print(torch.get_num_threads())"
+    code = "from pipeline.common.stage import set_threads; set_threads(1); import torch; print(torch.get_num_threads())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True
     )

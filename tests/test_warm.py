@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGE = """
 import os, sys, time
 from pathlib import Path
-from pipeline.warm import delegate
+from pipeline.common.warm import delegate
 
-WARM = "pipeline.warm" in sys.modules and sys.modules["__main__"].__spec__ is not None and "torch" in sys.modules
+WARM = "pipeline.common.warm" in sys.modules and sys.modules["__main__"].__spec__ is not None and "torch" in sys.modules
 
 def main():
     what, *rest = sys.argv[1:]
@@ -63,7 +63,7 @@ def demo(*words: str) -> list[str]:
 
 
 def warm(*command: str) -> list[str]:
-    return [sys.executable, "-m", "pipeline.warm", *command]
+    return [sys.executable, "-m", "pipeline.common.warm", *command]
 
 
 @pytest.mark.parametrize("code", [0, 2])

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from pipeline.resolve import compose_cell
+from pipeline.build.compose import compose_cell
 from qwt2.capture.batch import Inputs
 from qwt2.data import write_dataset
 from qwt2.data.coco import Scenes, open_scenes

@@ -1,0 +1,105 @@
+"""One cell's configuration: composed from conf/ by Hydra, checked, and cut to what each stage reads."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from pipeline.build.schema import check
+from pipeline.common.stage import task_of
+from qwt2.engines import ENGINES
+from qwt2.errors import Qwt2Error
+from qwt2.quantization.precision import Precision
+
+CONF = Path("conf")
+
+# By the task: what builds the network, without where its weights come from.
+_ARCHITECTURES = {
+    "classification": ("model.name", "model.timm", "model.kwargs"),
+    "detection": tuple(f"model.{key}" for key in ("name", "mmdet", "options", "parts", "boxes", "mask_boxes")),
+}
+_ARCHITECTURE = "the keys of the task in _ARCHITECTURES"
+# What each stage reads: dotted keys of the composed configuration.
+KEYS = {
+    "data": ("datasets",),
+    "baseline": ("threads", "data", "model"),
+    "ptq": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision"),
+    "compensate": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq.variants", "compensation"),
+    "fold": ("threads", "workers", "seeds", "data", _ARCHITECTURE, "exported", "evaluate.mismatch_images"),
+    "evaluate": (
+        *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
+        *("compensations", "exported", "evaluate"),
+    ),
+    "report": ("grid", "datasets", "models", "evaluate"),
+}
+
+
+def read_grid() -> dict[str, list[str]]:
+    """The models and precisions of conf/grid.yaml; Qwt2Error if it does not name some of each."""
+    path = CONF / "grid.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        grid = {key: [str(name) for name in content["grid"][key]] for key in ("model", "precision")}
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise Qwt2Error(f"{path} must hold `grid:` with lists `model` and `precision`") from error
+    if not all(grid.values()):
+        raise Qwt2Error(f"{path} must name at least one model and one precision")
+    return grid
+
+
+def compose_cell(overrides: list[str]) -> dict[str, Any]:
+    """One cell's configuration, `checked`."""
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            composed = compose("config", overrides)
+    except (HydraException, yaml.YAMLError) as error:
+        raise Qwt2Error(one_sentence(error, overrides)) from error
+    return checked(composed)
+
+
+def checked(composed: DictConfig) -> dict[str, Any]:
+    """A composed cell as plain values, names and types checked.
+
+    `compensations` lists the names under `compensation`, `exported` those of them that engines run: CWAC on whole
+    blocks cannot be folded and stays in simulation.
+    """
+    cfg = check(composed)
+    Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
+    for engine in cfg["evaluate"]["engines"]:
+        ENGINES.get(engine)
+    exported = [name for name, options in cfg["compensation"].items() if options.get("granularity") != "block"]
+    return cfg | {
+        "compensations": list(cfg["compensation"]), "exported": exported, "datasets": {cfg["data"]["name"]: cfg["data"]},
+        "task": task_of(cfg["model"]),
+    }  # fmt: skip
+
+
+def one_sentence(error: Exception, overrides: list[str]) -> str:
+    """Hydra spreads its advice over several lines; keep what names the problem and the valid options."""
+    text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: no valid YAML ({error.problem})"
+    if found := re.search(r"In '[^']+': Could not find '(?P<what>[^']+)'(?P<rest>.*)", text, re.S):
+        options = re.findall(r"^\s+(\S+)$", found["rest"], re.M)
+        group = found["what"].rpartition("/")[0]
+        return f"conf has no {found['what']!r}; the options of group {group!r} are: {', '.join(sorted(options)) or 'none'}"
+    if found := re.match(r"Could not override '(?P<key>[^']+)'\.\s+To append", text):
+        return f"the configuration has no key {found['key']!r}; see conf/ for those there are, or add it with +{found['key']}="
+    return f"the configuration with {' '.join(overrides)} cannot be composed: {text.splitlines()[0]}"
+
+
+def select(cfg: dict[str, Any], stage: str) -> str:
+    """The keys that `stage` declares, as YAML."""
+    chosen: dict[str, Any] = {}
+    keys = [key for entry in KEYS[stage] for key in (_ARCHITECTURES[cfg["task"]] if entry is _ARCHITECTURE else (entry,))]
+    for key in keys:
+        *parents, last = key.split(".")
+        source, target = cfg, chosen
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[last] = source[last]
+    return yaml.safe_dump(chosen, sort_keys=True)
