@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.architectures import PRECISION, THREADS, figures, timed
 from pipeline.build.compose import CONF, compose_cell
 from pipeline.common.resources import PeakMemory
-from pipeline.tasks.files import file_exporters
+from pipeline.tasks.detection import part_exporters
 from qwt2 import compensate, fold, quantize
 from qwt2.capture.batch import Inputs
 from qwt2.detection.models import build_detector
@@ -55,7 +55,7 @@ def measure(name: str) -> dict:
         qmodel = timed(seconds, "quantize", lambda: quantize(network, batches, method, PRECISION, observer_images=2, parts=wanted))
         timed(seconds, "compensate", lambda: compensate(qmodel, batches, "cwac"))
         folded = timed(seconds, "fold", lambda: fold(qmodel))
-        exporters = file_exporters(qmodel, batches[0])
+        exporters = part_exporters(qmodel, batches[0])
         files = {part: Path(folder) / f"{part}.onnx" for part in exporters}
         timed(seconds, "export", lambda: [exporter.export(folded, files[part]) for part, exporter in exporters.items()])
         row = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.tasks.task import calibration_batches
+from pipeline.tasks import calibration_batches
 from qwt2.errors import Qwt2Error
 
 

@@ -10,20 +10,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from pipeline.build.schema import check
-from pipeline.common.stage import task_of
+from pipeline.tasks import architecture_keys, task_of
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.precision import Precision
 
 CONF = Path("conf")
 
-# By the task: what builds the network, without where its weights come from.
-_ARCHITECTURES = {
-    "classification": ("model.name", "model.timm", "model.kwargs"),
-    "detection": tuple(f"model.{key}" for key in ("name", "mmdet", "options", "parts", "boxes", "mask_boxes")),
-}
-_ARCHITECTURE = "the keys of the task in _ARCHITECTURES"
-# What each stage reads: dotted keys of the composed configuration.
+# What each stage reads: dotted keys of the composed configuration. `_ARCHITECTURE` are those of the model that build the
+# network, without where its weights come from.
+_ARCHITECTURE = "model.<architecture>"
 KEYS = {
     "data": ("datasets",),
     "baseline": ("threads", "data", "model"),
@@ -95,11 +91,18 @@ def one_sentence(error: Exception, overrides: list[str]) -> str:
 def select(cfg: dict[str, Any], stage: str) -> str:
     """The keys that `stage` declares, as YAML."""
     chosen: dict[str, Any] = {}
-    keys = [key for entry in KEYS[stage] for key in (_ARCHITECTURES[cfg["task"]] if entry is _ARCHITECTURE else (entry,))]
-    for key in keys:
+    for key in _keys(cfg, stage):
         *parents, last = key.split(".")
         source, target = cfg, chosen
         for parent in parents:
             source, target = source[parent], target.setdefault(parent, {})
         target[last] = source[last]
     return yaml.safe_dump(chosen, sort_keys=True)
+
+
+def _keys(cfg: dict[str, Any], stage: str) -> list[str]:
+    keys = list(KEYS[stage])
+    if _ARCHITECTURE in keys:
+        place = keys.index(_ARCHITECTURE)
+        keys[place : place + 1] = [f"model.{key}" for key in architecture_keys(cfg["model"])]
+    return keys

@@ -11,7 +11,7 @@ from typing import Any, Optional
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from pipeline.common.stage import task_of
+from pipeline.tasks import WEIGHTS, model_schema, task_of
 from qwt2.errors import Qwt2Error
 
 # Every other whole number counts something and is at least 1.
@@ -54,53 +54,6 @@ DATASETS = {
     "classification": {"digits": Digits, "imagefolder": ImageFolder},
     "detection": {"digits_coco": Digits, "coco": Coco},
 }
-
-
-@dataclass
-class Train:
-    steps: int = MISSING
-    batch_size: int = MISSING
-    learning_rate: float = MISSING
-    weight_decay: float = MISSING
-    warmup_steps: int = MISSING
-    label_smoothing: float = MISSING
-    autocast: bool = MISSING
-    seed: int = MISSING
-
-
-@dataclass
-class Model:
-    name: str = MISSING
-    timm: str = MISSING
-    kwargs: dict[str, Any] = MISSING
-    pretrained: bool = MISSING
-    checkpoint: Optional[str] = MISSING
-    train: Optional[Train] = MISSING
-
-
-@dataclass
-class TrainDetector:
-    steps: int = MISSING
-    batch_size: int = MISSING
-    learning_rate: float = MISSING
-    weight_decay: float = MISSING
-    warmup_steps: int = MISSING
-    seed: int = MISSING
-
-
-@dataclass
-class Detector:
-    name: str = MISSING
-    mmdet: str = MISSING
-    options: dict[str, Any] = MISSING
-    parts: list[str] = MISSING
-    boxes: int = MISSING
-    mask_boxes: int = MISSING
-    checkpoint: Optional[str] = MISSING
-    train: Optional[TrainDetector] = MISSING
-
-
-MODELS = {"classification": Model, "detection": Detector}
 
 
 @dataclass
@@ -155,7 +108,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     name, datasets = cfg.data.name, DATASETS[task]
     if name not in datasets:
         raise Qwt2Error(f"data.name is {name!r}; for {task}, choose one of {', '.join(datasets)}")
-    schema = OmegaConf.structured(Config(data=datasets[name](), model=MODELS[task]()))
+    schema = OmegaConf.structured(Config(data=datasets[name](), model=model_schema(cfg.model)()))
     try:
         values = OmegaConf.to_container(OmegaConf.merge(schema, cfg), resolve=True, throw_on_missing=True)
     except ConfigKeyError as error:
@@ -175,7 +128,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_weights(model: Mapping[str, Any]) -> None:
     """Weights come from training, from timm or from a file; a random network is never meant."""
-    known = [f"model.{key}" for key in ("pretrained", "checkpoint", "train") if key in model]
+    known = [f"model.{key}" for key in WEIGHTS if key in model]
     sources = [key for key in known if model[key.removeprefix("model.")]]
     if len(sources) != 1:
         raise Qwt2Error(

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ def run_stage(stage: str, main: Callable[[Declared, Cell], None], runs_networks:
 
 def _detects(stage: str, cell: str) -> bool:
     """Whether the stage works on a detector; that a configuration is missing is told later."""
-    return config_path(stage, cell).is_file() and task_of(load_config(stage, cell).get("model", {})) == "detection"
+    return config_path(stage, cell).is_file() and "mmdet" in load_config(stage, cell).get("model", {})
 
 
 def _parser(stage: str) -> argparse.ArgumentParser:
@@ -119,11 +119,6 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def task_of(model: Mapping[str, Any]) -> str:
-    """The task of a model's configuration: mmdet's are detectors, timm's classifiers."""
-    return "detection" if "mmdet" in model else "classification"
 
 
 def load_config(stage: str, cell: str = "") -> Declared:

@@ -16,10 +16,10 @@ import yaml
 
 from pipeline.build.compose import read_grid
 from pipeline.common.folders import CELLS, OUT, RESOLVED, read_record
-from pipeline.common.stage import task_of
 from pipeline.common.unchanged import while_unchanged
 from pipeline.stages.report import baseline_rows, cell_rows
 from pipeline.sweeps.sweep import SWEEPS, job_paths
+from pipeline.tasks import task_of
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json
 from qwt2.report.results import HEADLINE, Layer, Method, Row, read_layers

@@ -6,13 +6,13 @@ from pipeline.common.stage import Cell, run_stage
 
 def main(cfg, cell: Cell) -> None:
     from pipeline.common.resources import PeakMemory
-    from pipeline.tasks.task import open_task
+    from pipeline.tasks import open_task
     from qwt2 import compensate, load_quantized, save_quantized
     from qwt2.io import write_json
     from qwt2.report.results import fit_record
 
     task = open_task(cfg, cell)
-    network = task.baseline(cell)
+    network = task.baseline()
     captured = task.captured(network)
 
     def compensate_one(run: tuple[str, int, str]) -> dict:

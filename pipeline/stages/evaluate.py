@@ -1,13 +1,15 @@
 """Stage `evaluate`: accuracy, mismatch and latency of one cell on the integer engines."""
 
-from pipeline.common.stage import Cell, run_stage, task_of
+from pipeline.common.stage import Cell, run_stage
 from qwt2.evaluation import machine
 from qwt2.io import write_json
 from qwt2.report.results import write_layers, write_rows
 
 
 def main(cfg, cell: Cell) -> None:
-    evaluation = _evaluation(cfg, cell)
+    from pipeline.stages.evaluation import Evaluation
+
+    evaluation = Evaluation(cfg, cell)
     rows = evaluation.simulated() + evaluation.compensation_costs() + evaluation.folding()
     for engine in cfg["evaluate"]["engines"]:
         rows += evaluation.on_engine(engine) + evaluation.latency(engine)
@@ -16,16 +18,6 @@ def main(cfg, cell: Cell) -> None:
     write_json(cell.folder("evaluate") / "operations.json", evaluation.operations())
     evaluation.write_pictures(cell.folder("evaluate") / "pictures.png")
     write_json(cell.folder("evaluate") / "machine.json", machine.describe())
-
-
-def _evaluation(cfg, cell: Cell):
-    if task_of(cfg["model"]) == "detection":
-        from pipeline.tasks.detection_evaluation import Detection
-
-        return Detection(cfg, cell)
-    from pipeline.tasks.evaluation import Classification
-
-    return Classification(cfg, cell)
 
 
 if __name__ == "__main__":

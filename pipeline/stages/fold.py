@@ -5,8 +5,7 @@ from pipeline.common.stage import Cell, run_stage
 
 
 def main(cfg, cell: Cell) -> None:
-    from pipeline.tasks.files import file_exporters
-    from pipeline.tasks.task import open_task
+    from pipeline.tasks import open_task
     from qwt2 import fold, load_quantized
     from qwt2.capture.batch import first
     from qwt2.evaluation.costs import multiply_accumulates, stored_numbers
@@ -14,10 +13,10 @@ def main(cfg, cell: Cell) -> None:
     from qwt2.io import save_arrays, write_json
 
     task = open_task(cfg, cell)
-    network = task.baseline(cell)
+    network = task.baseline()
     captured = task.captured(network)
     inputs = task.mismatch_inputs(network)
-    exporters = file_exporters(captured, inputs)
+    exporters = task.exporters(captured, inputs)
     methods, first_seed = ["ptq", *cfg["exported"]], cfg["seeds"][0]
 
     def quantized(method: str, seed: int):

@@ -5,11 +5,11 @@ from pipeline.common.stage import Cell, run_stage
 
 
 def main(cfg, cell: Cell) -> None:
-    from pipeline.tasks.task import open_task
+    from pipeline.tasks import open_task
     from qwt2 import Precision, load_quantized, quantize, save_quantized
 
     task = open_task(cfg, cell)
-    network = task.baseline(cell)
+    network = task.baseline()
     captured = task.captured(network)
     precision = Precision(**{k: v for k, v in cfg["precision"].items() if k != "name"})
 
@@ -22,7 +22,7 @@ def main(cfg, cell: Cell) -> None:
             precision=precision,
             variant=variant,
             observer_images=cfg["calibration"]["observer_images"],
-            parts=task.parts(network),
+            parts=task.quantized_parts(network),
         )
         save_quantized(qmodel, cell.quantized(variant, "ptq", seed))
 

@@ -20,13 +20,14 @@ from pipeline.build import code_hashes, dvcfiles
 from pipeline.build.compose import checked, select
 from pipeline.common.folders import CELLS, LOCKS, OUT, OUTPUTS, SHARED, read_record
 from pipeline.common.logs import LOG, log_to
-from pipeline.common.stage import Cell, config_path, declared, locked, set_threads, task_of
+from pipeline.common.stage import Cell, config_path, declared, locked, set_threads
 from pipeline.stages.baseline import main as make_baseline
 from pipeline.stages.compensate import main as compensate
 from pipeline.stages.data import main as make_data
 from pipeline.stages.evaluate import main as evaluate
 from pipeline.stages.fold import main as fold
 from pipeline.stages.ptq import main as quantize
+from pipeline.tasks import task_of
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
 from qwt2.report.results import HEADLINE, Row, read_rows

@@ -1,28 +1,25 @@
-"""Figures of one cell of the grid: what every task measures, and classification."""
+"""Figures of one cell: accuracy, mismatch, costs and latency of every method, in simulation and on the engines."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.common.parallel import each
 from pipeline.common.stage import Cell
-from qwt2.data import open_dataset
-from qwt2.engines import Engine, load_engine
+from pipeline.tasks import Figures, open_task
+from qwt2.engines import load_engine
 from qwt2.engines.operations import count_operations
 from qwt2.evaluation.latency import measure_latency
-from qwt2.evaluation.metrics import agreement_percent, sqnr_db, topk_percent
 from qwt2.evaluation.mismatch import Mismatch, engine_mismatch
-from qwt2.io import load_arrays, read_array, read_json
+from qwt2.io import load_arrays, read_json
 from qwt2.onnx.file import load_onnx
 from qwt2.report.results import UNITS, Row
-
-Figures = dict[str, float]  # metric -> value
 
 
 @dataclass(frozen=True)
@@ -40,23 +37,13 @@ class Measured:
     operations: dict = field(default_factory=dict)
 
 
-class Evaluation(ABC):
-    """Figures of one cell. Methods are named as in the results: `repq`, `repq+cwac`, `repq_published`, ...
+class Evaluation:
+    """Figures of one cell. Methods are named as in the results: `repq`, `repq+cwac`, `repq_published`, ..."""
 
-    Attributes:
-        TASK: its name in the results.
-        DELTAS: metric of accuracy -> metric of the engine's difference to the simulation in it.
-        TIMED: the file whose latency is measured, as in `Cell.onnx`.
-        parts: the files of an exported model.
-    """
-
-    TASK: str
-    DELTAS: dict[str, str]
-    TIMED = ""
-    parts = [""]
-
-    def __init__(self, cfg, cell: Cell):
+    def __init__(self, cfg: Any, cell: Cell):
         self.cfg, self.cell = cfg, cell
+        self.task = open_task(cfg, cell)
+        self.task.load_for_engines()
         self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
         self.methods, self.exported = ["ptq", *self.compensations], ["ptq", *cfg["exported"]]
 
@@ -70,25 +57,9 @@ class Evaluation(ABC):
         std = float(values.std(ddof=1)) if len(values) > 1 else None
         cfg = self.cfg
         return Row(
-            self.TASK, cfg["data"]["name"], cfg["model"]["name"], cfg["precision"]["name"],
+            self.task.NAME, cfg["data"]["name"], cfg["model"]["name"], cfg["precision"]["name"],
             self.label(method, variant), engine, metric, float(values.mean()), std, UNITS[metric], len(values),
         )  # fmt: skip
-
-    @abstractmethod
-    def stored_figures(self, path: Path) -> Figures:
-        """Accuracy of the unfolded simulation in `path`, from what it predicted."""
-
-    @abstractmethod
-    def engine_figures(self, engines: dict[str, Engine]) -> Figures:
-        """Accuracy of a model whose parts integer engines run."""
-
-    @abstractmethod
-    def latency_input(self, batch_size: int) -> np.ndarray:
-        """What a file in `TIMED` is called with."""
-
-    def parts_scored(self, seed: int) -> list[str]:
-        """The parts of a model that its accuracy on engines is taken with."""
-        return self.parts
 
     def rows_of(self, method: str, engine: str, figures: Mapping[str, list[float]], variant: str = "default") -> list[Row]:
         return [self.row(method, engine, metric, values, variant) for metric, values in figures.items()]
@@ -104,7 +75,7 @@ class Evaluation(ABC):
 
     def simulated_figures(self, method: str, variant: str = "default") -> list[Figures]:
         """Of every seed."""
-        return [self.stored_figures(self.cell.quantized(variant, method, seed)) for seed in self.seeds]
+        return [self.task.figures(self.cell.quantized(variant, method, seed)) for seed in self.seeds]
 
     def compensation_costs(self) -> list[Row]:
         """Time and memory that fitting took."""
@@ -140,9 +111,9 @@ class Evaluation(ABC):
         for method in self.exported:
             found = [dict(self.measured[method, engine, seed].figures) for seed in self.seeds]
             for figures, simulated in zip(found, self.simulated_figures(method)):
-                figures |= {delta: figures[metric] - simulated[metric] for metric, delta in self.DELTAS.items() if metric in figures}
+                figures |= {delta: figures[metric] - simulated[metric] for metric, delta in self.task.DELTAS.items() if metric in figures}
             rows += self.rows_of(method, engine, by_metric(found))
-            files = [[self.cell.onnx(method, seed, part) for part in self.parts] for seed in self.seeds]
+            files = [[self.cell.onnx(method, seed, part) for part in self.task.files()] for seed in self.seeds]
             rows.append(self.row(method, engine, "file_bytes", [sum(path.stat().st_size for path in paths) for paths in files]))
             mismatches = self.measured[method, engine, self.seeds[0]].mismatches
             rows += self.mismatch_rows(method, engine, Mismatch.worst(list(mismatches.values())))
@@ -159,9 +130,9 @@ class Evaluation(ABC):
 
     def measure(self, run: tuple[str, str, int]) -> Measured:
         method, engine, seed = run
-        files = {part: self.cell.onnx(method, seed, part) for part in self.parts_scored(seed)}
+        files = {part: self.cell.onnx(method, seed, part) for part in self.task.scored_files(seed)}
         engines = {part: load_engine(path, engine, self.cfg["threads"]) for part, path in files.items()}
-        figures = self.engine_figures(engines)
+        figures = self.task.engine_figures(engines)
         if seed != self.seeds[0]:
             return Measured(figures)
         counted = {}
@@ -180,7 +151,7 @@ class Evaluation(ABC):
     def latency(self, engine: str) -> list[Row]:
         """Latency of every exported method, interleaved in one run."""
         settings = self.cfg["evaluate"]["latency"]
-        images = self.latency_input(settings["batch_size"])
+        images = self.task.latency_input(settings["batch_size"])
 
         def compiled(path: Path) -> Callable:
             model = load_engine(path, engine, settings["threads"])
@@ -191,7 +162,7 @@ class Evaluation(ABC):
         seeds = islice(cycle(self.seeds), settings["instances"])
         runs = [(method, seed) for turn, seed in enumerate(seeds) for method in self.exported[:: -1 if turn % 2 else 1]]
         with ThreadPoolExecutor(self.cfg["workers"]) as pool:
-            models = list(pool.map(compiled, [self.cell.onnx(method, seed, self.TIMED) for method, seed in runs]))
+            models = list(pool.map(compiled, [self.cell.onnx(method, seed, self.task.TIMED) for method, seed in runs]))
         calls = {name: [model for (method, _), model in zip(runs, models) if method == name] for name in self.exported}
         measured = measure_latency(calls, base="ptq", repeats=settings["repeats"])
         return [
@@ -205,7 +176,12 @@ class Evaluation(ABC):
         ]
 
     def write_pictures(self, path: Path) -> None:
-        """Where a task's predictions can be looked at, they are drawn."""
+        """What fp32, plain PTQ and CWAC predict, side by side."""
+        seed, known = self.seeds[0], {"ptq": "PTQ", "cwac": "PTQ + CWAC"}
+        quantized = {
+            heading: self.cell.quantized("default", method, seed) for method, heading in known.items() if method in self.methods
+        }
+        self.task.write_pictures(path, {"fp32": self.cell.predictions} | quantized)
 
     def layers(self) -> list[dict]:
         """What is known of each module: one record a method, seed and module or block."""
@@ -247,39 +223,6 @@ class Evaluation(ABC):
     def fits(self) -> list[dict]:
         """What stage `compensate` knows of every fit."""
         return read_json(self.cell.folder("compensate") / "report.json")
-
-
-class Classification(Evaluation):
-    """Imports no torch."""
-
-    TASK = "classification"
-    DELTAS = {"top1": "engine_top1_delta"}
-
-    def __init__(self, cfg, cell: Cell):
-        super().__init__(cfg, cell)
-        self.dataset = open_dataset(cfg["data"], cell.data / cfg["data"]["name"], cfg["model"])
-        self.labels = self.dataset.labels("val")
-        self.reference = read_array(cell.predictions.with_suffix(".npy"))
-
-    def stored_figures(self, path: Path) -> Figures:
-        return self.accuracy(read_array(path.with_suffix(".npy")))
-
-    def engine_figures(self, engines: dict[str, Engine]) -> Figures:
-        [model] = engines.values()
-        batches = self.dataset.array_batches("val", self.cfg["evaluate"]["batch_size"])
-        return self.accuracy(np.concatenate([model(images) for images, _ in batches]))
-
-    def accuracy(self, logits: np.ndarray) -> Figures:
-        return {
-            "top1": topk_percent(logits, self.labels, 1),
-            "top5": topk_percent(logits, self.labels, 5),
-            "agreement": agreement_percent(logits, self.reference),
-            "logits_sqnr_db": sqnr_db(logits, self.reference),
-        }
-
-    def latency_input(self, batch_size: int) -> np.ndarray:
-        images, _ = next(self.dataset.array_batches("val", batch_size))
-        return images
 
 
 def by_metric(records: list[Figures]) -> dict[str, list[float]]:
