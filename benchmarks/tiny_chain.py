@@ -10,7 +10,10 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("conf", "pipeline", "qwt2", "dvc.yaml", "params.yaml", ".dvc/config", ".dvc/plots.html", ".dvcignore", ".gitignore")
+SOURCES = (
+    *("conf", "pipeline", "qwt2", "dvc.yaml", "params.yaml", "requirements.lock"),
+    *(".dvc/config", ".dvc/plots.html", ".dvcignore", ".gitignore"),
+)
 
 
 def make(folder: Path, models: tuple[str, ...] = ("resnet_micro",)) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.build import code_hashes
+from pipeline.build import code_changes, code_hashes
 from pipeline.stages import resolve
 from pipeline.sweeps.cells import CHAIN
 
@@ -36,6 +36,7 @@ def code(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("code")
     for package in ("pipeline", "qwt2"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / code_hashes.LOCK, folder)
     return folder
 
 
@@ -56,7 +57,7 @@ def test_stage_watches_its_configuration_and_the_hash_of_its_code(stage):
     module = code_hashes.MODULES.get(stage, "pipeline.stages.resolve")
     assert declared["cmd"].split()[:3] == ["python", "-m", module]
     if stage == "resolve":
-        assert declared["deps"] == ["conf", "pipeline", "qwt2"] and "params" not in declared
+        assert declared["deps"] == ["conf", "pipeline", "qwt2", "requirements.lock"] and "params" not in declared
         return
     assert all(dep.startswith("out/") for dep in declared.get("deps", []))
     watched = {file: keys for param in declared["params"] for file, keys in param.items()}
@@ -112,30 +113,77 @@ def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
         ("pipeline/comparison/dashboard.py", set()),
         ("qwt2/__main__.py", set()),
         ("qwt2/errors.py", set()),
+        ("qwt2/registry.py", RUN - {"data"} | {"trial"}),
     ],
 )
 def test_a_change_of_code_changes_the_hashes_of_the_stages_that_run_it(file, stages, sources):
     before, content = hashes(), (sources / file).read_bytes()
-    (sources / file).write_bytes(content + b"\r\n")
+    (sources / file).write_bytes(content + (b"\nanother = 1\n" if file.endswith(".py") else b"\n"))
     after = hashes()
     (sources / file).write_bytes(content)
     assert {stage for stage in before if before[stage] != after[stage]} == stages
     assert hashes() == before
 
 
+EVERY = {*RUN, "report", "trial"}
+
+
+@pytest.mark.parametrize(
+    "file, old, new, changes",
+    [
+        ("qwt2/folding/fold.py", '"""', '"""Another word. ', False),
+        ("qwt2/folding/fold.py", "\n\n\n", "\n\n\n\n# a remark\n\n", False),
+        ("qwt2/folding/fold.py", "\n", "\r\n", False),
+        ("requirements.lock", "# This file", "# Another remark: this file", False),
+        ("requirements.lock", "\nnumpy==", "\nnumpy==1", True),
+        ("pipeline/common/stage.py", 'sys.modules["torch"].set_num_threads(count)', "pass", True),
+        ("qwt2/io.py", "os.replace(", "os.rename(", True),
+    ],
+)
+def test_words_change_no_hash_and_pins_and_threads_change_every_one(file, old, new, changes, sources):
+    before, content = hashes(), (sources / file).read_bytes()
+    assert old.encode() in content
+    (sources / file).write_bytes(content.replace(old.encode(), new.encode(), 1))
+    after = hashes()
+    (sources / file).write_bytes(content)
+    assert {stage for stage in before if before[stage] != after[stage]} == (EVERY if changes else set())
+
+
+def test_a_stage_that_will_run_again_names_the_files_that_changed(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = {stage: {"params": {"out/resolved/code.yaml": {f"code.{stage}": digest}}} for stage, digest in hashes().items()}
+    ran["data"] = {"params": {"out/resolved/code.yaml": {"code.data": "0" * 32}}}  # made somewhere else
+    Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": ran}))
+    code_changes.remember()
+    file, content = sources / "qwt2/evaluation/latency.py", (sources / "qwt2/evaluation/latency.py").read_text()
+    file.write_text(content + "another = 1\n")
+    try:
+        said = code_changes.messages()
+        code_changes.remember()
+        assert code_changes.messages() == said  # until the stages have run
+    finally:
+        file.write_text(content)
+    assert said == [
+        "data runs again: its code changed",
+        *(f"{stage} runs again: qwt2/evaluation/latency.py changed" for stage in ("evaluate", "trial")),
+    ]
+
+
 def test_a_new_method_is_a_change_of_code(sources):
     before, file = hashes(), sources / "qwt2/compensation/methods/another.py"
     file.write_text("from qwt2.evaluation.latency import measure\n")
-    after, listed = hashes(), yaml.safe_load(resolve.code()[resolve.config_path("sources")])
+    after = hashes()
+    running = {stage for stage in after if "qwt2/evaluation/latency.py" in code_hashes.sources([stage])}
     file.unlink()
     assert {stage for stage in before if before[stage] != after[stage]} == {"compensate", "trial"}
-    assert listed["qwt2/evaluation/latency.py"]["stages"] == ["compensate", "evaluate", "trial"]
+    assert running == {"compensate", "evaluate", "trial"}
 
 
 def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):
     monkeypatch.setattr(code_hashes, "ROOT", tmp_path)
     monkeypatch.setitem(code_hashes.MODULES, "one", "pipeline.stage_one")
     files = {
+        "requirements.lock": "numpy==1\n",
         "pipeline/__init__.py": "",
         "pipeline/stage_one.py": "import os, torch, qwt2.one\ndef f():\n    from qwt2.two import g\n",
         "qwt2/__init__.py": "",

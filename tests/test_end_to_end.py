@@ -66,7 +66,11 @@ def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
     assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve", "report"}
     with (clone / "qwt2/folding/fold.py").open("a") as file:
         file.write("# nothing new\n")
-    assert stages_run(run(clone, "dvc", "repro", "compensate@vit_micro-w3a3").stdout) == {"resolve"}
+    assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve"}
+    with (clone / "qwt2/folding/fold.py").open("a") as file:
+        file.write("another = 1\n")
+    again = run(clone, "dvc", "repro", "compensate@vit_micro-w3a3").stdout
+    assert stages_run(again) == {"resolve"} and "fold@vit_micro-w3a3 runs again: qwt2/folding/fold.py changed" in again
     assert json.loads(run(clone, "dvc", "status", "--json").stdout) == {
         stage: [{"changed deps": {"out/resolved/code.yaml": {f"code.{stage.partition('@')[0]}": "modified"}}}]
         for stage in ("fold@vit_micro-w3a3", "trial")

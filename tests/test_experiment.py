@@ -26,7 +26,7 @@ from qwt2.io import atomic_path
 from qwt2.report.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("conf", "pipeline", "qwt2", "dvc.yaml")
+SOURCES = ("conf", "pipeline", "qwt2", "dvc.yaml", "requirements.lock")
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 LAUNCHERS = ["basic", *sorted(path.stem for path in (ROOT / "conf/hydra/launcher").glob("*.yaml"))]
 NEEDS = {"paper_imagenet": ["data.path=some/folder"], "paper_coco": ["data.path=some/folder"]}
@@ -197,7 +197,7 @@ def test_a_change_of_code_or_baseline_makes_a_cell_anew(clone, monkeypatch):
     assert not cells._is_finished(record | {"status": "failed"}, record["made_from"], keep_models=False)
     source = clone / "qwt2/folding/fold.py"
     before = source.read_text()
-    source.write_text(before + "# another word\n")
+    source.write_text(before + "another = 1\n")
     assert not cells._is_finished(record, {"code": code_hashes.fingerprint(cells.CHAIN)}, keep_models=False)
     source.write_text(before)
     assert cells._is_finished(record, {"code": code_hashes.fingerprint(cells.CHAIN)}, keep_models=False)

@@ -116,7 +116,7 @@ def test_stage_writes_its_files_and_removes_those_of_former_cells(conf):
     write_grid(["vit_micro"], ["w4a4"])
     stage.main([])
     assert {path.stem for path in Path("out/resolved").iterdir()} == {
-        *("data", "report", "report@classification", "baseline@vit_micro", "code", "sources"),
+        *("data", "report", "report@classification", "baseline@vit_micro", "code"),
         *cells("ptq", "compensate", "fold", "evaluate", models=["vit_micro"], precisions=["w4a4"]),
     }
 

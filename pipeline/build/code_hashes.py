@@ -1,10 +1,12 @@
 """Which source files a stage runs, read off their import statements, and a hash of what is in them.
 
-Nothing is imported for it. What a module imports anywhere counts, whether or not a run comes to that line.
+Nothing is imported for it. What a module imports anywhere counts, whether or not a run comes to that line. Of Python the
+syntax tree counts: comments, docstrings and formatting change no hash. Of the libraries their pinned versions count.
 """
 
 import ast
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from importlib.util import resolve_name
 from pathlib import Path
@@ -17,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = {
     stage: f"pipeline.stages.{stage}" for stage in ("data", "baseline", "ptq", "compensate", "fold", "evaluate", "report")
 } | {"trial": "pipeline.sweeps.trial"}
-# Wiring that cannot change a result: error texts, file formats, start-up, logs.
+LOCK = "requirements.lock"
+# What cannot change a result: names that are imported on first use, texts of errors, logs.
 WIRING = {
-    *("qwt2/__init__.py", "qwt2/errors.py", "qwt2/io.py", "qwt2/registry.py"),
-    *("pipeline/__init__.py", "pipeline/common/stage.py", "pipeline/common/warm.py", "pipeline/common/locks.py"),
-    "pipeline/common/logs.py",
-}
+    "qwt2/__init__.py", "qwt2/errors.py", "pipeline/__init__.py", "pipeline/common/logs.py", "pipeline/common/warm.py",
+    "pipeline/common/locks.py",
+}  # fmt: skip
 
 
 def fingerprint(stages: Iterable[str]) -> str:
@@ -32,8 +34,8 @@ def fingerprint(stages: Iterable[str]) -> str:
 
 
 def sources(stages: Iterable[str]) -> dict[str, str]:
-    """The files that can change what these stages do, in order, with a hash of each one's bytes."""
-    files = closure(file for stage in stages for file in _files(MODULES[stage]))
+    """The files that can change what these stages do, in order, with a hash of each one's content."""
+    files = closure(file for stage in stages for file in _files(MODULES[stage])) | {ROOT / LOCK}
     names = {path.relative_to(ROOT).as_posix(): path for path in files}
     return {name: _digest(names[name]) for name in sorted(names.keys() - WIRING)}
 
@@ -97,4 +99,23 @@ def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 @while_unchanged
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Of what a file means: a module's syntax tree, the versions in the lock file, the bytes of anything else."""
+    content = path.read_bytes()
+    if path.suffix == ".py":
+        content = ast.dump(_without_docstrings(ast.parse(content, path))).encode()
+    elif path.name == LOCK:
+        content = "\n".join(_pins(content.decode())).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+    return tree
+
+
+def _pins(text: str) -> list[str]:
+    """``name==version`` of every package in a lock file."""
+    return sorted(re.findall(r"^[\w.\[\]-]+==[^\s\\;]+", text, re.M))

@@ -1,8 +1,8 @@
 """Stage `resolve`: compose the Hydra configuration of every grid cell into one small file per stage and cell.
 
 DVC watches those files. Each holds only the keys that its stage reads, so that a change re-runs the stages
-that read it and no others. For code, code.yaml does the same: one hash a stage, of the source files that it runs
-(`pipeline.build.code_hashes`); sources.yaml lists those files, each with its hash and the stages that run it.
+that read it and no others. For code, code.yaml does the same: one hash per stage, of the source files that it runs
+(`pipeline.build.code_hashes`). Which files changed since a stage last ran is printed (`pipeline.build.code_changes`).
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.build import code_hashes
+from pipeline.build import code_changes, code_hashes
 from pipeline.build.compose import compose_cell, read_grid, select
 from pipeline.common.folders import RESOLVED
 from pipeline.common.stage import config_path
@@ -50,14 +50,9 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
 
 
 def code() -> dict[Path, str]:
-    """Hashes of the code of every stage, and the files that they are made of: path -> YAML text."""
-    files: dict[str, dict[str, Any]] = {}
-    for stage in code_hashes.MODULES:
-        for name, digest in code_hashes.sources([stage]).items():
-            files.setdefault(name, {"sha256": digest, "stages": []})["stages"].append(stage)
+    """Hashes of the code of every stage: path -> YAML text."""
     hashes = {stage: code_hashes.fingerprint([stage]) for stage in code_hashes.MODULES}
-    texts = {"code": yaml.safe_dump({"code": hashes}), "sources": yaml.safe_dump(files, default_flow_style=None)}
-    return {config_path(name): text for name, text in texts.items()}
+    return {config_path("code"): yaml.safe_dump({"code": hashes})}
 
 
 def cells_of(task: str) -> list[str]:
@@ -82,6 +77,9 @@ def main(arguments: list[str]) -> None:
         path.unlink()
     for path, text in files.items():
         write_text(path, text)
+    for message in code_changes.messages():
+        print(message)
+    code_changes.remember()
 
 
 if __name__ == "__main__":
