@@ -110,7 +110,7 @@ OTHERS = {
     "pipeline.comparison.dashboard": "there are no results yet",
     "pipeline.comparison.differences a.csv b.csv": "a.csv does not exist",
     "pipeline.comparison.differences conf/config.yaml conf/config.yaml": "config.yaml must have the columns task,dataset",
-    "pipeline.stages.ptq vit_micro-w3a3": "out/resolved/ptq@vit_micro-w3a3.yaml does not exist; run `dvc repro`",
+    "pipeline.stages.quantize vit_micro-w3a3": "out/resolved/quantize@vit_micro-w3a3.yaml does not exist; run `dvc repro`",
     "pipeline.stages.baseline no_such_model": "baseline@no_such_model.yaml does not exist",
     "pipeline.sweeps.params model=vit_huge": "options of group 'model' are",
     "pipeline.comparison.readme": "results/summary.csv does not exist",
@@ -124,7 +124,7 @@ def test_other_commands(line, folder, monkeypatch, capsys):
 
 USAGE = [
     "pipeline.comparison.publish --nope", "pipeline.comparison.dashboard --port x", "pipeline.build.verify now", "pipeline.comparison.differences only-one.csv",
-    "pipeline.stages.ptq a b", "benchmarks.kills --kills x",
+    "pipeline.stages.quantize a b", "benchmarks.kills --kills x",
 ]  # fmt: skip
 
 

@@ -98,17 +98,17 @@ def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
 @pytest.mark.parametrize(
     "file, stages",
     [
-        ("qwt2/folding/fold.py", {"fold", "trial"}),
-        ("qwt2/evaluation/costs.py", {"fold", "trial"}),
+        ("qwt2/folding/fold.py", {"quantize", "trial"}),
+        ("qwt2/evaluation/costs.py", {"quantize", "trial"}),
         ("qwt2/evaluation/latency.py", {"evaluate", "trial"}),
         ("qwt2/classification/training.py", RUN - {"data"} | {"trial"}),
         ("qwt2/data/digits.py", RUN | {"trial"}),
-        ("qwt2/quantization/methods/repq.py", RUN - {"data", "baseline", "evaluate"} | {"trial"}),
-        ("qwt2/engines/openvino.py", {"fold", "evaluate", "trial"}),
-        ("qwt2/compensation/methods/cwac.py", {"compensate", "trial"}),
-        ("qwt2/report/results.py", {"compensate", "evaluate", "report", "trial"}),
+        ("qwt2/quantization/methods/repq.py", {"quantize", "trial"}),
+        ("qwt2/engines/openvino.py", {"quantize", "evaluate", "trial"}),
+        ("qwt2/compensation/methods/cwac.py", {"quantize", "trial"}),
+        ("qwt2/report/results.py", {"quantize", "evaluate", "report", "trial"}),
         ("qwt2/report/templates/page.css", {"report"}),
-        ("pipeline/stages/ptq.py", {"ptq", "trial"}),
+        ("pipeline/stages/quantization.py", {"quantize", "trial"}),
         ("pipeline/build/schema.py", {"trial"}),
         ("pipeline/comparison/dashboard.py", set()),
         ("qwt2/__main__.py", set()),
@@ -175,8 +175,8 @@ def test_a_new_method_is_a_change_of_code(sources):
     after = hashes()
     running = {stage for stage in after if "qwt2/evaluation/latency.py" in code_hashes.sources([stage])}
     file.unlink()
-    assert {stage for stage in before if before[stage] != after[stage]} == {"compensate", "trial"}
-    assert running == {"compensate", "evaluate", "trial"}
+    assert {stage for stage in before if before[stage] != after[stage]} == {"quantize", "trial"}
+    assert running == {"quantize", "evaluate", "trial"}
 
 
 def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):

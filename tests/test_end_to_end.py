@@ -46,7 +46,7 @@ def stages_run(output: str) -> set[str]:
 def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
     first = run(clone, sys.executable, "-m", "pipeline.common.warm", "dvc", "repro")
     cells = {f"{m}-w3a3" for m in MODELS}
-    assert {f"{s}@{c}" for s in ("ptq", "compensate", "fold", "evaluate") for c in cells} < stages_run(first.stdout)
+    assert {f"{s}@{c}" for s in ("quantize", "evaluate") for c in cells} < stages_run(first.stdout)
     check_summary(clone)
     check_page(clone)
 
@@ -69,19 +69,18 @@ def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
     assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve"}
     with (clone / "qwt2/folding/fold.py").open("a") as file:
         file.write("another = 1\n")
-    again = run(clone, "dvc", "repro", "compensate@vit_micro-w3a3").stdout
-    assert stages_run(again) == {"resolve"} and "fold@vit_micro-w3a3 runs again: qwt2/folding/fold.py changed" in again
+    again = run(clone, "dvc", "repro", "baseline@vit_micro").stdout
+    assert stages_run(again) == {"resolve"} and "quantize@vit_micro-w3a3 runs again: qwt2/folding/fold.py changed" in again
     assert json.loads(run(clone, "dvc", "status", "--json").stdout) == {
         stage: [{"changed deps": {"out/resolved/code.yaml": {f"code.{stage.partition('@')[0]}": "modified"}}}]
-        for stage in ("fold@vit_micro-w3a3", "trial")
+        for stage in ("quantize@vit_micro-w3a3", "trial")
     }
 
     # A stage in a process of its own writes the same results as one that started warm.
-    for stage in ("ptq", "compensate", "fold"):
-        folder = clone / "out" / stage / "vit_micro-w3a3"
-        warm = hashes(folder)
-        check_sources(clone, stage, "vit_micro-w3a3")
-        assert warm == hashes(folder) and warm
+    folder = clone / "out/quantize/vit_micro-w3a3"
+    warm = hashes(folder)
+    check_sources(clone, "quantize", "vit_micro-w3a3")
+    assert warm == hashes(folder) and warm
     for stage, cell in (("data", ""), ("baseline", "vit_micro"), ("evaluate", "vit_micro-w3a3"), ("report", "")):
         check_sources(clone, stage, cell)
 

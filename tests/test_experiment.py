@@ -100,7 +100,7 @@ def test_a_cell_s_id_is_of_its_settings_and_not_of_how_it_is_run():
 
 def test_a_cell_is_configured_as_the_same_cell_of_the_grid():
     cfg = cells.cell_config(composed(["model=resnet_micro", "precision=w2a3", "seed=2"]))
-    grid = yaml.safe_load(resolve()[stage.config_path("ptq", "resnet_micro-w2a3")])
+    grid = yaml.safe_load(resolve()[stage.config_path("quantize", "resnet_micro-w2a3")])
     assert cfg["seeds"] == [2] and 2 in grid["seeds"]
     assert {key: cfg[key] for key in ("calibration", "data", "precision")} == {
         key: grid[key] for key in ("calibration", "data", "precision")
@@ -149,7 +149,7 @@ def table(folder: Path, sweep: str) -> list[dict[str, str]]:
 def test_quick_runs_skips_and_survives_a_failing_cell(clone):
     first = run(clone, "experiment=quick", "-v")
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "stage compensate" in first.stderr  # -v
+    assert "stage quantize" in first.stderr  # -v
     rows = table(clone, "quick")
     assert [(row["compensation"], row["status"]) for row in rows] == [("qwt", "finished"), ("cwac", "finished")]
     for row in rows:
@@ -186,7 +186,7 @@ def check_figures(clone: Path, row: dict[str, str]) -> None:
     assert float(row["ptq_top1"]) == pytest.approx(figures["percentile", "torch", "top1"])
     assert float(row["openvino_latency_ratio"]) == pytest.approx(figures[method, "openvino", "latency_ratio_to_ptq"])
     record = json.loads((cell / "cell.json").read_text())
-    assert any(name.endswith(".onnx") for name in record["artifacts"]) and not (cell / "fold").exists()
+    assert any(name.endswith(".onnx") for name in record["artifacts"]) and not (cell / "quantize").exists()
 
 
 def test_a_change_of_code_or_baseline_makes_a_cell_anew(clone, monkeypatch):

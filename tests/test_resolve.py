@@ -47,7 +47,7 @@ def cells(*stages: str, models=MODELS, precisions=("w8a8", "w4a4")) -> set[str]:
 def test_every_stage_and_cell_has_a_file(conf):
     names = {path.stem for path in resolve()}
     baselines = {f"baseline@{model}" for model in MODELS}
-    assert names == cells("ptq", "compensate", "fold", "evaluate") | baselines | REPORTS | {"data"}
+    assert names == cells("quantize", "evaluate") | baselines | REPORTS | {"data"}
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ def test_every_stage_and_cell_has_a_file(conf):
     [
         ("config.yaml", "threads: 1 ", "threads: 2 ", None),
         ("config.yaml", "repeats: 200", "repeats: 20", cells("evaluate") | REPORTS),
-        ("config.yaml", "mismatch_images: 8", "mismatch_images: 4", cells("evaluate", "fold") | REPORTS),
-        ("config.yaml", "observer_images: 32", "observer_images: 16", cells("ptq", "compensate")),
-        ("config.yaml", "images: 256", "images: 128", cells("ptq", "compensate") | REPORTS),
+        ("config.yaml", "mismatch_images: 8", "mismatch_images: 4", cells("evaluate", "quantize") | REPORTS),
+        ("config.yaml", "observer_images: 32", "observer_images: 16", cells("quantize")),
+        ("config.yaml", "images: 256", "images: 128", cells("quantize") | REPORTS),
         ("model/vit_micro.yaml", "steps: 1500", "steps: 10", {"baseline@vit_micro"}),
-        ("compensation/cwac.yaml", "order: sequential", "order: one_pass", cells("compensate")),
-        ("precision/w4a4.yaml", "weight_bits: 4", "weight_bits: 5", cells("ptq", precisions=["w4a4"])),
+        ("compensation/cwac.yaml", "order: sequential", "order: one_pass", cells("quantize")),
+        ("precision/w4a4.yaml", "weight_bits: 4", "weight_bits: 5", cells("quantize", precisions=["w4a4"])),
         ("ptq/percentile.yaml", "[default, published]", "[default]",
-         cells("ptq", "compensate", "evaluate", models=["resnet_micro"])),
+         cells("quantize", "evaluate", models=["resnet_micro"])),
     ],
 )  # fmt: skip
 def test_a_change_reaches_exactly_the_stages_that_read_it(conf, file, old, new, readers):
@@ -96,8 +96,8 @@ def test_detectors_are_resolved_beside_classifiers_and_apart(conf):
     assert tasks == {"classification": ["vit_micro"], "detection": ["mask_rcnn_swin_micro"]}
     assert files["report"]["grid"]["model"] == ["vit_micro", "mask_rcnn_swin_micro"]
     assert set(files["data"]["datasets"]) == {"digits", "digits_coco"}
-    assert files["ptq@mask_rcnn_swin_micro-w4a4"]["model"]["parts"] == ["backbone", "neck", "heads"]
-    assert "train" not in files["ptq@mask_rcnn_swin_micro-w4a4"]["model"]  # where weights come from is baseline's
+    assert files["quantize@mask_rcnn_swin_micro-w4a4"]["model"]["parts"] == ["backbone", "neck", "heads"]
+    assert "train" not in files["quantize@mask_rcnn_swin_micro-w4a4"]["model"]  # where weights come from is baseline's
     assert stage.cells_of("classification") == ["vit_micro-w4a4"]
     write_grid(["vit_micro"], ["w4a4"])
     with pytest.raises(Qwt2Error, match="no model of task 'detection'"):
@@ -117,7 +117,7 @@ def test_stage_writes_its_files_and_removes_those_of_former_cells(conf):
     stage.main([])
     assert {path.stem for path in Path("out/resolved").iterdir()} == {
         *("data", "report", "report@classification", "baseline@vit_micro", "code"),
-        *cells("ptq", "compensate", "fold", "evaluate", models=["vit_micro"], precisions=["w4a4"]),
+        *cells("quantize", "evaluate", models=["vit_micro"], precisions=["w4a4"]),
     }
 
 

@@ -32,9 +32,9 @@ def test_stage_gets_its_configuration_and_folders(workspace):
     stage.run_stage("demo", lambda cfg, cell: seen.append((cfg, cell)))
     (cfg, cell), = seen
     assert cfg == {"threads": 3, "model": {"name": "net"}}
-    assert cell.folder("fold") == Path("out/fold/net-w4a4") and cell.baseline == Path("out/baseline/net")
-    assert cell.quantized("default", "ptq", 2) == Path("out/ptq/net-w4a4/default-seed2.safetensors")
-    assert cell.quantized("published", "cwac", 0) == Path("out/compensate/net-w4a4/published+cwac-seed0.safetensors")
+    assert cell.folder("evaluate") == Path("out/evaluate/net-w4a4") and cell.baseline == Path("out/baseline/net")
+    assert cell.quantized("default", "ptq", 2) == Path("out/quantize/net-w4a4/default-seed2.safetensors")
+    assert cell.quantized("published", "cwac", 0) == Path("out/quantize/net-w4a4/published+cwac-seed0.safetensors")
 
 
 def test_a_stage_logs_into_a_file_of_its_own_and_why_it_failed(workspace, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from qwt2 import _LAZY
 ROOT = Path(__file__).resolve().parents[2]
 # The modules of the stages by whose code DVC decides.
 MODULES = {
-    stage: f"pipeline.stages.{stage}" for stage in ("data", "baseline", "ptq", "compensate", "fold", "evaluate", "report")
+    stage: f"pipeline.stages.{stage}" for stage in ("data", "baseline", "quantize", "evaluate", "report")
 } | {"trial": "pipeline.sweeps.trial"}
 LOCK = "requirements.lock"
 # What cannot change a result: names that are imported on first use, texts of errors, logs.

@@ -23,9 +23,10 @@ _ARCHITECTURE = "model.<architecture>"
 KEYS = {
     "data": ("datasets",),
     "baseline": ("threads", "data", "model"),
-    "ptq": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision"),
-    "compensate": ("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq.variants", "compensation"),
-    "fold": ("threads", "workers", "seeds", "data", _ARCHITECTURE, "exported", "evaluate.mismatch_images"),
+    "quantize": (
+        *("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision", "compensation"),
+        *("exported", "evaluate.mismatch_images"),
+    ),
     "evaluate": (
         *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
         *("compensations", "exported", "evaluate"),

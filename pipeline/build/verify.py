@@ -21,7 +21,7 @@ from pipeline.build import dvcfiles
 from pipeline.common.folders import CELLS, LOCKS, OUT, OUTPUTS, RESULTS, SHARED, read_record
 from qwt2.errors import Qwt2Error, guarded
 
-PER_CELL = ("baseline", "ptq", "compensate", "fold", "evaluate")
+PER_CELL = ("baseline", "quantize", "evaluate")
 OBJECTS = Path(".dvc/cache/files/md5")
 # What qwt2.io.atomic_path calls a file that is being written: a dot, the name, the writer's process id, the suffix.
 TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)(\.\w+)?")

@@ -58,13 +58,12 @@ class Cell:
 
     def quantized(self, variant: str, method: str, seed: int) -> Path:
         """The stored model of plain PTQ (`method` is "ptq") or of a compensation, at one calibration seed."""
-        if method == "ptq":
-            return self.folder("ptq") / f"{variant}-seed{seed}.safetensors"
-        return self.folder("compensate") / f"{variant}+{method}-seed{seed}.safetensors"
+        name = variant if method == "ptq" else f"{variant}+{method}"
+        return self.folder("quantize") / f"{name}-seed{seed}.safetensors"
 
     def onnx(self, method: str, seed: int, part: str = "") -> Path:
         """The exported file of a method at one calibration seed, or of one part of the model."""
-        return self.folder("fold") / (f"{method}-seed{seed}" + (f".{part}" if part else "") + ".onnx")
+        return self.folder("quantize") / (f"{method}-seed{seed}" + (f".{part}" if part else "") + ".onnx")
 
 
 def run_stage(stage: str, main: Callable[[Declared, Cell], None], runs_networks: bool = False) -> None:

@@ -103,7 +103,7 @@ def grid_runs() -> Iterator[Run]:
 
 def _grid_cell(model: str, precision: str, fp32: dict[str, float]) -> Iterator[Run]:
     cell = f"{model}-{precision}"
-    files = tuple(RESOLVED / f"{stage}@{cell}.yaml" for stage in ("ptq", "compensate", "fold", "evaluate"))
+    files = tuple(RESOLVED / f"{stage}@{cell}.yaml" for stage in ("quantize", "evaluate"))
     files = (RESOLVED / f"baseline@{model}.yaml", *files)
     config = _merged(files)
     rows = cell_rows(OUT, model, precision, config["data"]["name"])
@@ -123,7 +123,7 @@ def _grid_cell(model: str, precision: str, fp32: dict[str, float]) -> Iterator[R
 
 def _artifacts(cell: str, method: Method) -> dict[str, dict[str, Any]]:
     """Size and hash of the files that engines run, one a calibration seed."""
-    files = sorted((OUT / "fold" / cell).glob(f"{method.compensation or 'ptq'}-seed*.onnx")) if not method.variant else []
+    files = sorted((OUT / "quantize" / cell).glob(f"{method.compensation or 'ptq'}-seed*.onnx")) if not method.variant else []
     return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 

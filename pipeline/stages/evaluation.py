@@ -211,18 +211,18 @@ class Evaluation:
         return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
 
     def facts(self, method: str) -> dict:
-        """What stage `fold` knows of a method's model at the first seed."""
+        """What stage `quantize` knows of a method's model at the first seed."""
         return next(f for f in self.folded if (f["method"], f["seed"]) == (method, self.seeds[0]))
 
     @cached_property
     def folded(self) -> list[dict]:
-        """What stage `fold` knows of every exported model."""
-        return read_json(self.cell.folder("fold") / "facts.json")
+        """What stage `quantize` knows of every exported model."""
+        return read_json(self.cell.folder("quantize") / "folded.json")
 
     @cached_property
     def fits(self) -> list[dict]:
-        """What stage `compensate` knows of every fit."""
-        return read_json(self.cell.folder("compensate") / "report.json")
+        """What stage `quantize` knows of every fit."""
+        return read_json(self.cell.folder("quantize") / "fits.json")
 
 
 def by_metric(records: list[Figures]) -> dict[str, list[float]]:

@@ -39,7 +39,7 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
             }  # fmt: skip
             shared["evaluate"] = cfg["evaluate"]
             files[config_path("baseline", model)] = select(cfg, "baseline")
-            for stage in ("ptq", "compensate", "fold", "evaluate"):
+            for stage in ("quantize", "evaluate"):
                 files[config_path(stage, f"{model}-{precision}")] = select(cfg, stage)
     files[config_path("data")] = select(shared, "data")
     files[config_path("report")] = select(shared | {"grid": grid}, "report")

@@ -22,17 +22,15 @@ from pipeline.common.folders import CELLS, LOCKS, OUT, OUTPUTS, SHARED, read_rec
 from pipeline.common.logs import LOG, log_to
 from pipeline.common.stage import Cell, config_path, declared, locked, set_threads
 from pipeline.stages.baseline import main as make_baseline
-from pipeline.stages.compensate import main as compensate
 from pipeline.stages.data import main as make_data
 from pipeline.stages.evaluate import main as evaluate
-from pipeline.stages.fold import main as fold
-from pipeline.stages.ptq import main as quantize
+from pipeline.stages.quantize import main as quantize
 from pipeline.tasks import task_of
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
 from qwt2.report.results import HEADLINE, Row, read_rows
 
-CHAIN = {"ptq": quantize, "compensate": compensate, "fold": fold, "evaluate": evaluate}
+CHAIN = {"quantize": quantize, "evaluate": evaluate}
 # Keys of conf/cell.yaml that say how a cell is run and filed, not what it is.
 _FILING = ("seed", "sweep", "keep_models", "objective", "experiment")
 
@@ -100,13 +98,13 @@ def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, An
             run(declared(select(cfg, stage)), cell)
         rows = read_rows(cell.folder("evaluate") / "rows.csv")
         results = {"method": own_method(rows), "figures": by_method(rows)}
-        results |= {"artifacts": _hashes(cell.out, "ptq", "compensate", "fold"), "outputs": _hashes(cell.out, "evaluate")}
+        results |= {"artifacts": _hashes(cell.out, "quantize"), "outputs": _hashes(cell.out, "evaluate")}
     except Exception as error:  # noqa: BLE001 - whatever it is, the other cells of the sweep go on
         LOG.debug("failed", exc_info=error)
         _remove(cell, CHAIN)
         return {"status": "failed", "error": sentence(error)}
     if not keep_models:
-        _remove(cell, ("ptq", "compensate", "fold"))
+        _remove(cell, ["quantize"])
     return {"status": "finished"} | results
 
 
