@@ -12,11 +12,11 @@ PYTHON ?= python3.11
 .PHONY: repro repro-classification test readme lock benchmarks dashboard publish experiments verify determinism kills clean
 
 repro: $(STAMP)
-	python -m pipeline.common.warm dvc repro
+	dvc repro
 
 # The same without detection: its cells, and a report of them alone.
 repro-classification: $(STAMP)
-	python -m pipeline.common.warm dvc repro $$(python -m pipeline.stages.resolve classification)
+	dvc repro $$(python -m pipeline.stages.resolve classification)
 	python -m pipeline.stages.report classification
 
 test: $(STAMP)

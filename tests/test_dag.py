@@ -87,12 +87,11 @@ def module(file: str) -> str:
 
 
 def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
-    """In `code_hashes` (lazy names, registries), or as third-party modules (engines, warm)."""
+    """In `code_hashes` (lazy names, registries), or as third-party modules (engines)."""
     calls = ("import_module(", "__import__(", "run_module(", "run_path(")
     names = {*code_hashes.sources(code_hashes.MODULES), *code_hashes.WIRING}
     found = {name for name in names if name.endswith(".py") and any(call in (ROOT / name).read_text() for call in calls)}
-    third_party = {"qwt2/engines/__init__.py", "pipeline/common/warm.py"}
-    assert found == {"qwt2/__init__.py", "qwt2/registry.py"} | third_party
+    assert found == {"qwt2/__init__.py", "qwt2/registry.py", "qwt2/engines/__init__.py"}
 
 
 @pytest.mark.parametrize(

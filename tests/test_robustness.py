@@ -137,24 +137,26 @@ def test_killed_and_run_again_gives_the_same(what, built, sources):
     tiny_chain.run(sources, *VERIFY)
 
 
-def test_locks_of_ended_processes_are_no_obstacle(project):
-    """A zombie, which `dvc repro` alone takes for the holder, and a lock file cut short."""
-    warm = (sys.executable, "-m", "pipeline.common.warm", "dvc", "repro", "--force", "data")
+def test_locks_of_ended_processes_are_found_and_released(project):
+    """A zombie, which DVC takes for the holder of a lock, and a lock file cut short; never the lock of a running process."""
+    force = ("dvc", "repro", "--force", "data")
     zombie = subprocess.Popen(["true"])  # never waited for
     while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     lock = project / ".dvc/tmp/rwlock"
-    path = str(project / "out/data")
-    holders = {"write": {path: {"pid": zombie.pid, "cmd": "dvc repro"}}, "read": {path: [{"pid": zombie.pid, "cmd": "dvc"}]}}
-    lock.write_text(json.dumps(holders))
-    assert "is busy" in tiny_chain.run(project, "dvc", "repro", "--force", "data", check=False).stderr
-    tiny_chain.run(project, *warm)
-    lock.write_text('{"write": {"')
-    tiny_chain.run(project, *warm)
-    running = {path: {"pid": os.getpid(), "cmd": "dvc repro"}}
-    lock.write_text(json.dumps({"write": running}))
-    assert "is busy" in tiny_chain.run(project, *warm, check=False).stderr
-    assert json.loads(lock.read_text())["write"] == running
+    path, running = str(project / "out/data"), {str(project / "out/other"): {"pid": os.getpid(), "cmd": "dvc repro"}}
+    holders = {"write": {path: {"pid": zombie.pid, "cmd": "dvc repro"}} | running, "read": {path: [{"pid": zombie.pid, "cmd": "dvc"}]}}
+    for content in (json.dumps(holders), '{"write": {"'):
+        lock.write_text(content)
+        assert tiny_chain.run(project, *force, check=False).returncode
+        found = tiny_chain.run(project, *VERIFY, check=False)
+        assert found.returncode == 2 and str(lock.relative_to(project)) in found.stdout
+        tiny_chain.run(project, *VERIFY, "--repair")
+        assert json.loads(lock.read_text())["write"] == (running if content != '{"write": {"' else {})
+        tiny_chain.run(project, *force)
+    lock.write_text(json.dumps({"write": {path: running.popitem()[1]}}))
+    assert tiny_chain.run(project, *VERIFY).stdout == "nothing is damaged\n"
+    assert "is busy" in tiny_chain.run(project, *force, check=False).stderr
     zombie.wait()
 
 

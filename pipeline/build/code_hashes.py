@@ -21,10 +21,7 @@ MODULES = {
 } | {"trial": "pipeline.sweeps.trial"}
 LOCK = "requirements.lock"
 # What cannot change a result: names that are imported on first use, texts of errors, logs.
-WIRING = {
-    "qwt2/__init__.py", "qwt2/errors.py", "pipeline/__init__.py", "pipeline/common/logs.py", "pipeline/common/warm.py",
-    "pipeline/common/locks.py",
-}  # fmt: skip
+WIRING = {"qwt2/__init__.py", "qwt2/errors.py", "pipeline/__init__.py", "pipeline/common/logs.py"}
 
 
 def fingerprint(stages: Iterable[str]) -> str:

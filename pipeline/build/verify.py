@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from pipeline.build import dvcfiles
+from pipeline.build import dvcfiles, locks
 from pipeline.common.folders import CELLS, LOCKS, OUT, OUTPUTS, RESULTS, SHARED, read_record
 from qwt2.errors import Qwt2Error, guarded
 
@@ -67,11 +67,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def damages() -> Iterator[Damage]:
     """Everything damaged, the causes before what follows from them."""
+    yield from abandoned_locks()
     yield from damaged_lock()
     yield from damaged_objects()
     yield from damaged_outputs()
     yield from half_written()
     yield from damaged_cells()
+
+
+def abandoned_locks() -> Iterator[Damage]:
+    """The file of DVC's locks, if it is cut short or names processes that have ended."""
+    if not locks.is_sound():
+        yield Damage(locks.PATH, "is damaged, or holds locks of processes that have ended")
 
 
 def damaged_lock() -> Iterator[Damage]:
@@ -147,8 +154,10 @@ def _sha256(path: Path) -> str | None:
 
 
 def repair(damage: Damage) -> None:
-    """Delete it; dvc.lock comes back from Git where Git has a sound one."""
-    if damage.path.is_dir():
+    """Delete it; dvc.lock comes back from Git where Git has a sound one, and locks of running processes stay."""
+    if damage.path == locks.PATH:
+        locks.release_abandoned()
+    elif damage.path.is_dir():
         shutil.rmtree(damage.path)
     else:
         damage.path.unlink(missing_ok=True)

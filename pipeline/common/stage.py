@@ -15,7 +15,6 @@ import yaml
 
 from pipeline.common.folders import OUT, RESOLVED
 from pipeline.common.logs import LOG, VERBOSE, log_to
-from pipeline.common.warm import delegate
 from qwt2.errors import Qwt2Error, guarded
 
 
@@ -66,23 +65,15 @@ class Cell:
         return self.folder("quantize") / (f"{method}-seed{seed}" + (f".{part}" if part else "") + ".onnx")
 
 
-def run_stage(stage: str, main: Callable[[Declared, Cell], None], runs_networks: bool = False) -> None:
+def run_stage(stage: str, main: Callable[[Declared, Cell], None]) -> None:
     """Run `main` on the configuration of the cell named on the command line, if any.
 
-    A user's mistake is printed as one sentence with exit code 2, and what the stage had written so far is
-    removed. A stage that `runs_networks` starts warm where it can (`pipeline.common.warm`).
+    A user's mistake is printed as one sentence with exit code 2, and what the stage had written so far is removed.
     """
     options = _parser(stage).parse_args()
-    if runs_networks and (code := delegate(_detects(stage, options.cell))) is not None:
-        raise SystemExit(code)
     if options.verbose:
         os.environ[VERBOSE] = "1"
     guarded(lambda: _run(stage, options.cell, main))
-
-
-def _detects(stage: str, cell: str) -> bool:
-    """Whether the stage works on a detector; that a configuration is missing is told later."""
-    return config_path(stage, cell).is_file() and "mmdet" in load_config(stage, cell).get("model", {})
 
 
 def _parser(stage: str) -> argparse.ArgumentParser:

@@ -21,4 +21,4 @@ def main(cfg, cell: Cell) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("baseline", main, runs_networks=True)
+    run_stage("baseline", main)

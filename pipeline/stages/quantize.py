@@ -16,4 +16,4 @@ def main(cfg: Any, cell: Cell) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("quantize", main, runs_networks=True)
+    run_stage("quantize", main)

@@ -2,7 +2,8 @@
 
 DVC notes in a file which process reads and writes which path, and lets go of the entries of processes that do not exist.
 A killed process that nobody has waited for still exists (in a container whose first process reaps none, for good), and
-one killed while it wrote the file leaves half of it. Either way DVC would ask for the file to be removed by hand.
+one killed while it wrote the file leaves half of it. Either way DVC asks for the file to be removed by hand, with the locks
+of processes that still run.
 """
 
 from pathlib import Path
@@ -20,16 +21,15 @@ NONE: dict[str, Any] = {"write": {}, "read": {}}
 
 def release_abandoned() -> None:
     """Remove from DVC's lock file the entries of processes that have ended, or all entries if it is damaged."""
-    if not PATH.is_file() or _is_sound():
-        return
     from dvc.lock import make_lock
 
     with make_lock(str(FOLDER / "rwlock.lock"), tmp_dir=str(FOLDER)):  # what DVC holds while it writes the file
         write_json(PATH, _held(_read() or NONE))
 
 
-def _is_sound() -> bool:
-    locks = _read()
+def is_sound() -> bool:
+    """Whether the file can be read and names only processes that run; so it does if there is none."""
+    locks = _read() if PATH.is_file() else NONE
     return locks is not None and _held(locks) == locks
 
 
