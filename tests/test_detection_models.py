@@ -1,6 +1,8 @@
 """Detectors by configuration: operators, building, weights, and the full-size ones on small images."""
 
+import contextlib
 import importlib.util
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import yaml
 from torch import nn
 
 from pipeline.build.compose import compose_cell
-from qwt2.detection.models import build_detector, convert_swin, detector_config, load_detector
+from qwt2.detection.models import build_detector, convert_swin, detector_config, load_detector, quiet
 from qwt2.detection.ops import ensure_operators
 from qwt2.errors import Qwt2Error
 from qwt2.io import save_tensors
@@ -32,8 +34,21 @@ def settings(name: str) -> dict:
 
 
 def test_operators_are_compiled_ones_or_torchvisions():
-    compiled = importlib.util.find_spec("mmcv._ext") is not None and ensure_operators() == "mmcv"
+    (folder,) = importlib.util.find_spec("mmcv").submodule_search_locations
+    compiled = any(Path(folder).glob("_ext*.so"))
     assert ensure_operators() == ("mmcv" if compiled else "torchvision")
+
+
+def test_only_mmengines_own_logger_is_quiet(capsys, caplog):
+    from mmengine.logging import MMLogger
+
+    for message in ("before", "inside", "after"):
+        with quiet() if message == "inside" else contextlib.nullcontext():
+            MMLogger.get_current_instance().warning(f"mmengine {message}")
+            logging.getLogger("somebody").warning(f"somebody {message}")
+    assert [record.message for record in caplog.records] == ["somebody before", "somebody inside", "somebody after"]
+    said = capsys.readouterr().out
+    assert "mmengine before" in said and "mmengine after" in said and "mmengine inside" not in said
 
 
 def test_compiled_operators_are_used_where_present():

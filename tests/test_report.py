@@ -341,7 +341,8 @@ def test_stage_writes_both_files_or_says_in_one_sentence_why_not(out):
     assert (done.returncode, done.stderr) == (0, "")
     results = out.parent / "results"
     written = {path.name: path.read_bytes() for path in results.iterdir()}
-    assert set(written) == {"summary.csv", "report.html", "metrics.json", "top1.csv"}
+    assert set(written) == {"summary.csv", "report.html", "metrics.json", "top1.csv", "bbox_ap.csv"}
+    assert written["bbox_ap.csv"] == b"cell,bbox_ap\n" and written["top1.csv"].startswith(b"cell,top1\nvit_micro fp32 fp32,")
 
     rows = out / "evaluate" / "vit_micro-w3a3" / "rows.csv"
     rows.write_text(rows.read_text().replace(",dB,", ",decibel,"))

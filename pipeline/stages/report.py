@@ -35,7 +35,8 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
     write_rows(results / "summary.csv", rows)
     write_text(results / "report.html", page)
     write_json(results / "metrics.json", accuracies(rows))
-    write_text(results / "top1.csv", accuracy_table(rows))
+    for task, metric in HEADLINE.items():
+        write_text(results / f"{metric}.csv", accuracy_table([row for row in rows if row.task == task], metric))
     write_text(out / "plots" / "vega.js", vega_bundle())
 
 
@@ -48,15 +49,15 @@ def accuracies(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def accuracy_table(rows: Iterable[Row]) -> str:
-    """The same as CSV, for `dvc plots diff`."""
+def accuracy_table(rows: Iterable[Row], metric: str) -> str:
+    """The same as CSV, for `dvc plots diff`: the models of one task, in its own metric."""
     lines = [
         f"{model} {precision} {method},{value}"
         for model, precisions in accuracies(rows).items()
         for precision, methods in precisions.items()
         for method, value in methods.items()
     ]
-    return "\n".join(["cell,top1", *lines]) + "\n"
+    return "\n".join([f"cell,{metric}", *lines]) + "\n"
 
 
 def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[tuple[str, str]]) -> list[Row]:
