@@ -1,14 +1,19 @@
 """Resolving the configuration: who reads what, and what a slip in it looks like."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
 import yaml
 
 from pipeline.build import compose
 from pipeline.stages import resolve as stage
 from pipeline.stages.resolve import resolve
+from qwt2.classification.models import build_model, call_factory
+from qwt2.data import DATASETS, open_dataset, write_dataset
 from qwt2.errors import Qwt2Error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +140,95 @@ def test_every_option_of_every_group_composes(group):
         needs_path = "data: coco" in path.read_text()
         cfg = compose.compose_cell([f"{group}={path.stem}", *["data.path=some/folder"] * needs_path])
         assert cfg[group].get("name", cfg[group].get("method")) == path.stem.removesuffix("_integer")
+
+
+def test_a_dataset_is_one_registered_class_and_one_file_of_configuration(conf, monkeypatch):
+    monkeypatch.setattr(DATASETS, "_entries", dict(DATASETS._entries))
+
+    @DATASETS.register("noise")
+    @dataclass
+    class Noise:
+        TASK: ClassVar[str] = "classification"
+        name: str
+        num_classes: int
+        amplitude: float
+
+        @staticmethod
+        def write(cfg, folder):
+            folder.mkdir()
+            (folder / "amplitude.txt").write_text(str(cfg["amplitude"]))
+
+        @staticmethod
+        def open(cfg, folder, model):
+            return float((folder / "amplitude.txt").read_text())
+
+    (conf / "data/noise.yaml").write_text("name: noise\nnum_classes: 3\namplitude: 0.5\n")
+    cfg = compose.compose_cell(["data=noise", "model=deit_tiny"])["data"]
+    assert cfg == {"name": "noise", "num_classes": 3, "amplitude": 0.5}
+    write_dataset(cfg, Path("noise"))
+    assert open_dataset(cfg, Path("noise")) == 0.5
+    with pytest.raises(Qwt2Error, match="no key 'data.amplitud'; the keys there are: name, num_classes, amplitude"):
+        compose.compose_cell(["data=noise", "model=deit_tiny", "+data.amplitud=1"])
+    with pytest.raises(Qwt2Error, match="for classification, choose one of digits, imagefolder, noise"):
+        compose.compose_cell(["data.name=nois"])
+
+
+TRAIN = yaml.safe_load((ROOT / "conf/model/vit_micro.yaml").read_text())["train"]
+OWN = """
+from torch import nn
+
+def small(classes=10):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+"""
+
+
+def test_a_pytorch_model_of_one_s_own_is_one_file_of_configuration(conf, monkeypatch):
+    monkeypatch.syspath_prepend(conf.parent)
+    (conf.parent / "own_net.py").write_text(OWN)
+    (conf / "model/own.yaml").write_text("name: own\nfactory: own_net:small\nkwargs: {classes: 10}\ncheckpoint: null\n")
+    write_grid(["own"], ["w8a8"])
+    before = resolve()
+    network = yaml.safe_load(before[stage.config_path("quantize", "own-w8a8")])["model"]
+    assert network.items() > {"name": "own", "factory": "own_net:small", "kwargs": {"classes": 10}}.items()
+    assert not {"checkpoint", "train"} & network.keys()
+    model = build_model(compose.compose_cell(["model=own"])["model"])
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10) and not model.training
+    (conf.parent / "own_net.py").write_text(OWN + "# a remark\n")
+    assert resolve() == before
+    (conf.parent / "own_net.py").write_text(OWN.replace("ReLU", "GELU"))
+    assert changed(before, resolve()) == {"baseline@own", "quantize@own-w8a8", "evaluate@own-w8a8"}
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"factory": "no_such_module:f"}, "model.factory is 'no_such_module:f', but there is no module 'no_such_module'"),
+        ({"factory": "own_net:small", "checkpoint": "a", "train": TRAIN}, "has model.checkpoint and model.train"),
+        ({"factory": "own_net:small", "kwarg": 1}, "no key 'model.kwarg'; the keys there are: name, factory, kwargs"),
+        ({}, "model own does not say what to build; give it one of the keys: "),
+    ],
+)
+def test_a_slip_in_a_model_of_one_s_own_is_one_sentence(keys, message, conf, monkeypatch):
+    monkeypatch.syspath_prepend(conf.parent)
+    (conf.parent / "own_net.py").write_text(OWN)
+    (conf / "model/own.yaml").write_text(yaml.safe_dump({"name": "own"} | keys))
+    with pytest.raises(Qwt2Error, match=message):
+        compose.compose_cell(["model=own"])
+
+
+@pytest.mark.parametrize(
+    "factory, arguments, message",
+    [
+        ("own_net:large", {}, "own_net has no 'large'; give the name of a function that returns the model"),
+        ("own_net:small", {"width": 1}, "own_net:small refuses its arguments: .*'width'; correct model.kwargs"),
+        ("os:getcwd", {}, "os:getcwd returned a str; it must return an nn.Module"),
+    ],
+)
+def test_a_factory_that_cannot_be_used_is_one_sentence(factory, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_net.py").write_text(OWN)
+    with pytest.raises(Qwt2Error, match=message):
+        call_factory(factory, **arguments)
 
 
 def test_compensations_are_added_under_a_name_of_their_own():

@@ -34,7 +34,7 @@ def sources(stages: Iterable[str]) -> dict[str, str]:
     """The files that can change what these stages do, in order, with a hash of each one's content."""
     files = closure(file for stage in stages for file in _files(MODULES[stage])) | {ROOT / LOCK}
     names = {path.relative_to(ROOT).as_posix(): path for path in files}
-    return {name: _digest(names[name]) for name in sorted(names.keys() - WIRING)}
+    return {name: digest(names[name]) for name in sorted(names.keys() - WIRING)}
 
 
 def closure(paths: Iterable[Path]) -> set[Path]:
@@ -95,7 +95,7 @@ def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 @while_unchanged
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """Of what a file means: a module's syntax tree, the versions in the lock file, the bytes of anything else."""
     content = path.read_bytes()
     if path.suffix == ".py":

@@ -1,6 +1,7 @@
 """One cell's configuration: composed from conf/ by Hydra, checked, and cut to what each stage reads."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from pipeline.build.code_hashes import digest
 from pipeline.build.schema import check
 from pipeline.tasks import architecture_keys, task_of
 from qwt2.engines import ENGINES
@@ -65,6 +67,8 @@ def checked(composed: DictConfig) -> dict[str, Any]:
     blocks cannot be folded and stays in simulation.
     """
     cfg = check(composed)
+    if "factory" in cfg["model"]:
+        cfg["model"]["source"] = _source(cfg["model"]["factory"])
     Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
     for engine in cfg["evaluate"]["engines"]:
         ENGINES.get(engine)
@@ -73,6 +77,18 @@ def checked(composed: DictConfig) -> dict[str, Any]:
         "compensations": list(cfg["compensation"]), "exported": exported, "datasets": {cfg["data"]["name"]: cfg["data"]},
         "task": task_of(cfg["model"]),
     }  # fmt: skip
+
+
+def _source(factory: str) -> str:
+    """Hash of the file that defines a model of one's own: its code is not among the project's."""
+    module = factory.partition(":")[0]
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        raise Qwt2Error(f"model.factory is {factory!r}, but there is no module {module!r}; give package.module:function")
+    return digest(Path(spec.origin))
 
 
 def one_sentence(error: Exception, overrides: list[str]) -> str:

@@ -6,54 +6,17 @@ defines them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.tasks import WEIGHTS, model_schema, task_of
+from qwt2.data import DATASETS
 from qwt2.errors import Qwt2Error
 
 # Every other whole number counts something and is at least 1.
 _FROM_ZERO = ("seed", "seeds", "warmup_steps")
-
-
-@dataclass
-class Digits:
-    name: str = MISSING
-    num_classes: int = MISSING
-    image_size: int = MISSING
-    train_images: int = MISSING
-    val_images: int = MISSING
-    seed: int = MISSING
-
-
-@dataclass
-class ImageFolder:
-    name: str = MISSING
-    path: str = MISSING
-    num_classes: int = MISSING
-    train_images: Optional[int] = MISSING
-    val_images: Optional[int] = MISSING
-    seed: int = MISSING
-    skip_corrupt: bool = MISSING
-
-
-@dataclass
-class Coco:
-    name: str = MISSING
-    path: str = MISSING
-    num_classes: int = MISSING
-    train_images: Optional[int] = MISSING
-    val_images: Optional[int] = MISSING
-    seed: int = MISSING
-
-
-# By the task, because a task's models take its datasets alone.
-DATASETS = {
-    "classification": {"digits": Digits, "imagefolder": ImageFolder},
-    "detection": {"digits_coco": Digits, "coco": Coco},
-}
 
 
 @dataclass
@@ -105,10 +68,11 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     Raises `Qwt2Error` naming the key that does not exist, is not set, or holds a value of the wrong kind.
     """
     task = task_of(cfg.model)
-    name, datasets = cfg.data.name, DATASETS[task]
+    name = cfg.data.name
+    datasets = {known: DATASETS.get(known) for known in DATASETS.names() if DATASETS.get(known).TASK == task}
     if name not in datasets:
         raise Qwt2Error(f"data.name is {name!r}; for {task}, choose one of {', '.join(datasets)}")
-    schema = OmegaConf.structured(Config(data=datasets[name](), model=model_schema(cfg.model)()))
+    schema = OmegaConf.structured(Config(data=OmegaConf.structured(datasets[name]), model=OmegaConf.structured(model_schema(cfg.model))))
     try:
         values = OmegaConf.to_container(OmegaConf.merge(schema, cfg), resolve=True, throw_on_missing=True)
     except ConfigKeyError as error:
@@ -127,10 +91,10 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_weights(model: Mapping[str, Any]) -> None:
-    """Weights come from training, from timm or from a file; a random network is never meant."""
+    """Weights come from training, from timm, from a file or from one's own function; a random network is never meant."""
     known = [f"model.{key}" for key in WEIGHTS if key in model]
     sources = [key for key in known if model[key.removeprefix("model.")]]
-    if len(sources) != 1:
+    if len(sources) > 1 or (not sources and "factory" not in model):
         raise Qwt2Error(
             f"model {model['name']} needs exactly one source of weights ({', '.join(known[:-1])} or "
             f"{known[-1]}), but has {' and '.join(sources) or 'none'}"

@@ -1,14 +1,13 @@
-"""Classification: timm's classifiers, scored by top-1 and top-5."""
+"""Classification: timm's classifiers and models of one's own, scored by top-1 and top-5."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from omegaconf import MISSING
 
 from pipeline.common.stage import Cell
 from pipeline.tasks import TASKS, Figures, Task, calibration_batches
@@ -28,26 +27,38 @@ if TYPE_CHECKING:
 class Train:
     """Keys of `train` in the configuration of a classifier."""
 
-    steps: int = MISSING
-    batch_size: int = MISSING
-    learning_rate: float = MISSING
-    weight_decay: float = MISSING
-    warmup_steps: int = MISSING
-    label_smoothing: float = MISSING
-    autocast: bool = MISSING
-    seed: int = MISSING
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    label_smoothing: float
+    autocast: bool
+    seed: int
 
 
 @dataclass
 class TimmModel:
     """Keys of the configuration of a model of timm."""
 
-    name: str = MISSING
-    timm: str = MISSING
-    kwargs: dict[str, Any] = MISSING
-    pretrained: bool = MISSING
-    checkpoint: Optional[str] = MISSING
-    train: Optional[Train] = MISSING
+    name: str
+    timm: str
+    kwargs: dict[str, Any]
+    pretrained: bool
+    checkpoint: str | None
+    train: Train | None
+
+
+@dataclass
+class OwnModel:
+    """Keys of the configuration of a PyTorch model of one's own; without `checkpoint` and `train` it comes with weights."""
+
+    name: str
+    factory: str  # package.module:function, which returns the nn.Module
+    kwargs: dict[str, Any] = field(default_factory=dict)  # the function's arguments
+    image_size: int = 224  # of the images of a folder, which are normalised as ImageNet's
+    checkpoint: str | None = None
+    train: Train | None = None
 
 
 @TASKS.register("classification")
@@ -55,7 +66,7 @@ class Classification(Task):
     """Networks that take images and give one score per class."""
 
     NAME = "classification"
-    MODELS = {"timm": TimmModel}
+    MODELS = {"timm": TimmModel, "factory": OwnModel}
     DELTAS = {"top1": "engine_top1_delta"}
 
     def __init__(self, cfg: Any, cell: Cell):

@@ -7,15 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from omegaconf import MISSING
 
 from pipeline.common.stage import Cell
 from pipeline.tasks import TASKS, Figures, Task, calibration_size
 from pipeline.tasks.files import FileExporter
-from qwt2.data.coco import open_scenes
+from qwt2.data import open_dataset
 from qwt2.io import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
@@ -34,26 +33,26 @@ PICTURES = 6  # validation scenes in the report
 class Train:
     """Keys of `train` in the configuration of a detector."""
 
-    steps: int = MISSING
-    batch_size: int = MISSING
-    learning_rate: float = MISSING
-    weight_decay: float = MISSING
-    warmup_steps: int = MISSING
-    seed: int = MISSING
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    seed: int
 
 
 @dataclass
 class MmdetModel:
     """Keys of the configuration of a detector of mmdet."""
 
-    name: str = MISSING
-    mmdet: str = MISSING
-    options: dict[str, Any] = MISSING
-    parts: list[str] = MISSING
-    boxes: int = MISSING
-    mask_boxes: int = MISSING
-    checkpoint: Optional[str] = MISSING
-    train: Optional[Train] = MISSING
+    name: str
+    mmdet: str
+    options: dict[str, Any]
+    parts: list[str]
+    boxes: int
+    mask_boxes: int
+    checkpoint: str | None
+    train: Train | None
 
 
 @TASKS.register("detection")
@@ -69,7 +68,7 @@ class Detection(Task):
         from qwt2.detection.models import detector_config
 
         super().__init__(cfg, cell)
-        self.scenes = open_scenes(cfg["data"], self.folder)
+        self.scenes = open_dataset(cfg["data"], self.folder)
         self.config = detector_config(cfg["model"])
 
     def trained(self) -> nn.Module:
