@@ -27,11 +27,11 @@ KEYS = {
     "baseline": ("threads", "data", "model"),
     "quantize": (
         *("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision", "compensation"),
-        *("exported", "evaluate.mismatch_images"),
+        "evaluate.mismatch_images",
     ),
     "evaluate": (
         *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.variants"),
-        *("compensations", "exported", "evaluate"),
+        *("compensations", "evaluate"),
     ),
     "report": ("grid", "datasets", "models", "evaluate"),
 }
@@ -63,8 +63,7 @@ def compose_cell(overrides: list[str]) -> dict[str, Any]:
 def checked(composed: DictConfig) -> dict[str, Any]:
     """A composed cell as plain values, names and types checked.
 
-    `compensations` lists the names under `compensation`, `exported` those of them that engines run: CWAC on whole
-    blocks cannot be folded and stays in simulation.
+    `compensations` lists the names under `compensation`.
     """
     cfg = check(composed)
     if "factory" in cfg["model"]:
@@ -72,9 +71,8 @@ def checked(composed: DictConfig) -> dict[str, Any]:
     Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
     for engine in cfg["evaluate"]["engines"]:
         ENGINES.get(engine)
-    exported = [name for name, options in cfg["compensation"].items() if options.get("granularity") != "block"]
     return cfg | {
-        "compensations": list(cfg["compensation"]), "exported": exported, "datasets": {cfg["data"]["name"]: cfg["data"]},
+        "compensations": list(cfg["compensation"]), "datasets": {cfg["data"]["name"]: cfg["data"]},
         "task": task_of(cfg["model"]),
     }  # fmt: skip
 

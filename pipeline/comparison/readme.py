@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.common.folders import RESULTS
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
+from qwt2.report.compensations import SUBJECT, heading, label
 from qwt2.report.detection import lines
 from qwt2.report.findings import ENGINES
 from qwt2.report.results import Method, Results, Row, read_rows
@@ -107,8 +108,8 @@ def peers_table(rows: list[dict[str, str]]) -> str:
 
 def table(results: Results) -> str:
     """Markdown: a row per model, precision and default PTQ; top-1 in percent, mean and deviation over the seeds."""
-    headings = ["Model", "Bits", "fp32", "PTQ", "PTQ + QwT", "PTQ + CWAC"]
-    headings += [f"CWAC on {name}" for name in ENGINES.values()]
+    headings = ["Model", "Bits", "fp32", *map(heading, results.compensations)]
+    headings += [f"{label(SUBJECT)} on {name}" for name in ENGINES.values()]
     headings += [f"Latency ÷ PTQ, {name}" for name in ENGINES.values()]
     lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
     for model in results.models:
@@ -120,9 +121,10 @@ def table(results: Results) -> str:
 
 
 def _line(results: Results, model: str, precision: str, ptq: str) -> list[str]:
-    top1 = [results.get(model, precision, f"{ptq}{suffix}", "torch", "top1") for suffix in ("", "+qwt", "+cwac")]
-    folded = [results.get(model, precision, f"{ptq}+cwac", engine, "top1") for engine in ENGINES]
-    ratios = [results.get(model, precision, f"{ptq}+cwac", engine, "latency_ratio_to_ptq") for engine in ENGINES]
+    names = [f"{ptq}+{name}" if name else ptq for name in results.compensations]
+    top1 = [results.get(model, precision, name, "torch", "top1") for name in names]
+    folded = [results.get(model, precision, f"{ptq}+{SUBJECT}", engine, "top1") for engine in ENGINES]
+    ratios = [results.get(model, precision, f"{ptq}+{SUBJECT}", engine, "latency_ratio_to_ptq") for engine in ENGINES]
     return [
         *(f"{model} ({ptq})", precision.upper(), _percent(results.fp32_top1(model))),
         *(_percent(row) for row in (*top1, *folded)),
@@ -132,16 +134,16 @@ def _line(results: Results, model: str, precision: str, ptq: str) -> list[str]:
 
 def detection_table(results: Results) -> str:
     """Markdown: a row per detector, precision and default PTQ; box AP / mask AP in percent, means over the seeds."""
-    headings = ["Model", "Bits", "fp32", "PTQ", "PTQ + QwT", "PTQ + CWAC", "CWAC recovers"]
-    headings += [f"CWAC on {name} − simulation" for name in ENGINES.values()]
+    headings = ["Model", "Bits", "fp32", *map(heading, results.compensations), f"{label(SUBJECT)} recovers"]
+    headings += [f"{label(SUBJECT)} on {name} − simulation" for name in ENGINES.values()]
     headings += [f"Latency ÷ PTQ, {name}" for name in ENGINES.values()]
     table = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
     for line in lines(results):
         cells = [_both(line.fp32["bbox_ap"], line.fp32["segm_ap"])]
-        cells += [_both(line.box.get(name), line.mask.get(name)) for name in ("", "qwt", "cwac")]
-        cells.append(f"{line.recovered('cwac'):.0%}" if "cwac" in line.box and line.loss >= 1 else _MISSING)
+        cells += [_both(line.box.get(name), line.mask.get(name)) for name in results.compensations]
+        cells.append(f"{line.recovered(SUBJECT):.0%}" if SUBJECT in line.box and line.loss >= 1 else _MISSING)
         for metric, form in (("engine_bbox_ap_delta", "{:+.1f}"), ("latency_ratio_to_ptq", "{:.2f}")):
-            found = [results.get(line.model, line.precision, f"{line.ptq}+cwac", engine, metric) for engine in ENGINES]
+            found = [results.get(line.model, line.precision, f"{line.ptq}+{SUBJECT}", engine, metric) for engine in ENGINES]
             cells += [form.format(row.value) if row else _MISSING for row in found]
         table.append([f"{line.model} ({line.ptq})", line.precision.upper(), *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)

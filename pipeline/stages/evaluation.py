@@ -19,6 +19,7 @@ from qwt2.evaluation.latency import measure_latency
 from qwt2.evaluation.mismatch import Mismatch, engine_mismatch
 from qwt2.io import load_arrays, read_json
 from qwt2.onnx.file import load_onnx
+from qwt2.report.compensations import heading
 from qwt2.report.results import UNITS, Row
 
 
@@ -45,7 +46,8 @@ class Evaluation:
         self.task = open_task(cfg, cell)
         self.task.load_for_engines()
         self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
-        self.methods, self.exported = ["ptq", *self.compensations], ["ptq", *cfg["exported"]]
+        self.methods = ["ptq", *self.compensations]
+        self.exported = list(dict.fromkeys(record["method"] for record in self.folded))
 
     def label(self, method: str, variant: str = "default") -> str:
         name = self.cfg["ptq"]["method"] + ("" if variant == "default" else f"_{variant}")
@@ -176,11 +178,9 @@ class Evaluation:
         ]
 
     def write_pictures(self, path: Path) -> None:
-        """What fp32, plain PTQ and CWAC predict, side by side."""
-        seed, known = self.seeds[0], {"ptq": "PTQ", "cwac": "PTQ + CWAC"}
-        quantized = {
-            heading: self.cell.quantized("default", method, seed) for method, heading in known.items() if method in self.methods
-        }
+        """What fp32, plain PTQ and each compensation predict, side by side."""
+        headings = {"ptq": heading(""), **{name: heading(name) for name in self.compensations}}
+        quantized = {text: self.cell.quantized("default", name, self.seeds[0]) for name, text in headings.items()}
         self.task.write_pictures(path, {"fp32": self.cell.predictions} | quantized)
 
     def layers(self) -> list[dict]:

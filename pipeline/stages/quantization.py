@@ -11,6 +11,7 @@ from pipeline.tasks import open_task
 from qwt2 import Precision, compensate, fold, load_quantized, quantize, save_quantized
 from qwt2.capture.batch import Inputs, first
 from qwt2.capture.graph import GraphModel
+from qwt2.compensation.methods import COMPENSATIONS
 from qwt2.evaluation.costs import multiply_accumulates, stored_numbers
 from qwt2.evaluation.mismatch import Mismatch, fold_mismatch, record_modules
 from qwt2.io import save_arrays
@@ -53,7 +54,7 @@ class Quantization:
         Returns:
             One record per method and seed: how far folding moved the modules, and what the model stores and computes.
         """
-        methods = [PTQ, *self.cfg["exported"]]
+        methods = [PTQ, *(name for name in self.cfg["compensation"] if self._is_exportable(name))]
         first_of_structure = self._one_of_each_structure(methods)
         each("export", self._export_new, first_of_structure, self.workers)
         for file, method in first_of_structure:
@@ -61,6 +62,11 @@ class Quantization:
         self.exported = set(first_of_structure)
         runs = [(method, seed) for method in methods for seed in self.seeds]
         return each("fold", self._fold_one, runs, self.workers)
+
+    def _is_exportable(self, name: str) -> bool:
+        """Whether engines can run what a compensation makes; what they cannot run stays in simulation."""
+        options = dict(self.cfg["compensation"][name])
+        return COMPENSATIONS.get(options.pop("method"))(**options).exportable
 
     def _quantize_one(self, run: tuple[str, str, int]) -> None:
         variant, _, seed = run

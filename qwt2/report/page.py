@@ -13,7 +13,7 @@ import altair as alt
 import jinja2
 import vl_convert
 
-from qwt2.report import charts, detection, findings, modules, tables, templates
+from qwt2.report import charts, compensations, detection, findings, modules, tables, templates
 from qwt2.report.results import LAYER_FIGURES, Layer, Results, precision_order
 
 
@@ -52,7 +52,7 @@ def render(
     """
     classifiers, detectors = results.of_task("classification"), results.of_task("detection")
     specs = _specs(results, classifiers.models)
-    compared = findings.comparisons(classifiers, "cwac")
+    compared = findings.comparisons(classifiers, compensations.SUBJECT)
     module_table = modules.table(layers)
     return _environment().get_template("page.html").render(
         vega=vega_bundle(),
@@ -73,7 +73,12 @@ def render(
         kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
         seeds=sorted({row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}),
         explanations=_explanations(results),
-        colours=[(tables.COMPENSATION_NAMES[name], colour) for name, colour in charts.COLOURS.items()],
+        colours=[(compensations.heading(name), compensations.colour(name)) for name in compensations.shown()],
+        compensations=detectors.compensations,
+        label=compensations.label,
+        heading=compensations.heading,
+        colour=compensations.colour,
+        subject=compensations.SUBJECT,
         conditions=conditions,
     )
 
@@ -129,7 +134,7 @@ def _model_headline(report: Mapping[str, Any], precision: str) -> list[str]:
     ]
     if gains:
         sentences.append(
-            f"{report['compensation'].upper() if report['compensation'] == 'cwac' else 'QwT'} raises the SQNR of "
+            f"{compensations.label(report['compensation'])} raises the SQNR of "
             f"{sum(gain > 0 for gain in gains)} of {len(compensated)} {'modules' if 'block' not in kinds else 'blocks'}, by "
             f"{sum(gains) / len(gains):.2f} dB on average and {max(gains):.2f} dB at most; the gate rejected "
             f"{', '.join(rejected[:3]) + (f' and {len(rejected) - 3} more' if len(rejected) > 3 else '') or 'none'}."

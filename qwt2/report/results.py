@@ -17,6 +17,7 @@ import numpy as np
 
 from qwt2.errors import Qwt2Error
 from qwt2.io import write_csv, write_text
+from qwt2.report import compensations
 
 COLUMNS = ("task", "dataset", "model", "precision", "method", "engine", "metric", "value", "std", "unit", "n")
 # Of alpha and beta over a module's channels, by the suffix of their names.
@@ -151,6 +152,11 @@ class Results:
     def fp32_top1(self, model: str) -> Row | None:
         return self.get(model, "fp32", "fp32", "torch", "top1")
 
+    @property
+    def compensations(self) -> list[str]:
+        """The compensations with figures, in their own order; the empty name, plain PTQ, first."""
+        return sorted({"", *(Method.parse(row.method).compensation for row in self.rows)}, key=compensations.order)
+
     def precisions(self, model: str) -> list[str]:
         """The quantized precisions of a model, from many bits to few."""
         return sorted({row.precision for row in self.rows if row.model == model} - {"fp32"}, key=precision_order)
@@ -175,11 +181,9 @@ def precision_order(name: str) -> tuple:
 
 
 def method_order(name: str) -> tuple:
-    """Sort key: by PTQ, default variant first; within one quantizer plain, qwt, cwac, then the others by name."""
-    known = ("", "qwt", "cwac")
+    """Sort key: by PTQ, default variant first; within one quantizer plain, then the compensations in their own order."""
     method = Method.parse(name)
-    rank = known.index(method.compensation) if method.compensation in known else len(known)
-    return (method.ptq, method.variant, rank, method.compensation)
+    return (method.ptq, method.variant, compensations.order(method.compensation))
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from qwt2.report import compensations
 from qwt2.report.findings import EASY_LOSS, ENGINE_DELTA, ENGINE_NAMES, HARD_LOSS, LATENCY_RATIO
 from qwt2.report.results import UNITS, Method, Results, Row, format_number
 
 NOT_MEASURED = "–"
-COMPENSATION_NAMES = {"": "PTQ", "qwt": "PTQ + QwT", "cwac": "PTQ + CWAC"}
 
 # Heading and explanation of each metric.
 HEADINGS = {
@@ -93,7 +93,7 @@ def kind(method: str) -> str:
     if method == "fp32":
         return method
     parts = Method.parse(method)
-    name = COMPENSATION_NAMES.get(parts.compensation, f"PTQ + {parts.compensation}")
+    name = compensations.heading(parts.compensation)
     return name.replace("PTQ", f"PTQ ({parts.variant})") if parts.variant else name
 
 
@@ -162,7 +162,7 @@ def _misses(row: Row) -> bool:
     if row.metric in ("engine_top1_delta", "engine_bbox_ap_delta"):
         return not method.variant and abs(row.value) > ENGINE_DELTA
     if row.metric == "latency_ratio_to_ptq":
-        return method.compensation == "cwac" and not LATENCY_RATIO[0] <= row.value <= LATENCY_RATIO[1]
+        return method.compensation == compensations.SUBJECT and not LATENCY_RATIO[0] <= row.value <= LATENCY_RATIO[1]
     return False
 
 
