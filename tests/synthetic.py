@@ -7,7 +7,8 @@ import json
 import random
 from pathlib import Path
 
-from qwt2.report.results import LAYER_COLUMNS, QUANTILES, UNITS, Row, write_rows
+from qwt2.report.metrics import METRICS
+from qwt2.report.results import LAYER_COLUMNS, QUANTILES, Row, write_rows
 
 MODELS = {"vit_micro": "repq", "swin_micro": "repq", "resnet_micro": "percentile"}
 PRECISIONS = ("w8a8", "w4a4", "w3a3", "w2a4")
@@ -71,7 +72,7 @@ CONFIG = {
 
 
 def figure(model, precision, method, engine, metric, value, std=None, n=1):
-    return Row("classification", "digits", model, precision, method, engine, metric, value, std, UNITS[metric], n)
+    return Row("classification", "digits", model, precision, method, engine, metric, value, std, METRICS[metric].unit, n)
 
 
 def cell_rows(model: str, precision: str) -> list[Row]:

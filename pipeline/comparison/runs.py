@@ -22,7 +22,8 @@ from pipeline.sweeps.sweep import SWEEPS, job_paths
 from pipeline.tasks import task_of
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json
-from qwt2.report.results import HEADLINE, Layer, Method, Row, read_layers
+from qwt2.report.metrics import HEADLINE
+from qwt2.report.results import Layer, Method, Row, read_layers
 
 GRID = "grid"
 # The page of all runs reads thousands of files whenever it is loaded.

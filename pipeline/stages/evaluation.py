@@ -20,7 +20,8 @@ from qwt2.evaluation.mismatch import Mismatch, engine_mismatch
 from qwt2.io import load_arrays, read_json
 from qwt2.onnx.file import load_onnx
 from qwt2.report.compensations import heading
-from qwt2.report.results import UNITS, Row
+from qwt2.report.metrics import METRICS
+from qwt2.report.results import Row
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Evaluation:
         cfg = self.cfg
         return Row(
             self.task.NAME, cfg["data"]["name"], cfg["model"]["name"], cfg["precision"]["name"],
-            self.label(method, variant), engine, metric, float(values.mean()), std, UNITS[metric], len(values),
+            self.label(method, variant), engine, metric, float(values.mean()), std, METRICS[metric].unit, len(values),
         )  # fmt: skip
 
     def rows_of(self, method: str, engine: str, figures: Mapping[str, list[float]], variant: str = "default") -> list[Row]:

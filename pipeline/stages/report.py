@@ -9,10 +9,9 @@ from pipeline.common.stage import Cell, run_stage
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
 from qwt2.report.detection import Line, lines
+from qwt2.report.metrics import ACCURACY, HEADLINE, METRICS
 from qwt2.report.page import Conditions, render, vega_bundle
-from qwt2.report.results import HEADLINE, UNITS, Layer, Results, Row, read_layers, read_rows, write_rows
-
-_NEEDED = {"classification": ("top1", "top5"), "detection": ("bbox_ap", "bbox_ap50")}
+from qwt2.report.results import Layer, Results, Row, read_layers, read_rows, write_rows
 
 
 def main(config: Mapping[str, Any], _cell: Cell) -> None:
@@ -75,12 +74,12 @@ def baseline_rows(out: Path, model: str, task: str, dataset: str) -> list[Row]:
     """Accuracy of the fp32 network, from ``baseline/<model>/metrics.json``."""
     path = out / "baseline" / model / "metrics.json"
     metrics = read_json(path)
-    missing = set(_NEEDED[task]) - set(metrics)
+    missing = set(ACCURACY[task]) - set(metrics)
     if missing:
         raise Qwt2Error(f"{path} has no {' and no '.join(sorted(missing))}; run `dvc repro -f baseline@{model}`.")
     return [
-        Row(task, dataset, model, "fp32", "fp32", "torch", name, metrics[name], None, UNITS[name], 1)
-        for name in metrics if name in UNITS
+        Row(task, dataset, model, "fp32", "fp32", "torch", name, metrics[name], None, METRICS[name].unit, 1)
+        for name in metrics if name in METRICS
     ]
 
 

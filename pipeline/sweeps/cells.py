@@ -28,7 +28,8 @@ from pipeline.stages.quantize import main as quantize
 from pipeline.tasks import task_of
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
-from qwt2.report.results import HEADLINE, Row, read_rows
+from qwt2.report.metrics import HEADLINE
+from qwt2.report.results import Row, read_rows
 
 CHAIN = {"quantize": quantize, "evaluate": evaluate}
 # Keys of conf/cell.yaml that say how a cell is run and filed, not what it is.

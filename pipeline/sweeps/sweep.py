@@ -23,7 +23,8 @@ from pipeline.common.folders import CELLS, OUT, read_record
 from pipeline.sweeps.cells import cell_config, cell_folder, figures, run_cell, sentence
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_csv, write_json
-from qwt2.report.results import UNITS, format_number
+from qwt2.report.metrics import METRICS
+from qwt2.report.results import format_number
 
 SWEEPS = OUT / "sweeps"
 TABLE = "table.csv"
@@ -40,8 +41,8 @@ def run_job(composed: DictConfig) -> float | None:
     record: dict[str, Any] = {"cell": None, "status": "failed", "error": None}
     value = None
     try:
-        if composed.objective not in UNITS:
-            raise Qwt2Error(f"objective {composed.objective!r} is no figure; use one of: {', '.join(UNITS)}")
+        if composed.objective not in METRICS:
+            raise Qwt2Error(f"objective {composed.objective!r} is no figure; use one of: {', '.join(METRICS)}")
         cfg = cell_config(composed)
         record["cell"] = cell_folder(cfg).name
         done = run_cell(cfg, keep_models=composed.keep_models)

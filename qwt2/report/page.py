@@ -14,6 +14,7 @@ import jinja2
 import vl_convert
 
 from qwt2.report import charts, compensations, detection, findings, modules, tables, templates
+from qwt2.report.metrics import METRICS
 from qwt2.report.results import LAYER_FIGURES, Layer, Results, precision_order
 
 
@@ -179,8 +180,8 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
     """Heading and meaning of every metric that the tables show."""
     present = {(row.engine == "torch", row.metric) for row in results.rows}
     return [
-        *(texts for metric, texts in tables.HEADINGS.items() if {(True, metric), (False, metric)} & present),
-        *(texts for metric, texts in tables.FOLDING.items() if (True, metric) in present),
+        *((facts.heading, facts.explanation) for metric, facts in METRICS.items() if {(True, metric), (False, metric)} & present),
+        *(facts.simulated for metric, facts in METRICS.items() if facts.simulated and (True, metric) in present),
     ]
 
 
