@@ -1,6 +1,6 @@
 """Which source files changed since a stage last ran: dvc.lock keeps one hash per stage, this keeps what it is made of.
 
-    out/code/<hash>.yaml    the files behind the hash of a stage's code, each with its own hash
+out/code/<hash>.yaml    the files behind the hash of a stage's code, each with its own hash
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Which source files a stage runs, read off their import statements, and a hash of what is in them.
 
-Nothing is imported for it. What a module imports anywhere counts, whether or not a run comes to that line. Of Python the
-syntax tree counts: comments, docstrings and formatting change no hash. Of the libraries their pinned versions count.
+Nothing is imported for it. What a module imports anywhere counts, whether or not a run comes to that line. Of Python
+the syntax tree counts: comments, docstrings and formatting change no hash. Of libraries their pinned versions count.
 """
 
 import ast
@@ -16,9 +16,9 @@ from qwt2 import _LAZY
 
 ROOT = Path(__file__).resolve().parents[2]
 # The modules of the stages by whose code DVC decides.
-MODULES = {
-    stage: f"pipeline.stages.{stage}" for stage in ("data", "baseline", "quantize", "evaluate", "report")
-} | {"trial": "pipeline.sweeps.trial"}
+MODULES = {stage: f"pipeline.stages.{stage}" for stage in ("data", "baseline", "quantize", "evaluate", "report")} | {
+    "trial": "pipeline.sweeps.trial"
+}
 LOCK = "requirements.lock"
 # What cannot change a result: names that are imported on first use, texts of errors, logs.
 WIRING = {"qwt2/__init__.py", "qwt2/errors.py", "pipeline/__init__.py", "pipeline/common/logs.py"}

@@ -19,8 +19,8 @@ from qwt2.quantization.precision import Precision
 
 CONF = Path("conf")
 
-# What each stage reads: dotted keys of the composed configuration. `_ARCHITECTURE` are those of the model that build the
-# network, without where its weights come from.
+# What each stage reads: dotted keys of the composed configuration. `_ARCHITECTURE` are those of the model that build
+# the network, without where its weights come from.
 _ARCHITECTURE = "model.<architecture>"
 KEYS = {
     "data": ("datasets",),
@@ -85,7 +85,9 @@ def _source(factory: str) -> str:
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.origin or not Path(spec.origin).is_file():
-        raise Qwt2Error(f"model.factory is {factory!r}, but there is no module {module!r}; give package.module:function")
+        raise Qwt2Error(
+            f"model.factory is {factory!r}, but there is no module {module!r}; give package.module:function"
+        )
     return digest(Path(spec.origin))
 
 
@@ -97,9 +99,12 @@ def one_sentence(error: Exception, overrides: list[str]) -> str:
     if found := re.search(r"In '[^']+': Could not find '(?P<what>[^']+)'(?P<rest>.*)", text, re.S):
         options = re.findall(r"^\s+(\S+)$", found["rest"], re.M)
         group = found["what"].rpartition("/")[0]
-        return f"conf has no {found['what']!r}; the options of group {group!r} are: {', '.join(sorted(options)) or 'none'}"
+        return (
+            f"conf has no {found['what']!r}; the options of group {group!r} are: {', '.join(sorted(options)) or 'none'}"
+        )
     if found := re.match(r"Could not override '(?P<key>[^']+)'\.\s+To append", text):
-        return f"the configuration has no key {found['key']!r}; see conf/ for those there are, or add it with +{found['key']}="
+        key = found["key"]
+        return f"the configuration has no key {key!r}; see conf/ for those there are, or add it with +{key}="
     return f"the configuration with {' '.join(overrides)} cannot be composed: {text.splitlines()[0]}"
 
 

@@ -72,7 +72,9 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     datasets = {known: DATASETS.get(known) for known in DATASETS.names() if DATASETS.get(known).TASK == task}
     if name not in datasets:
         raise Qwt2Error(f"data.name is {name!r}; for {task}, choose one of {', '.join(datasets)}")
-    schema = OmegaConf.structured(Config(data=OmegaConf.structured(datasets[name]), model=OmegaConf.structured(model_schema(cfg.model))))
+    schema = OmegaConf.structured(
+        Config(data=OmegaConf.structured(datasets[name]), model=OmegaConf.structured(model_schema(cfg.model)))
+    )
     try:
         values = OmegaConf.to_container(OmegaConf.merge(schema, cfg), resolve=True, throw_on_missing=True)
     except ConfigKeyError as error:
@@ -81,7 +83,9 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise Qwt2Error(f"the configuration's {error.full_key!r} is not set; give it a value") from error
     except OmegaConfBaseException as error:
-        raise Qwt2Error(f"the configuration's {error.full_key!r} cannot be used: {error.msg.splitlines()[0]}") from error
+        raise Qwt2Error(
+            f"the configuration's {error.full_key!r} cannot be used: {error.msg.splitlines()[0]}"
+        ) from error
     for key, value in _whole_numbers(values):
         least = 0 if key.split(".")[-1] in _FROM_ZERO else 1
         if value < least:
@@ -91,7 +95,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_weights(model: Mapping[str, Any]) -> None:
-    """Weights come from training, from timm, from a file or from one's own function; a random network is never meant."""
+    """Weights come from training, timm, a file or one's own function; a random network is never meant."""
     known = [f"model.{key}" for key in WEIGHTS if key in model]
     sources = [key for key in known if model[key.removeprefix("model.")]]
     if len(sources) > 1 or (not sources and "factory" not in model):

@@ -17,7 +17,7 @@ OUTPUTS = "outputs.json"
 
 
 def read_record(folder: Path, name: str = "cell.json") -> dict[str, Any] | None:
-    """The record that is written last into a cell's folder; None if it is missing or damaged: the cell is unfinished."""
+    """The record that is written last into a cell's folder; None if it is missing or damaged."""
     if not (folder / name).is_file():
         return None
     try:

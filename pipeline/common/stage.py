@@ -19,7 +19,7 @@ from qwt2.errors import Qwt2Error, guarded
 
 
 class Declared(dict):
-    """A resolved configuration. It holds the keys that `pipeline.build.compose` declares for the stage, and no others."""
+    """A resolved configuration: the keys that `pipeline.build.compose` declares for the stage, and no others."""
 
     def __missing__(self, key: str) -> Any:
         raise KeyError(f"{key!r} is not among the keys this stage declares in pipeline/build/compose.py")
@@ -77,7 +77,8 @@ def run_stage(stage: str, main: Callable[[Declared, Cell], None]) -> None:
 
 
 def _parser(stage: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m pipeline.stages.{stage}", description=f"Stage {stage}; `dvc repro` runs it.")
+    description = f"Stage {stage}; `dvc repro` runs it."
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline.stages.{stage}", description=description)
     parser.add_argument("cell", nargs="?", default="", help="<model>-<precision>, or the model in stage baseline")
     parser.add_argument("-v", "--verbose", action="store_true", help="show on stderr what goes into out/logs/")
     return parser

@@ -64,7 +64,9 @@ class Evaluation:
             self.label(method, variant), engine, metric, float(values.mean()), std, METRICS[metric].unit, len(values),
         )  # fmt: skip
 
-    def rows_of(self, method: str, engine: str, figures: Mapping[str, list[float]], variant: str = "default") -> list[Row]:
+    def rows_of(
+        self, method: str, engine: str, figures: Mapping[str, list[float]], variant: str = "default"
+    ) -> list[Row]:
         return [self.row(method, engine, metric, values, variant) for metric, values in figures.items()]
 
     def simulated(self) -> list[Row]:
@@ -114,10 +116,16 @@ class Evaluation:
         for method in self.exported:
             found = [dict(self.measured[method, engine, seed].figures) for seed in self.seeds]
             for figures, simulated in zip(found, self.simulated_figures(method)):
-                figures |= {delta: figures[metric] - simulated[metric] for metric, delta in self.task.DELTAS.items() if metric in figures}
+                figures |= {
+                    delta: figures[metric] - simulated[metric]
+                    for metric, delta in self.task.DELTAS.items()
+                    if metric in figures
+                }
             rows += self.rows_of(method, engine, by_metric(found))
             files = [[self.cell.onnx(method, seed, part) for part in self.task.files()] for seed in self.seeds]
-            rows.append(self.row(method, engine, "file_bytes", [sum(path.stat().st_size for path in paths) for paths in files]))
+            rows.append(
+                self.row(method, engine, "file_bytes", [sum(path.stat().st_size for path in paths) for paths in files])
+            )
             mismatches = self.measured[method, engine, self.seeds[0]].mismatches
             rows += self.mismatch_rows(method, engine, Mismatch.worst(list(mismatches.values())))
         return rows
@@ -125,8 +133,8 @@ class Evaluation:
     @cached_property
     def measured(self) -> dict[tuple[str, str, int], Measured]:
         """Every exported method on every engine at every seed."""
-        # The first seed takes longest, and engines that come later compile for longer: what is short had better come last,
-        # for the workers to end together.
+        # The first seed takes longest, and engines that come later compile for longer: what is short had better come
+        # last, for the workers to end together.
         engines = list(reversed(self.cfg["evaluate"]["engines"]))
         runs = [(method, engine, seed) for seed in self.seeds for engine in engines for method in self.exported]
         return dict(zip(runs, each("evaluate on engines", self.measure, runs, self.cfg["workers"])))

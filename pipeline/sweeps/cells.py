@@ -1,8 +1,8 @@
 """Cells outside the grid: each goes through the whole chain in one process, and only once.
 
-    out/cells/<id>/      config.yaml, evaluate/, log.txt and, written last, cell.json (all that comparisons need);
-                         `id` is a hash of the configuration
-    out/cells/shared/    datasets and baselines that DVC has not built; outputs.json, written last, has their hashes
+out/cells/<id>/      config.yaml, evaluate/, log.txt and, written last, cell.json (all that comparisons need);
+                     `id` is a hash of the configuration
+out/cells/shared/    datasets and baselines that DVC has not built; outputs.json, written last, has their hashes
 """
 
 import hashlib
@@ -169,7 +169,9 @@ def baseline_folder(cfg: dict[str, Any]) -> Path:
     """Where the cell's full-precision model lies: with DVC if it built this one, else made now, once for all cells."""
     model = cfg["model"]["name"]
     config = yaml.safe_load(select(cfg, "baseline"))
-    if _made_with(f"baseline@{model}", config_path("baseline", model)) == config and _is_whole(f"baseline@{model}", f"baseline/{model}"):
+    if _made_with(f"baseline@{model}", config_path("baseline", model)) == config and _is_whole(
+        f"baseline@{model}", f"baseline/{model}"
+    ):
         return OUT / "baseline" / model
     return _shared("baseline", make_baseline, cfg, Cell("", data_folder(cfg), Path()))
 

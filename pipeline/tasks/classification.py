@@ -51,7 +51,7 @@ class TimmModel:
 
 @dataclass
 class OwnModel:
-    """Keys of the configuration of a PyTorch model of one's own; without `checkpoint` and `train` it comes with weights."""
+    """Keys of the configuration of a PyTorch model of one's own. Without `checkpoint` and `train` it brings weights."""
 
     name: str
     factory: str  # package.module:function, which returns the nn.Module

@@ -51,7 +51,9 @@ def call_factory(spec: str, **arguments: Any) -> "nn.Module":
     try:
         factory = getattr(importlib.import_module(module_name), name)
     except (ImportError, ValueError) as error:
-        raise Qwt2Error(f"{module_name} cannot be imported ({error}); give module:factory as Python would find it") from error
+        raise Qwt2Error(
+            f"{module_name} cannot be imported ({error}); give module:factory as Python would find it"
+        ) from error
     except AttributeError as error:
         raise Qwt2Error(f"{module_name} has no {name!r}; give the name of a function that returns the model") from error
     try:

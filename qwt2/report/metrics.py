@@ -1,4 +1,4 @@
-"""Every metric in one place: its unit, and how it is shown. A new one is one entry here and its computation in a task."""
+"""Every metric: its unit, and how it is shown. A new one is one entry here and its computation in a task."""
 
 from __future__ import annotations
 
@@ -61,38 +61,61 @@ METRICS: dict[str, Metric] = {
         "percent", "top-5 %", "share of validation images whose class is among the five best", _PERCENT, "everywhere"
     ),
     "bbox_ap": Metric("percent", "box AP", "COCO average precision of boxes", _PERCENT),
-    "bbox_ap50": Metric("percent", "box AP50", "average precision of boxes at an overlap of one half", _PERCENT, "everywhere"),
+    "bbox_ap50": Metric(
+        "percent", "box AP50", "average precision of boxes at an overlap of one half", _PERCENT, "everywhere"
+    ),
     "segm_ap": Metric("percent", "mask AP", "COCO average precision of masks", _PERCENT),
     "agreement": Metric(
-        "percent", "agree %", "share of validation images on which the network and its fp32 original agree", _PERCENT, "engines"
+        "percent",
+        "agree %",
+        "share of validation images on which the network and its fp32 original agree",
+        _PERCENT,
+        "engines",
     ),
     "logits_sqnr_db": Metric(
         "dB", "SQNR dB", "signal to quantization noise ratio of the logits, against fp32", "{:.1f}".format, "engines"
     ),
     "engine_top1_delta": Metric("points", "Δ sim", "top-1 of the engine minus top-1 of the simulation, points", signed),
-    "engine_bbox_ap_delta": Metric("points", "Δ sim", "box AP of the engine minus box AP of the simulation, points", signed),
+    "engine_bbox_ap_delta": Metric(
+        "points", "Δ sim", "box AP of the engine minus box AP of the simulation, points", signed
+    ),
     "engine_segm_ap_delta": Metric(
         "points", "Δ sim mask", "mask AP of the engine minus mask AP of the simulation, points", signed, "everywhere"
     ),
     "engine_mismatch_steps": Metric(
-        "steps", "steps", "largest difference from the simulation, in output quantization steps", "{:.3g}".format, "simulation",
+        "steps",
+        "steps",
+        "largest difference from the simulation, in output quantization steps",
+        "{:.3g}".format,
+        "simulation",
         ("fold steps", "largest difference of a folded module from the unfolded, in output steps"),
     ),
     "engine_mismatch_fraction": Metric(
-        "ratio", "differs", "share of output elements that differ from the simulation", "{:.2g}".format, "everywhere",
+        "ratio",
+        "differs",
+        "share of output elements that differ from the simulation",
+        "{:.2g}".format,
+        "everywhere",
         ("fold differs", "share of a folded module's outputs that differ from the unfolded"),
     ),
     "latency_ms": Metric("ms", "ms", "latency of one batch, median", _significant),
-    "latency_ratio_to_ptq": Metric("ratio", "× PTQ", "latency relative to plain PTQ, measured interleaved", "{:.3f}".format),
+    "latency_ratio_to_ptq": Metric(
+        "ratio", "× PTQ", "latency relative to plain PTQ, measured interleaved", "{:.3f}".format
+    ),
     "latency_cpu_ms": Metric("ms", "CPU ms", "processor time of one batch, median", _significant, "everywhere"),
     "file_bytes": Metric(
-        "bytes", "file kB", "size of the ONNX file that all engines run, in 1000 bytes", lambda value: f"{value / 1000:,.1f}"
+        "bytes",
+        "file kB",
+        "size of the ONNX file that all engines run, in 1000 bytes",
+        lambda value: f"{value / 1000:,.1f}",
     ),
     "extra_params": Metric("count", "+ params", "parameters the compensation adds to the deployed network", _compact),
     "extra_macs": Metric("count", "+ MACs", "multiply-accumulates the compensation adds for one image", _compact),
     "compensate_seconds": Metric("s", "fit s", "time to fit the compensation", "{:.1f}".format),
-    "peak_memory_mb": Metric("MB", "peak MB", "peak memory while fitting the compensation", "{:,.0f}".format, "everywhere"),
-}  # fmt: skip
+    "peak_memory_mb": Metric(
+        "MB", "peak MB", "peak memory while fitting the compensation", "{:,.0f}".format, "everywhere"
+    ),
+}
 
 # By the task, what a baseline must have; the first stands for the task where there is room for one figure.
 ACCURACY = {"classification": ("top1", "top5"), "detection": ("bbox_ap", "bbox_ap50")}
