@@ -12,12 +12,12 @@ PYTHON ?= python3.11
 .PHONY: repro repro-classification test test-fast lint docs readme lock benchmarks dashboard publish experiments verify determinism kills clean
 
 repro: $(STAMP)
-	python -m pipeline.warm dvc repro
+	dvc repro
 
 # The same without detection: its cells, and a report of them alone.
 repro-classification: $(STAMP)
-	python -m pipeline.warm dvc repro $$(python -m pipeline.resolve classification)
-	python -m pipeline.report classification
+	dvc repro $$(python -m pipeline.stages.resolve classification)
+	python -m pipeline.stages.report classification
 
 # Rules, form and types; the same as the hooks in .pre-commit-config.yaml.
 lint: $(STAMP)
@@ -41,10 +41,10 @@ benchmarks: $(STAMP) $(PEERS)/.installed
 
 # A page on this machine that compares all runs.
 dashboard: $(STAMP)
-	python -m pipeline.dashboard
+	python -m pipeline.comparison.dashboard
 
 publish: $(STAMP)
-	python -m pipeline.publish
+	python -m pipeline.comparison.publish
 
 # DVC's experiments by what differs between them; without the hashes of code, and without what the grid's stages read.
 experiments: $(STAMP)
@@ -52,7 +52,7 @@ experiments: $(STAMP)
 
 # Re-hash all that is stored; ARGS=--repair deletes what is damaged.
 verify: $(STAMP)
-	python -m pipeline.verify $(ARGS)
+	python -m pipeline.build.verify $(ARGS)
 
 # The chain twice from nothing, and what differs; ARGS=--tiny for a small one.
 determinism: $(STAMP)
@@ -67,7 +67,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 readme: $(STAMP)
-	python -m pipeline.readme
+	python -m pipeline.comparison.readme
 
 $(STAMP): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "error: qwt2 needs Python 3.11 or newer; give one as PYTHON=")'

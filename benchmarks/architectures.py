@@ -15,7 +15,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from pipeline.resources import PeakMemory
+from pipeline.common.resources import PeakMemory
 from qwt2 import compensate, export_onnx, fold, load_engine, quantize
 from qwt2.classification.models import build_model
 from qwt2.evaluation import machine

@@ -14,9 +14,9 @@ import yaml
 from tqdm import tqdm
 
 from benchmarks.architectures import PRECISION, THREADS, figures, timed
-from pipeline.files import file_exporters
-from pipeline.resolve import CONF, compose_cell
-from pipeline.resources import PeakMemory
+from pipeline.build.compose import CONF, compose_cell
+from pipeline.common.resources import PeakMemory
+from pipeline.tasks.detection import part_exporters
 from qwt2 import compensate, fold, quantize
 from qwt2.capture.batch import Inputs
 from qwt2.detection.models import build_detector
@@ -57,7 +57,7 @@ def measure(name: str) -> dict:
         )
         timed(seconds, "compensate", lambda: compensate(qmodel, batches, "cwac"))
         folded = timed(seconds, "fold", lambda: fold(qmodel))
-        exporters = file_exporters(qmodel, batches[0])
+        exporters = part_exporters(qmodel, batches[0])
         files = {part: Path(folder) / f"{part}.onnx" for part in exporters}
         timed(seconds, "export", lambda: [exporter.export(folded, files[part]) for part, exporter in exporters.items()])
         row = {

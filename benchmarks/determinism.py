@@ -4,12 +4,11 @@ Everything in the two summary.csv but timing must be the same. `--tiny` takes a 
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import tiny_chain
-from pipeline.compare import differences
+from pipeline.comparison.differences import differences
 from qwt2.errors import guarded
 from qwt2.report.results import read_rows
 
@@ -24,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
         folders = [Path(parent) / name for name in ("first", "second")]
         for folder in folders:
             _fresh(folder, tiny)
-            tiny_chain.run(folder, sys.executable, "-m", "pipeline.warm", "dvc", "repro", capture_output=False)
+            tiny_chain.run(folder, "dvc", "repro", capture_output=False)
         found = differences(*(folder / SUMMARY for folder in folders))
         print("\n".join(found) or f"twice the same {len(read_rows(folders[0] / SUMMARY))} figures, timing apart")
     if found:

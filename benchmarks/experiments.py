@@ -54,7 +54,7 @@ def sweeps(parent: Path) -> list[dict]:
             target = folder / source
             target.parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, target)
-        command = (sys.executable, "-m", "pipeline.experiment", "-m", *SWEEP, f"hydra/launcher={launcher}")
+        command = (sys.executable, "-m", "pipeline.sweeps.experiment", "-m", *SWEEP, f"hydra/launcher={launcher}")
         seconds[launcher], done = timed(folder, *command)
         if f"{CELLS} finished" not in done.stdout:
             raise Qwt2Error(f"the sweep with launcher {launcher} did not finish {CELLS} cells: {done.stdout[-500:]}")
@@ -68,7 +68,7 @@ def sweeps(parent: Path) -> list[dict]:
 def publishing(folder: Path) -> dict:
     made_up_runs(folder, PUBLISHED + 1)  # the last one failed: there is nothing to publish of it
     os.environ["WANDB_MODE"] = "offline"
-    seconds, done = timed(folder, sys.executable, "-m", "pipeline.publish")
+    seconds, done = timed(folder, sys.executable, "-m", "pipeline.comparison.publish")
     count = int(re.search(r"(\d+) runs published", done.stdout)[1])
     return {"what": f"publishing {count} runs", "variant": "offline", "seconds": seconds, "ratio": ""}
 
@@ -105,7 +105,7 @@ def served(folder: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pipeline.dashboard", "--port", str(port)]
+    command = [sys.executable, "-m", "pipeline.comparison.dashboard", "--port", str(port)]
     address = f"http://127.0.0.1:{port}/"
     process = subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:

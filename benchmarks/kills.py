@@ -1,8 +1,7 @@
 """Command: kill the chain at random points and run it again (`make kills`); the results must be those of a quiet run.
 
-Each round starts the tiny chain from nothing, sends SIGKILL to DVC or to the stage that runs, at a random moment, and
-then only repeats the command: no other step. That is `dvc repro` in half the rounds, and in the others what
-`make repro` runs, which starts stages warm (`pipeline.warm`).
+Each round starts the tiny chain from nothing, sends SIGKILL to DVC or to the stage that runs, at a random moment, and then
+only repeats the command: no other step.
 """
 
 import argparse
@@ -19,12 +18,11 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks import tiny_chain
-from pipeline.compare import differences
+from pipeline.comparison.differences import differences
 from qwt2.errors import guarded
 
 SUMMARY = Path("results/summary.csv")
-COLD = ("dvc", "repro")
-WARM = (sys.executable, "-m", "pipeline.warm", *COLD)
+REPRO = ("dvc", "repro")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,17 +43,17 @@ def rounds(parent: Path, kills: int, rng: random.Random) -> list[str]:
     """What went wrong in each round; "" where nothing did."""
     quiet = tiny_chain.make(parent / "quiet")
     started = time.monotonic()
-    tiny_chain.run(quiet, *WARM)
+    tiny_chain.run(quiet, *REPRO)
     length = time.monotonic() - started
     print(f"undisturbed: {length:.1f} s")
     outcomes = []
     for number in tqdm(range(kills), "kills", unit="kill", disable=None):
-        folder, command, victim = parent / f"kill{number}", WARM if number % 2 else COLD, None
+        folder, victim = parent / f"kill{number}", None
         while victim is None:
             shutil.rmtree(folder, ignore_errors=True)
             tiny_chain.make(folder)
-            victim = kill(folder, command, rng.choice(["dvc", "stage"]), rng.uniform(0.5, 0.95 * length))
-        outcomes.append(recover(folder, command, quiet))
+            victim = kill(folder, REPRO, rng.choice(["dvc", "stage"]), rng.uniform(0.5, 0.95 * length))
+        outcomes.append(recover(folder, quiet))
         print(f"{number + 1}: {victim}: {outcomes[-1] or 'recovered'}", flush=True)
     return outcomes
 
@@ -77,12 +75,9 @@ def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str
         return None
     name = " ".join(victim.cmdline()[-3:])
     victim.send_signal(signal.SIGKILL)
-    if what == "dvc":
-        process.kill()  # with DVC goes the process that started it warm, as when a machine is switched off
     process.wait()
-    # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice,
-    # seconds on a busy machine, and DVC by itself, without `pipeline.warm`, takes the lock of a process that is still
-    # listed for held.
+    # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice, seconds
+    # on a busy machine, and DVC takes the lock of a process that is still listed for held.
     psutil.wait_procs([victim], timeout=60)
     return f"{name} killed after {after:.1f} s"
 
@@ -100,17 +95,17 @@ def _victim(started: psutil.Process, what: str) -> psutil.Process | None:
 
 
 def _is_stage(process: psutil.Process) -> bool:
-    return any(word.startswith("pipeline.") and word != "pipeline.warm" for word in process.cmdline())
+    return any(word.startswith("pipeline.") for word in process.cmdline())
 
 
-def recover(folder: Path, command: tuple[str, ...], quiet: Path) -> str:
+def recover(folder: Path, quiet: Path) -> str:
     """Run the chain again; what is wrong with its end, or ""."""
-    again = tiny_chain.run(folder, *command, check=False)
+    again = tiny_chain.run(folder, *REPRO, check=False)
     if again.returncode:
         return f"the chain ended with {again.returncode}: {(again.stdout + again.stderr)[-1500:]}"
     if found := differences(folder / SUMMARY, quiet / SUMMARY):
         return f"{len(found)} figures differ, first: {found[0]}"
-    sound = tiny_chain.run(folder, sys.executable, "-m", "pipeline.verify", check=False)
+    sound = tiny_chain.run(folder, sys.executable, "-m", "pipeline.build.verify", check=False)
     return "" if sound.returncode == 0 else sound.stdout + sound.stderr
 
 

@@ -29,8 +29,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from benchmarks.table import machine_file, versions_text
-from pipeline.readme import read_dicts
-from pipeline.resources import PeakMemory
+from pipeline.common.resources import PeakMemory
+from pipeline.comparison.readme import read_dicts
 from qwt2 import Precision, compensate, export_onnx, fold, quantize
 from qwt2.evaluation import machine
 from qwt2.evaluation.latency import measure_latency

@@ -7,7 +7,8 @@ import json
 import random
 from pathlib import Path
 
-from qwt2.report.results import LAYER_COLUMNS, QUANTILES, UNITS, Row, write_rows
+from qwt2.report.metrics import METRICS
+from qwt2.report.results import LAYER_COLUMNS, QUANTILES, Row, write_rows
 
 MODELS = {"vit_micro": "repq", "swin_micro": "repq", "resnet_micro": "percentile"}
 PRECISIONS = ("w8a8", "w4a4", "w3a3", "w2a4")
@@ -75,7 +76,7 @@ CONFIG = {
 
 
 def figure(model, precision, method, engine, metric, value, std=None, n=1):
-    return Row("classification", "digits", model, precision, method, engine, metric, value, std, UNITS[metric], n)
+    return Row("classification", "digits", model, precision, method, engine, metric, value, std, METRICS[metric].unit, n)
 
 
 def cell_rows(model: str, precision: str) -> list[Row]:
@@ -222,7 +223,7 @@ def write_cells(count: int, tables: int = 3) -> None:
     """Finished cells of sweeps in the current folder, the last one failed; the first ``tables`` have their tables too."""
     from hydra import compose, initialize_config_dir
 
-    from pipeline.cells import by_method, cell_config
+    from pipeline.sweeps.cells import by_method, cell_config
 
     configs = {}
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):

@@ -11,15 +11,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
-    "conf",
-    "pipeline",
-    "qwt2",
-    "dvc.yaml",
-    "params.yaml",
-    ".dvc/config",
-    ".dvc/plots.html",
-    ".dvcignore",
-    ".gitignore",
+    *("conf", "pipeline", "qwt2", "dvc.yaml", "params.yaml", "requirements.lock"),
+    *(".dvc/config", ".dvc/plots.html", ".dvcignore", ".gitignore"),
 )
 
 NARROW = {"resnet_micro": {"channels": [8, 8, 16, 16]}, "vit_micro": {"embed_dim": 24, "depth": 2}}
@@ -38,7 +31,7 @@ def make(folder: Path, models: tuple[str, ...] = ("resnet_micro",)) -> Path:
     for model in models:
         edit(folder / f"conf/model/{model}.yaml", lambda c: c["train"].update(steps=3, batch_size=16))
         edit(folder / f"conf/model/{model}.yaml", lambda c, narrow=NARROW[model]: c["kwargs"].update(narrow))
-    run(folder, sys.executable, "-m", "pipeline.params", f"model={models[0]}", "precision=w3a3", "seed=1")
+    run(folder, sys.executable, "-m", "pipeline.sweeps.params", f"model={models[0]}", "precision=w3a3", "seed=1")
     run(folder, "git", "init", "--quiet")
     return folder
 

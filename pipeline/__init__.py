@@ -1,1 +1,1 @@
-"""DVC stages: thin modules that read their resolved configuration, call `qwt2` and write outputs."""
+"""The benchmark pipeline, in rooms. Imports go one way: common <- tasks <- build <- stages <- sweeps <- comparison."""

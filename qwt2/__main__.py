@@ -1,8 +1,6 @@
 """Command: `qwt2 MODEL --images FOLDER --output model.onnx` makes the integer model of a trained network."""
 
 import argparse
-import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +13,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# What most classifiers that are not timm's were trained with.
-IMAGENET = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CHECKED_IMAGES = 8
 
 
@@ -166,14 +162,14 @@ def _choose_files(arguments: argparse.Namespace) -> list[Path]:
 
 def _build(arguments: argparse.Namespace) -> tuple["nn.Module", dict[str, Any]]:
     """The model, and the settings of the transform its images need."""
-    from qwt2.classification.models import build_model, load_weights
-    from qwt2.data.transforms import transform_config
+    from qwt2.classification.models import build_model, call_factory, load_weights
+    from qwt2.data.transforms import IMAGENET, transform_config
 
     size = {"input_size": (3, arguments.image_size, arguments.image_size)} if arguments.image_size else {}
     if ":" in arguments.model:
         if arguments.pretrained:
             raise Qwt2Error("--pretrained is for timm's models; let the factory load its weights, or give --checkpoint")
-        model = _call_factory(arguments.model)
+        model = call_factory(arguments.model)
         if arguments.checkpoint:
             load_weights(model, arguments.checkpoint)
         return model.eval(), IMAGENET | size
@@ -185,25 +181,6 @@ def _build(arguments: argparse.Namespace) -> tuple["nn.Module", dict[str, Any]]:
     }  # fmt: skip
     model = build_model(cfg)
     return model, transform_config(cfg) | size
-
-
-def _call_factory(spec: str) -> "nn.Module":
-    from torch import nn
-
-    module_name, _, name = spec.partition(":")
-    sys.path.insert(0, "")  # as `python -m` has it, whatever started this
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise Qwt2Error(
-            f"{module_name} cannot be imported ({error}); give module:factory as Python would find it"
-        ) from error
-    except AttributeError as error:
-        raise Qwt2Error(f"{module_name} has no {name!r}; give the name of a function that returns the model") from error
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise Qwt2Error(f"{spec} returned a {type(model).__name__}; it must return an nn.Module")
-    return model
 
 
 def _batches(files: list[Path], settings: dict[str, Any], batch_size: int) -> Iterator["torch.Tensor"]:

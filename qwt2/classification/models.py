@@ -1,7 +1,10 @@
 """Classification models: timm architectures by name, with weights from training, from timm or from a file."""
 
 import difflib
+import importlib
+import inspect
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,55 @@ if TYPE_CHECKING:
 
 
 def build_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
+    """Build the model that `cfg` describes, in evaluation mode, its random weights drawn with `seed`.
+
+    A model of one's own has the keys `factory` ("package.module:function"), `kwargs` (the function's arguments) and
+    `checkpoint` (a file, see `load_weights`, or None). A model of timm's is built by :func:`build_timm_model`.
+
+    Raises `Qwt2Error` for a function that cannot be found or refuses its arguments, and for weights that do not fit.
+    """
+    import torch
+
+    if "factory" not in cfg:
+        return build_timm_model(cfg, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = call_factory(cfg["factory"], **cfg["kwargs"])
+    if cfg["checkpoint"]:
+        load_weights(model, cfg["checkpoint"])
+    return model.eval()
+
+
+def call_factory(spec: str, **arguments: Any) -> "nn.Module":
+    """The model that a function returns, named as ``package.module:function``.
+
+    Raises:
+        Qwt2Error: the module cannot be imported or has no such function, the function refuses the arguments or returns
+            something else than an ``nn.Module``.
+    """
+    from torch import nn
+
+    module_name, _, name = spec.partition(":")
+    sys.path.insert(0, "")  # as `python -m` has it, whatever started this
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, ValueError) as error:
+        raise Qwt2Error(
+            f"{module_name} cannot be imported ({error}); give module:factory as Python would find it"
+        ) from error
+    except AttributeError as error:
+        raise Qwt2Error(f"{module_name} has no {name!r}; give the name of a function that returns the model") from error
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise Qwt2Error(f"{spec} refuses its arguments: {error}; correct model.kwargs") from error
+    model = factory(**arguments)
+    if not isinstance(model, nn.Module):
+        raise Qwt2Error(f"{spec} returned a {type(model).__name__}; it must return an nn.Module")
+    return model
+
+
+def build_timm_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
     """Build the timm model that `cfg` describes, in evaluation mode, its random weights drawn with `seed`.
 
     Keys of `cfg`: `timm` (a registered timm name), `kwargs` (what its constructor takes besides the
@@ -141,7 +193,7 @@ def _published_names_filter(model: "nn.Module") -> Any:
 
 
 def _check_classes(model: "nn.Module", state: Mapping, own: Mapping, path: str | os.PathLike) -> None:
-    classifiers = model.pretrained_cfg.get("classifier") or ()
+    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
         key = f"{name}.bias"
         if key in state and key in own and state[key].shape != own[key].shape:

@@ -1,50 +1,41 @@
-"""Datasets: the embedded digits and folders in ImageNet's layout, behind one interface; and scenes in COCO's format."""
+"""Datasets, one file each, registered under the name that configurations use.
+
+What is registered is a dataclass whose fields are the keys of the dataset's configuration. It has:
+
+* ``TASK``: name of the task whose models take it;
+* ``write(cfg, folder)``: check the data that `cfg` describes and store in `folder` what later steps need of it;
+* ``open(cfg, folder, model)``: the stored dataset; `model` is the model's configuration.
+"""
+
+from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qwt2.data.dataset import Dataset
-from qwt2.errors import Qwt2Error
+from qwt2.registry import Registry
 
-__all__ = ["Dataset", "open_dataset", "write_dataset"]
+__all__ = ["DATASETS", "Dataset", "open_dataset", "write_dataset"]
 
-CLASSIFICATION, DETECTION = ("digits", "imagefolder"), ("digits_coco", "coco")
+DATASETS: Registry[Any] = Registry("dataset", __name__)
 
 
 def write_dataset(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
     """Prepare the dataset that `cfg` describes and store what later steps need of it in `folder`."""
-    _check_name(cfg, CLASSIFICATION + DETECTION)
-    if cfg["name"] == "digits":
-        from qwt2.data.digits import write_digits as write
-    elif cfg["name"] == "digits_coco":
-        from qwt2.data.digits_coco import write_digits_coco as write
-    elif cfg["name"] == "coco":
-        from qwt2.data.coco import write_coco as write
-    else:
-        from qwt2.data.imagefolder import write_index as write
-    write(cfg, folder)
+    DATASETS.get(cfg["name"]).write(cfg, folder)
 
 
-def open_dataset(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None = None) -> Dataset:
+def open_dataset(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None = None) -> Any:
     """Open a dataset that `write_dataset` stored in `folder`.
 
-    `model` is the model's configuration (see `qwt2.classification.models.build_model`); `imagefolder` needs it, because
-    every timm model has its own input transform, the digits are stored as their models expect them. What detectors
-    need is opened by `qwt2.data.coco.open_scenes`.
+    Args:
+        cfg: the dataset's configuration.
+        folder: where it was stored.
+        model: the model's configuration. `imagefolder` needs it, because every model has its own input transform; the
+            digits are stored as their models expect them.
+
+    Returns:
+        A `Dataset` of images with classes, or :class:`qwt2.data.coco.Scenes` for detectors.
     """
-    _check_name(cfg, CLASSIFICATION)
-    if cfg["name"] == "digits":
-        from qwt2.data.digits import DigitsDataset
-
-        return DigitsDataset(folder)
-    from qwt2.data.imagefolder import ImageFolderDataset
-
-    if model is None:
-        raise Qwt2Error("a folder of images needs the model's configuration, for the transform; give model=")
-    return ImageFolderDataset(cfg, folder, model)
-
-
-def _check_name(cfg: Mapping[str, Any], names: Sequence[str]) -> None:
-    if cfg["name"] not in names:
-        raise Qwt2Error(f"unknown dataset {cfg['name']!r}; choose one of {', '.join(names)}")
+    return DATASETS.get(cfg["name"]).open(cfg, folder, model)

@@ -15,10 +15,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from qwt2.data import DATASETS
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
 
@@ -45,11 +46,32 @@ class Scenes:
     images: dict[str, Path]
 
 
-def open_scenes(cfg: Mapping[str, Any], folder: str | os.PathLike) -> Scenes:
-    """The dataset that `write_dataset` stored in `folder`."""
+@DATASETS.register("coco")
+@dataclass
+class Coco:
+    """Keys of its configuration: `path`, and how many images of each split to draw by `seed`; null takes all."""
+
+    TASK: ClassVar[str] = "detection"
+    name: str
+    path: str
+    num_classes: int
+    train_images: int | None
+    val_images: int | None
+    seed: int
+
+    @staticmethod
+    def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
+        write_coco(cfg, folder)
+
+    @staticmethod
+    def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Scenes:
+        return stored_scenes(folder, _root(cfg))
+
+
+def stored_scenes(folder: str | os.PathLike, root: Path) -> Scenes:
+    """The dataset that was stored in `folder`, with its images below `root`."""
     folder = Path(folder)
     description = read_json(folder / "dataset.json")
-    root = folder if cfg["name"] == "digits_coco" else _root(cfg)
     return Scenes(
         description["classes"],
         {split: folder / f"{split}.json" for split in SPLITS},

@@ -19,11 +19,13 @@ import gzip
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from qwt2.data import DATASETS
 from qwt2.data.dataset import Dataset
 from qwt2.errors import Qwt2Error
 from qwt2.extras import extra
@@ -33,6 +35,28 @@ CLASSES = [str(digit) for digit in range(10)]
 VALIDATION_FRACTION = 0.2
 _ENLARGE = 4  # spline enlargement of the 8x8 scans before the (bilinear) warp
 _CHUNK = 1000  # images made at once; bounds memory at about 100 MB
+
+
+@DATASETS.register("digits")
+@dataclass
+class Digits:
+    """Keys of its configuration: how many images of each split to make, how large (pixels), by which seed."""
+
+    TASK: ClassVar[str] = "classification"
+    name: str
+    num_classes: int
+    image_size: int
+    train_images: int
+    val_images: int
+    seed: int
+
+    @staticmethod
+    def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
+        write_digits(cfg, folder)
+
+    @staticmethod
+    def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Dataset:
+        return DigitsDataset(folder)
 
 
 class DigitsDataset(Dataset):

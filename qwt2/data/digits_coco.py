@@ -10,11 +10,14 @@ Stored in a folder (:mod:`qwt2.data.coco` reads it): ``train/`` and ``val/`` wit
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from qwt2.data import DATASETS
+from qwt2.data.coco import Scenes, stored_scenes
 from qwt2.data.digits import CLASSES, background_texture, ink_colour, read_scans, split_sources, warped_ink
 from qwt2.errors import Qwt2Error
 from qwt2.extras import extra
@@ -27,6 +30,28 @@ SIZES = (28, 36, 44, 54)  # pixels along a digit's side
 MOST_DIGITS = 5
 _TRIES = 20  # places tried for a digit before it is left out
 _INKED = 0.5  # coverage from which a pixel belongs to the mask
+
+
+@DATASETS.register("digits_coco")
+@dataclass
+class DigitsCoco:
+    """Keys of its configuration: how many scenes of each split to compose, how large (pixels), by which seed."""
+
+    TASK: ClassVar[str] = "detection"
+    name: str
+    num_classes: int
+    image_size: int
+    train_images: int
+    val_images: int
+    seed: int
+
+    @staticmethod
+    def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
+        write_digits_coco(cfg, folder)
+
+    @staticmethod
+    def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Scenes:
+        return stored_scenes(folder, Path(folder))
 
 
 def write_digits_coco(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:

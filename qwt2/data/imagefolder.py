@@ -12,12 +12,14 @@ through all later stages.
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
+from qwt2.data import DATASETS
 from qwt2.data.dataset import Dataset
 from qwt2.errors import Qwt2Error
 from qwt2.extras import extra
@@ -28,6 +30,29 @@ with extra("timm"):
 
 SPLITS = ("train", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+
+
+@DATASETS.register("imagefolder")
+@dataclass
+class ImageFolder:
+    """Keys of its configuration: `path`, how many images of each split to draw by `seed`, what to do with damaged ones."""
+
+    TASK: ClassVar[str] = "classification"
+    name: str
+    path: str
+    num_classes: int
+    train_images: int | None
+    val_images: int | None
+    seed: int
+    skip_corrupt: bool
+
+    @staticmethod
+    def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
+        write_index(cfg, folder)
+
+    @staticmethod
+    def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Dataset:
+        return ImageFolderDataset(cfg, folder, model)
 
 
 class ImageFolderDataset(Dataset):

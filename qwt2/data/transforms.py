@@ -5,9 +5,17 @@ from typing import Any
 
 from qwt2.extras import extra
 
+# What most classifiers that are not timm's were trained with.
+IMAGENET = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
 
 def transform_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's input settings (`resolve_data_config`) of the model that `cfg` describes, without building it."""
+    """timm's input settings (`resolve_data_config`) of the model that `cfg` describes, without building it.
+
+    Those of a model of one's own (key `factory`) are ImageNet's, at its `image_size`.
+    """
+    if "factory" in cfg:
+        return IMAGENET | {"input_size": (3, cfg["image_size"], cfg["image_size"])}
     with extra("timm"):
         import timm
         from timm.data import resolve_data_config

@@ -145,10 +145,15 @@ def window_reverse(size: int, windows: Tensor, height: int, width: int) -> Tenso
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """mmengine logs every weight that it draws."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """mmengine logs every weight that it draws: its own logger, and no other, says nothing but errors in the block."""
+    from mmengine.logging import MMLogger
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(is_error)
     try:
         yield
     finally:
-        logging.disable(disabled)
+        logger.removeFilter(is_error)

@@ -26,9 +26,9 @@ class OnnxRuntimeSession:
         with extra("onnxruntime"):
             import onnxruntime
 
-        onnxruntime.set_default_logger_severity(3)
         self.model = model.SerializeToString()
         self.options = onnxruntime.SessionOptions()
+        self.options.log_severity_level = 3  # errors; the process' own level is its user's
         self.options.intra_op_num_threads, self.options.inter_op_num_threads = threads, 1
         self.session = onnxruntime.InferenceSession(self.model, self.options, providers=["CPUExecutionProvider"])
         self.outputs = [output.name for output in self.session.get_outputs()]

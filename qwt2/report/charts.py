@@ -6,16 +6,13 @@ Text and rules take the page's own colour (`currentColor`), so one chart serves 
 from typing import Any
 
 from qwt2.extras import extra
+from qwt2.report import compensations
 from qwt2.report.findings import ENGINE_NAMES
 from qwt2.report.results import Method, Results, Row, method_order
-from qwt2.report.tables import COMPENSATION_NAMES
 
 with extra("report"):
     import altair as alt
 
-# Told apart with any colour vision, and on light and dark grounds alike.
-COLOURS = {"": "#d97706", "qwt": "#3b82f6", "cwac": "#0f9d76"}
-OTHER_COLOUR = "#a855f7"
 BEFORE_COLOUR = "#94a3b8"
 HEIGHT = 240
 
@@ -149,6 +146,6 @@ def _precision_axis(results: Results, model: str) -> alt.X:
 
 
 def _compensation_colour(results: Results) -> alt.Color:
-    others = sorted({Method.parse(row.method).compensation for row in results.rows} - set(COMPENSATION_NAMES))
-    palette = COLOURS | dict.fromkeys(others, OTHER_COLOUR)
-    return alt.Color("compensation:N", scale=alt.Scale(domain=list(palette), range=list(palette.values())), legend=None)
+    names = compensations.shown(results.compensations)
+    colours = [compensations.colour(name) for name in names]
+    return alt.Color("compensation:N", scale=alt.Scale(domain=names, range=colours), legend=None)

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from qwt2.report.compensations import SUBJECT, label
 from qwt2.report.findings import LATENCY_RATIO, Target, target
 from qwt2.report.results import Method, Results, Row
 
 FP32_AP = {"bbox_ap": 60.0, "segm_ap": 50.0}  # percent that a default detector must reach before it is quantized
 HARD_LOSS = 5.0  # points of box AP that plain PTQ loses where compensation is asked to help
-RECOVERED = 1 / 3  # share of that loss that CWAC is asked to recover
+RECOVERED = 1 / 3  # share of that loss that compensation is asked to recover
 ENGINE_DELTA = 0.3  # points of box AP between an engine and the simulation
 
 
@@ -55,14 +56,14 @@ def _lines(results: Results, model: str, precision: str) -> Iterator[Line]:
 def targets(results: Results) -> list[Target]:
     """The figures that the default detectors are to reach, each with what misses it."""
     found = lines(results)
-    hard = [line for line in found if line.loss >= HARD_LOSS and "cwac" in line.box]
+    hard = [line for line in found if line.loss >= HARD_LOSS and SUBJECT in line.box]
     hard_models = {line.model for line in hard}
     baselines = [row for row in results.rows if row.precision == "fp32" and row.metric in FP32_AP]
     deltas = [row for row in results.rows if row.metric == "engine_bbox_ap_delta"]
     low, high = LATENCY_RATIO
     ratios = [
         row for row in results.rows
-        if row.metric == "latency_ratio_to_ptq" and Method.parse(row.method).compensation == "cwac"
+        if row.metric == "latency_ratio_to_ptq" and Method.parse(row.method).compensation == SUBJECT
     ]  # fmt: skip
     return [
         target(
@@ -79,10 +80,10 @@ def targets(results: Results) -> list[Target]:
             str,
         ),
         target(
-            "CWAC recovers a third of the loss or more there",
+            f"{label(SUBJECT)} recovers a third of the loss or more there",
             hard,
-            lambda line: line.recovered("cwac") >= RECOVERED,
-            lambda line: f"{line.model}-{line.precision} {line.recovered('cwac'):.0%}",
+            lambda line: line.recovered(SUBJECT) >= RECOVERED,
+            lambda line: f"{line.model}-{line.precision} {line.recovered(SUBJECT):.0%}",
         ),
         target(
             f"Engine box AP is within {ENGINE_DELTA} points of the simulation",

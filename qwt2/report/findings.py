@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from qwt2.report.compensations import SUBJECT, label
 from qwt2.report.results import Method, Results, Row
 
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -75,7 +76,7 @@ def not_improved(compared: list[Comparison]) -> list[str]:
 
 def headline(results: Results) -> list[str]:
     """The outcome in a few sentences, for the head of the page."""
-    compared = comparisons(results, "cwac")
+    compared = comparisons(results, SUBJECT)
     sentences = [_gain_sentence(compared)] if compared else []
     sentences += [_cost_sentence(results)] if _folded(results, "latency_ratio_to_ptq") else []
     sentences += [_engine_sentence(results)] if _engine_deltas(results) else []
@@ -85,14 +86,18 @@ def headline(results: Results) -> list[str]:
 def model_sentence(results: Results, model: str) -> str:
     """One model's outcome at the precision where plain PTQ loses most."""
     fp32 = results.fp32_top1(model)
-    compared = [item for item in comparisons(results, "cwac") if item.model == model]
+    compared = [item for item in comparisons(results, SUBJECT) if item.model == model]
     if fp32 is None or not compared:
         return ""
     worst = max(compared, key=lambda item: item.ptq_loss)
     methods = [
         f"{worst.ptq.value:.1f} with {worst.ptq.method}",
-        *(f"{item.compensated.value:.1f} with QwT" for item in _same_cell(results, worst, "qwt")),
-        f"{worst.compensated.value:.1f} with CWAC",
+        *(
+            f"{item.compensated.value:.1f} with {label(name)}"
+            for name in results.compensations if name not in ("", SUBJECT)
+            for item in _same_cell(results, worst, name)
+        ),
+        f"{worst.compensated.value:.1f} with {label(SUBJECT)}",
     ]
     return f"fp32 reaches {fp32.value:.1f} % top-1. Hardest precision is {worst.precision}: {', '.join(methods)}."
 
@@ -124,8 +129,8 @@ def _easy_target(results: Results) -> Target:
 
 def _gain_target(results: Results) -> Target:
     return target(
-        f"CWAC raises mean top-1 wherever plain PTQ loses {HARD_LOSS:.0f} points or more",
-        [item for item in comparisons(results, "cwac") if item.is_hard],
+        f"{label(SUBJECT)} raises mean top-1 wherever plain PTQ loses {HARD_LOSS:.0f} points or more",
+        [item for item in comparisons(results, SUBJECT) if item.is_hard],
         lambda item: item.gain > 0,
         lambda item: f"{_cell(item)} {_top1_change(item)}",
     )
@@ -153,7 +158,7 @@ def _fold_target(results: Results) -> Target:
 def _latency_target(results: Results) -> Target:
     low, high = LATENCY_RATIO
     return target(
-        f"Latency of folded CWAC over plain PTQ is {low}-{high}",
+        f"Latency of folded {label(SUBJECT)} over plain PTQ is {low}-{high}",
         _folded(results, "latency_ratio_to_ptq"),
         lambda row: low <= row.value <= high,
         lambda row: f"{row.model}-{row.precision} on {row.engine} {row.value:.3f}",
@@ -184,7 +189,7 @@ def target(statement: str, items: list, meets: Callable, describe: Callable) -> 
 
 
 def _some_precision(results: Results, statement: str, meets: Callable[[Comparison], bool]) -> Target:
-    compared = comparisons(results, "cwac")
+    compared = comparisons(results, SUBJECT)
     if not compared:
         return Target(statement, None, "not measured", [])
     models: dict[str, set[str]] = {item.precision: set() for item in compared}
@@ -199,12 +204,12 @@ def _some_precision(results: Results, statement: str, meets: Callable[[Compariso
 def _gain_sentence(compared: list[Comparison]) -> str:
     hard = [item for item in compared if item.is_hard]
     if not hard:
-        return f"Plain PTQ loses {HARD_LOSS:.0f} points of top-1 nowhere, so there is little for CWAC to recover."
+        return f"Plain PTQ loses {HARD_LOSS:.0f} points of top-1 nowhere, so there is little for {label(SUBJECT)} to recover."
     gained = [item for item in hard if item.gain > 0]
     mean = sum(item.gain for item in hard) / len(hard)
     best = max(hard, key=lambda item: item.gain)
     return (
-        f"CWAC raises top-1 in {len(gained)} of the {len(hard)} cells where plain PTQ loses {HARD_LOSS:.0f} points or "
+        f"{label(SUBJECT)} raises top-1 in {len(gained)} of the {len(hard)} cells where plain PTQ loses {HARD_LOSS:.0f} points or "
         f"more, by {mean:.1f} points on average; most on {_cell(best)}: {_top1_change(best)}."
     )
 
@@ -267,17 +272,17 @@ def _engine_deltas(results: Results) -> list[Row]:
 
 
 def _folded(results: Results, metric: str) -> list[Row]:
-    """Figures of CWAC on the integer engines, where it is folded."""
-    return [row for row in _of_cwac(results, metric) if row.engine != "torch"]
+    """Figures of the benchmark's subject on the integer engines, where it is folded."""
+    return [row for row in _of_subject(results, metric) if row.engine != "torch"]
 
 
 def _folding(results: Results, metric: str) -> list[Row]:
-    """Figures of CWAC's folded modules against its unfolded ones, which the simulation's rows hold."""
-    return [row for row in _of_cwac(results, metric) if row.engine == "torch"]
+    """Figures of its folded modules against its unfolded ones, which the simulation's rows hold."""
+    return [row for row in _of_subject(results, metric) if row.engine == "torch"]
 
 
-def _of_cwac(results: Results, metric: str) -> list[Row]:
-    return [row for row in results.rows if row.metric == metric and Method.parse(row.method).compensation == "cwac"]
+def _of_subject(results: Results, metric: str) -> list[Row]:
+    return [row for row in results.rows if row.metric == metric and Method.parse(row.method).compensation == SUBJECT]
 
 
 def _file_growth(results: Results) -> list[tuple[Row, float]]:
@@ -286,7 +291,7 @@ def _file_growth(results: Results) -> list[tuple[Row, float]]:
     for row in (row for row in results.rows if row.metric == "file_bytes"):
         method = Method.parse(row.method)
         plain = results.get(row.model, row.precision, method.ptq, row.engine, "file_bytes")
-        if method.compensation == "cwac" and plain is not None:
+        if method.compensation == SUBJECT and plain is not None:
             pairs.append((row, row.value / plain.value - 1))
     return pairs
 

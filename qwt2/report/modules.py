@@ -9,7 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from qwt2.extras import extra
-from qwt2.report.charts import BEFORE_COLOUR, COLOURS, Spec, to_spec
+from qwt2.report import compensations
+from qwt2.report.charts import BEFORE_COLOUR, Spec, to_spec
 from qwt2.report.findings import ENGINE_NAMES
 from qwt2.report.results import QUANTILES, Layer, method_order, precision_order
 from qwt2.report.tables import kind
@@ -67,7 +68,7 @@ def chart(engines: Sequence[str]) -> Spec:
 
 
 def _where_to_start(method: str) -> tuple:
-    return ("cwac" not in method, method_order(method))
+    return (compensations.SUBJECT not in method, method_order(method))
 
 
 def _record(group: list[Layer], engines: Sequence[str]) -> dict[str, Any]:
@@ -135,10 +136,10 @@ def _sqnr() -> alt.LayerChart:
     x = alt.X("before:Q", title="SQNR of the output, dB", scale=alt.Scale(zero=False))
     span = _base().mark_rule(strokeWidth=2, opacity=0.5).encode(
         x=x, x2="after:Q", tooltip=tooltip,
-        color=alt.condition("datum.after >= datum.before", alt.value(COLOURS["cwac"]), alt.value(WORSE_COLOUR)),
+        color=alt.condition("datum.after >= datum.before", alt.value(compensations.colour(compensations.SUBJECT)), alt.value(WORSE_COLOUR)),
     )  # fmt: skip
     states = ["before", "after", "rejected by the gate"]
-    colours = alt.Scale(domain=states, range=[BEFORE_COLOUR, COLOURS["cwac"], WORSE_COLOUR])
+    colours = alt.Scale(domain=states, range=[BEFORE_COLOUR, compensations.colour(compensations.SUBJECT), WORSE_COLOUR])
     shapes = alt.Scale(domain=states, range=["circle", "circle", "cross"])
     legend = alt.Legend(title=None, orient="top")
     ends = (
@@ -158,11 +159,8 @@ def _sqnr() -> alt.LayerChart:
 
 def _quantiles(name: str, title: str, reference: float) -> alt.LayerChart:
     fields = {suffix: f"{name}_{suffix}" for suffix in QUANTILES}
-    tooltip = [
-        alt.Tooltip("module:N"),
-        *(alt.Tooltip(f"{f}:Q", title=f"{name} {s}", format=".4~g") for s, f in fields.items()),
-    ]
-    colour = COLOURS["cwac"]
+    tooltip = [alt.Tooltip("module:N"), *(alt.Tooltip(f"{f}:Q", title=f"{name} {s}", format=".4~g") for s, f in fields.items())]
+    colour = compensations.colour(compensations.SUBJECT)
     x = alt.X(f"{fields['p05']}:Q", title=title, scale=alt.Scale(zero=False))
     whisker = _base().mark_rule(strokeWidth=1.5, color=colour).encode(x=x, x2=fields["p95"], tooltip=tooltip)
     box = (

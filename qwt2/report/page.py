@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qwt2.extras import extra
-from qwt2.report import charts, detection, findings, modules, tables, templates
+from qwt2.report import charts, compensations, detection, findings, modules, tables, templates
+from qwt2.report.metrics import METRICS
 from qwt2.report.results import LAYER_FIGURES, Layer, Results, precision_order
 
 with extra("report"):
@@ -54,35 +55,34 @@ def render(
     """
     classifiers, detectors = results.of_task("classification"), results.of_task("detection")
     specs = _specs(results, classifiers.models)
-    compared = findings.comparisons(classifiers, "cwac")
+    compared = findings.comparisons(classifiers, compensations.SUBJECT)
     module_table = modules.table(layers)
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            vega=vega_bundle(),
-            specs=specs,
-            modules=module_table,
-            module_chart=modules.chart(module_table["engines"]),
-            operations=_operation_lines(operations or {}),
-            headline=findings.headline(classifiers),
-            model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
-            compared=len(compared),
-            not_improved=findings.not_improved(compared),
-            targets=findings.targets(classifiers) if classifiers.rows else [],
-            detection=detection.lines(detectors),
-            detection_targets=detection.targets(detectors) if detectors.rows else [],
-            pictures={cell: base64.b64encode(file).decode() for cell, file in (pictures or {}).items()},
-            tables=[tables.build(results, model) for model in results.models],
-            precisions=sorted({row.precision for row in results.rows} - {"fp32"}, key=precision_order),
-            kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
-            seeds=sorted(
-                {row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}
-            ),
-            explanations=_explanations(results),
-            colours=[(tables.COMPENSATION_NAMES[name], colour) for name, colour in charts.COLOURS.items()],
-            conditions=conditions,
-        )
+    return _environment().get_template("page.html").render(
+        vega=vega_bundle(),
+        specs=specs,
+        modules=module_table,
+        module_chart=modules.chart(module_table["engines"]),
+        operations=_operation_lines(operations or {}),
+        headline=findings.headline(classifiers),
+        model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
+        compared=len(compared),
+        not_improved=findings.not_improved(compared),
+        targets=findings.targets(classifiers) if classifiers.rows else [],
+        detection=detection.lines(detectors),
+        detection_targets=detection.targets(detectors) if detectors.rows else [],
+        pictures={cell: base64.b64encode(file).decode() for cell, file in (pictures or {}).items()},
+        tables=[tables.build(results, model) for model in results.models],
+        precisions=sorted({row.precision for row in results.rows} - {"fp32"}, key=precision_order),
+        kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
+        seeds=sorted({row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}),
+        explanations=_explanations(results),
+        colours=[(compensations.heading(name), compensations.colour(name)) for name in compensations.shown()],
+        compensations=detectors.compensations,
+        label=compensations.label,
+        heading=compensations.heading,
+        colour=compensations.colour,
+        subject=compensations.SUBJECT,
+        conditions=conditions,
     )
 
 
@@ -142,9 +142,8 @@ def _model_headline(report: Mapping[str, Any], precision: str) -> list[str]:
     ]
     if gains:
         sentences.append(
-            f"{report['compensation'].upper() if report['compensation'] == 'cwac' else 'QwT'} raises the SQNR of "
-            f"{sum(gain > 0 for gain in gains)} of {len(compensated)} "
-            f"{'modules' if 'block' not in kinds else 'blocks'}, by "
+            f"{compensations.label(report['compensation'])} raises the SQNR of "
+            f"{sum(gain > 0 for gain in gains)} of {len(compensated)} {'modules' if 'block' not in kinds else 'blocks'}, by "
             f"{sum(gains) / len(gains):.2f} dB on average and {max(gains):.2f} dB at most; the gate rejected "
             f"{', '.join(rejected[:3]) + (f' and {len(rejected) - 3} more' if len(rejected) > 3 else '') or 'none'}."
         )
@@ -196,8 +195,8 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
     """Heading and meaning of every metric that the tables show."""
     present = {(row.engine == "torch", row.metric) for row in results.rows}
     return [
-        *(texts for metric, texts in tables.HEADINGS.items() if {(True, metric), (False, metric)} & present),
-        *(texts for metric, texts in tables.FOLDING.items() if (True, metric) in present),
+        *((facts.heading, facts.explanation) for metric, facts in METRICS.items() if {(True, metric), (False, metric)} & present),
+        *(facts.simulated for metric, facts in METRICS.items() if facts.simulated and (True, metric) in present),
     ]
 
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from qwt2.errors import Qwt2Error
 from qwt2.io import write_csv, write_text
+from qwt2.report import compensations
+from qwt2.report.metrics import METRICS
 
 COLUMNS = ("task", "dataset", "model", "precision", "method", "engine", "metric", "value", "std", "unit", "n")
 # Of alpha and beta over a module's channels, by the suffix of their names.
@@ -34,33 +36,6 @@ LAYER_COLUMNS = (
     *LAYER_FIGURES,
 )
 MISMATCH_SUFFIXES = ("_steps", "_fraction")
-
-# The figure that stands for a task where there is room for one.
-HEADLINE = {"classification": "top1", "detection": "bbox_ap"}
-
-# Every metric and its only unit, in reading order.
-UNITS = {
-    "top1": "percent",
-    "top5": "percent",
-    "bbox_ap": "percent",
-    "bbox_ap50": "percent",
-    "segm_ap": "percent",
-    "agreement": "percent",
-    "logits_sqnr_db": "dB",
-    "engine_top1_delta": "points",
-    "engine_bbox_ap_delta": "points",
-    "engine_segm_ap_delta": "points",
-    "engine_mismatch_steps": "steps",
-    "engine_mismatch_fraction": "ratio",
-    "latency_ms": "ms",
-    "latency_ratio_to_ptq": "ratio",
-    "latency_cpu_ms": "ms",
-    "file_bytes": "bytes",
-    "extra_params": "count",
-    "extra_macs": "count",
-    "compensate_seconds": "s",
-    "peak_memory_mb": "MB",
-}
 
 
 class Row(NamedTuple):
@@ -160,6 +135,11 @@ class Results:
         """Top-1 of the float model, in percent."""
         return self.get(model, "fp32", "fp32", "torch", "top1")
 
+    @property
+    def compensations(self) -> list[str]:
+        """The compensations with figures, in their own order; the empty name, plain PTQ, first."""
+        return sorted({"", *(Method.parse(row.method).compensation for row in self.rows)}, key=compensations.order)
+
     def precisions(self, model: str) -> list[str]:
         """The quantized precisions of a model, from many bits to few."""
         return sorted({row.precision for row in self.rows if row.model == model} - {"fp32"}, key=precision_order)
@@ -184,11 +164,9 @@ def precision_order(name: str) -> tuple:
 
 
 def method_order(name: str) -> tuple:
-    """Sort key: by PTQ; on one PTQ plain, qwt, cwac, then the others by name."""
-    known = ("", "qwt", "cwac")
+    """Sort key: by PTQ; on one PTQ plain, then the compensations in their own order."""
     method = Method.parse(name)
-    rank = known.index(method.compensation) if method.compensation in known else len(known)
-    return (method.ptq, rank, method.compensation)
+    return (method.ptq, compensations.order(method.compensation))
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
@@ -294,10 +272,10 @@ def _check_row(row: Row, where: str) -> None:
     for name, text in zip(COLUMNS, row.key):
         if not text:
             raise Qwt2Error(f"{where}: {name} is empty; every figure says what it is of.")
-    if row.metric not in UNITS:
-        raise Qwt2Error(f"{where}: unknown metric {row.metric!r}; known: {', '.join(UNITS)}.")
-    if row.unit != UNITS[row.metric]:
-        raise Qwt2Error(f"{where}: {row.metric} is in {row.unit!r}, but must be in {UNITS[row.metric]!r}.")
+    if row.metric not in METRICS:
+        raise Qwt2Error(f"{where}: unknown metric {row.metric!r}; known: {', '.join(METRICS)}.")
+    if row.unit != METRICS[row.metric].unit:
+        raise Qwt2Error(f"{where}: {row.metric} is in {row.unit!r}, but must be in {METRICS[row.metric].unit!r}.")
     if not math.isfinite(row.value):
         raise Qwt2Error(f"{where}: {row.metric} is {row.value}; only finite figures are results.")
     if row.std is not None and not (math.isfinite(row.std) and row.std >= 0):

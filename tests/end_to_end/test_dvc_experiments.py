@@ -26,7 +26,7 @@ def project(tmp_path_factory) -> Path:
     folder = tiny_chain.make(tmp_path_factory.mktemp("experiments") / "project")
     (folder / "results/trial").mkdir(parents=True)
     for precision, figures in FIGURES.items():
-        run(folder, "python", "-m", "pipeline.params", "model=resnet_micro", f"precision={precision}", "seed=1")
+        run(folder, "python", "-m", "pipeline.sweeps.params", "model=resnet_micro", f"precision={precision}", "seed=1")
         (folder / "results/trial/metrics.json").write_text(json.dumps(figures))
         layers = f"module,sqnr_after_db\nconv1,{figures['sqnr_db']}\n"
         (folder / "results/trial/layers.csv").write_text(layers)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import tiny_chain
 from benchmarks.tiny_chain import edit, run
-from pipeline import imports, resolve
+from pipeline.build import code_hashes
 from qwt2.report.results import read_rows
 
 pytestmark = pytest.mark.e2e
@@ -46,9 +46,9 @@ def stages_run(output: str) -> set[str]:
 
 @pytest.mark.timeout(840)
 def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
-    first = run(clone, sys.executable, "-m", "pipeline.warm", "dvc", "repro")
+    first = run(clone, "dvc", "repro")
     cells = {f"{m}-w3a3" for m in MODELS}
-    assert {f"{s}@{c}" for s in ("ptq", "compensate", "fold", "evaluate") for c in cells} < stages_run(first.stdout)
+    assert {f"{s}@{c}" for s in ("quantize", "evaluate") for c in cells} < stages_run(first.stdout)
     check_summary(clone)
     check_page(clone)
 
@@ -68,18 +68,21 @@ def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
     assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve", "report"}
     with (clone / "qwt2/folding/fold.py").open("a") as file:
         file.write("# nothing new\n")
-    assert stages_run(run(clone, "dvc", "repro", "compensate@vit_micro-w3a3").stdout) == {"resolve"}
+    assert stages_run(run(clone, "dvc", "repro").stdout) == {"resolve"}
+    with (clone / "qwt2/folding/fold.py").open("a") as file:
+        file.write("another = 1\n")
+    again = run(clone, "dvc", "repro", "baseline@vit_micro").stdout
+    assert stages_run(again) == {"resolve"} and "quantize@vit_micro-w3a3 runs again: qwt2/folding/fold.py changed" in again
     assert json.loads(run(clone, "dvc", "status", "--json").stdout) == {
         stage: [{"changed deps": {"out/resolved/code.yaml": {f"code.{stage.partition('@')[0]}": "modified"}}}]
-        for stage in ("fold@vit_micro-w3a3", "trial")
+        for stage in ("quantize@vit_micro-w3a3", "trial")
     }
 
-    # A stage in a process of its own writes the same results as one that started warm.
-    for stage in ("ptq", "compensate", "fold"):
-        folder = clone / "out" / stage / "vit_micro-w3a3"
-        warm = hashes(folder)
-        check_sources(clone, stage, "vit_micro-w3a3")
-        assert warm == hashes(folder) and warm
+    # A stage that runs again, with one worker or several, writes the same results.
+    folder = clone / "out/quantize/vit_micro-w3a3"
+    before = hashes(folder)
+    check_sources(clone, "quantize", "vit_micro-w3a3")
+    assert before == hashes(folder) and before
     for stage, cell in (("data", ""), ("baseline", "vit_micro"), ("evaluate", "vit_micro-w3a3"), ("report", "")):
         check_sources(clone, stage, cell)
 
@@ -92,12 +95,12 @@ def check_sources(clone: Path, stage: str, cell: str) -> None:
     opened.write_text("")
     environment = tiny_chain.environment(clone)
     environment |= {"PYTHONPATH": f"{tracer}:{clone}", "OPENED": str(opened)}
-    run(clone, sys.executable, "-m", f"pipeline.{stage}", *[cell] * bool(cell), env=environment)
+    run(clone, sys.executable, "-m", f"pipeline.stages.{stage}", *[cell] * bool(cell), env=environment)
     found = {Path(source_from_cache(name) if name.endswith(".pyc") else name) for name in opened.read_text().splitlines()}
     files = {path.relative_to(clone).as_posix() for path in found if path.is_relative_to(clone)}
     code = {name for name in files if name.startswith(("pipeline/", "qwt2/"))}
-    assert f"pipeline/{stage}.py" in code
-    assert code <= {*imports.sources(resolve.CODE[stage]), *imports.WIRING}
+    assert f"pipeline/stages/{stage}.py" in code
+    assert code <= {*code_hashes.sources([stage]), *code_hashes.WIRING}
 
 
 def check_summary(clone: Path) -> None:
@@ -126,12 +129,12 @@ def check_page(clone: Path) -> None:
 @pytest.mark.timeout(300)
 def test_mistakes_end_with_one_sentence_and_exit_code_2(clone):
     edit(clone / "conf/precision/w3a3.yaml", lambda c: c.update(weight_bits=9))
-    failed = run(clone, sys.executable, "-m", "pipeline.resolve", check=False)
+    failed = run(clone, sys.executable, "-m", "pipeline.stages.resolve", check=False)
     edit(clone / "conf/precision/w3a3.yaml", lambda c: c.update(weight_bits=3))
     assert failed.returncode == 2
     assert failed.stderr.strip() == "error: precision: weight_bits is 9; use a whole number from 2 to 8"
 
     edit(clone / "conf/grid.yaml", lambda c: c["grid"].update(precision=["w3a9"]))
-    failed = run(clone, sys.executable, "-m", "pipeline.resolve", check=False)
+    failed = run(clone, sys.executable, "-m", "pipeline.stages.resolve", check=False)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     assert "'precision/w3a9'" in failed.stderr and "w8a8" in failed.stderr

@@ -19,13 +19,13 @@ import pytest
 import yaml
 
 from benchmarks import kills, synthetic, tiny_chain
-from pipeline import dvcfiles
+from pipeline.build import dvcfiles
 from tests.support.limits import in_namespace, unprivileged
 
 pytestmark = pytest.mark.e2e
 
 REPRO = ("dvc", "repro", "data")
-VERIFY = (sys.executable, "-m", "pipeline.verify")
+VERIFY = (sys.executable, "-m", "pipeline.build.verify")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -95,7 +95,7 @@ def test_damage_is_found_and_the_remedy_heals(damage, project):
     name = damage(project)
     found = tiny_chain.run(project, *VERIFY, check=False)
     assert found.returncode == 2 and name in found.stdout
-    assert "python -m pipeline.verify --repair`, then run `make repro`" in found.stderr
+    assert "python -m pipeline.build.verify --repair`, then run `make repro`" in found.stderr
     tiny_chain.run(project, *VERIFY, "--repair")
     tiny_chain.run(project, *REPRO)
     assert tiny_chain.run(project, *VERIFY).stdout == "nothing is damaged\n"
@@ -138,24 +138,26 @@ def test_killed_and_run_again_gives_the_same(what, built, sources):
     tiny_chain.run(sources, *VERIFY)
 
 
-def test_locks_of_ended_processes_are_no_obstacle(project):
-    """A zombie, which `dvc repro` alone takes for the holder, and a lock file cut short."""
-    warm = (sys.executable, "-m", "pipeline.warm", "dvc", "repro", "--force", "data")
+def test_locks_of_ended_processes_are_found_and_released(project):
+    """A zombie, which DVC takes for the holder of a lock, and a lock file cut short; never the lock of a running process."""
+    force = ("dvc", "repro", "--force", "data")
     zombie = subprocess.Popen(["true"])  # never waited for
     while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     lock = project / ".dvc/tmp/rwlock"
-    path = str(project / "out/data")
-    holders = {"write": {path: {"pid": zombie.pid, "cmd": "dvc repro"}}, "read": {path: [{"pid": zombie.pid, "cmd": "dvc"}]}}
-    lock.write_text(json.dumps(holders))
-    assert "is busy" in tiny_chain.run(project, "dvc", "repro", "--force", "data", check=False).stderr
-    tiny_chain.run(project, *warm)
-    lock.write_text('{"write": {"')
-    tiny_chain.run(project, *warm)
-    running = {path: {"pid": os.getpid(), "cmd": "dvc repro"}}
-    lock.write_text(json.dumps({"write": running}))
-    assert "is busy" in tiny_chain.run(project, *warm, check=False).stderr
-    assert json.loads(lock.read_text())["write"] == running
+    path, running = str(project / "out/data"), {str(project / "out/other"): {"pid": os.getpid(), "cmd": "dvc repro"}}
+    holders = {"write": {path: {"pid": zombie.pid, "cmd": "dvc repro"}} | running, "read": {path: [{"pid": zombie.pid, "cmd": "dvc"}]}}
+    for content in (json.dumps(holders), '{"write": {"'):
+        lock.write_text(content)
+        assert tiny_chain.run(project, *force, check=False).returncode
+        found = tiny_chain.run(project, *VERIFY, check=False)
+        assert found.returncode == 2 and str(lock.relative_to(project)) in found.stdout
+        tiny_chain.run(project, *VERIFY, "--repair")
+        assert json.loads(lock.read_text())["write"] == (running if content != '{"write": {"' else {})
+        tiny_chain.run(project, *force)
+    lock.write_text(json.dumps({"write": {path: running.popitem()[1]}}))
+    assert tiny_chain.run(project, *VERIFY).stdout == "nothing is damaged\n"
+    assert "is busy" in tiny_chain.run(project, *force, check=False).stderr
     zombie.wait()
 
 
@@ -174,8 +176,8 @@ def test_two_at_once_build_once_or_one_says_why_not(built, sources):
 
 def test_full_disk_is_one_sentence_and_leaves_no_half(sources):
     script = f"""
-        mkdir out && mount -t tmpfs -o size=200k tmpfs out && {sys.executable} -m pipeline.resolve
-        {sys.executable} -m pipeline.data; echo "code $?"; find out -name '.*.*'; ls out"""
+        mkdir out && mount -t tmpfs -o size=200k tmpfs out && {sys.executable} -m pipeline.stages.resolve
+        {sys.executable} -m pipeline.stages.data; echo "code $?"; find out -name '.*.*'; ls out"""
     done = tiny_chain.run(sources, *in_namespace("--mount"), "sh", "-c", script)
     assert "No space left on device; make room" in done.stderr and done.stderr.count("\n") == 1
     assert done.stdout.split() == ["code", "2", *sorted(["locks", "logs", "resolved"])]
@@ -187,7 +189,7 @@ def test_read_only_results_are_one_sentence(tmp_path):
     (tmp_path / "out/resolved/report.yaml").write_text(yaml.safe_dump(synthetic.CONFIG))
     (tmp_path / "results").mkdir(mode=0o555)
     done = tiny_chain.run(
-        tmp_path, *unprivileged(), sys.executable, "-m", "pipeline.report", check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        tmp_path, *unprivileged(), sys.executable, "-m", "pipeline.stages.report", check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: cannot write results/") and "Permission denied; make room or give access" in done.stderr
@@ -210,7 +212,7 @@ def test_without_a_network(project):
     environment = tiny_chain.environment(project) | {"WANDB_API_KEY": "0" * 40}
     environment.pop("WANDB_MODE", None)
     started = time.monotonic()
-    done = tiny_chain.run(project, *offline, sys.executable, "-m", "pipeline.publish", env=environment)
+    done = tiny_chain.run(project, *offline, sys.executable, "-m", "pipeline.comparison.publish", env=environment)
     assert "1 runs published offline" in done.stdout and time.monotonic() - started < 60
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from pipeline.files import file_exporters
+from pipeline.tasks.detection import part_exporters
 from qwt2 import Precision, compensate, fold, load_engine, load_quantized, quantize, save_quantized
 from qwt2.capture.batch import call, first
 from qwt2.capture.export import capture
@@ -70,7 +70,7 @@ def chain(request, tmp_path_factory) -> Chain:
     qmodel = copy.deepcopy(plain)
     compensate(qmodel, batches, "cwac")
     folded, files = fold(qmodel), {}
-    for part, exporter in file_exporters(qmodel, batches[0]).items():
+    for part, exporter in part_exporters(qmodel, batches[0]).items():
         files[part] = folder / f"{part}.onnx"
         exporter.export(folded, files[part])
     return Chain(kind, network, graph, batches, plain, qmodel, files)
@@ -267,7 +267,7 @@ def test_files_hold_every_quantized_module_once(chain):
 def test_modules_on_engines_are_within_a_step_of_the_simulation(chain, engine):
     folded = fold(chain.qmodel)
     records = between_codes(folded, record_modules(folded, chain.batches[0]))
-    exporters = file_exporters(chain.qmodel, chain.batches[0])
+    exporters = part_exporters(chain.qmodel, chain.batches[0])
     for part, path in chain.files.items():
         mine = {name: array for name, array in records.items() if exporters[part].holds(name)}
         assert mine
@@ -370,7 +370,7 @@ def test_cascade_of_heads_is_compensated_and_folded():
 def test_transformer_detects_on_an_engine_what_the_simulation_detects(tmp_path):
     network, batches, qmodel = narrow_chain("detr_resnet50", "percentile")
     assert len(qmodel.quantization.matmuls) == 6 and qmodel.quantization.float_modules == {}
-    [(part, exporter)] = file_exporters(qmodel, batches[0]).items()
+    [(part, exporter)] = part_exporters(qmodel, batches[0]).items()
     exporter.export(fold(qmodel), tmp_path / "dense.onnx")
     images, samples = images_and_samples()
     with torch.no_grad():

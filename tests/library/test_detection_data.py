@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from qwt2.data import write_dataset
-from qwt2.data.coco import open_scenes
+from qwt2.data import open_dataset, write_dataset
 from qwt2.data.digits import read_scans, split_sources
 from qwt2.detection.models import detector_config
 from qwt2.detection.scenes import Batches, build_dataset, draw_calibration, score
@@ -123,7 +122,7 @@ def edit(root, split: str, change) -> None:
 def test_coco_images_stay_where_they_are(cfg, root, tmp_path, config):
     write_dataset(cfg, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.json", "val.json", "dataset.json"}
-    scenes = open_scenes(cfg, tmp_path / "out")
+    scenes = open_dataset(cfg, tmp_path / "out")
     assert scenes.classes == ["person", "dog"] and scenes.images["val"] == root / "val2017"
     # COCO's category numbers have gaps; the model's classes are counted.
     sample = build_dataset(config, scenes, "val")[0]["data_samples"]
@@ -194,7 +193,7 @@ def test_boxes_outside_and_images_without_objects_are_handled_as_mmdet_does(cfg,
 
     edit(root, "train", outside)
     write_dataset(cfg, tmp_path / "out")
-    scenes = open_scenes(cfg, tmp_path / "out")
+    scenes = open_dataset(cfg, tmp_path / "out")
     dataset = build_dataset(config, scenes, "train")
     assert len(dataset) == 3  # for testing and calibration, images without objects count
     assert [len(dataset.get_data_info(i)["instances"]) for i in range(3)] == [1, 1, 0]
@@ -202,7 +201,7 @@ def test_boxes_outside_and_images_without_objects_are_handled_as_mmdet_does(cfg,
 
 def test_images_of_several_sizes_are_padded_to_one_in_a_batch(cfg, tmp_path, config):
     write_dataset(cfg, tmp_path / "out")
-    dataset = build_dataset(config, open_scenes(cfg, tmp_path / "out"), "train")
+    dataset = build_dataset(config, open_dataset(cfg, tmp_path / "out"), "train")
     [(images, samples)] = Batches(config, dataset, 3)
     # mmdet pads to the largest, rounded up to the detector's pad_size_divisor.
     assert images.shape == (3, 3, 96, 160)

@@ -1,5 +1,8 @@
 """Detectors by configuration: operators, building, weights, and the full-size ones on small images."""
 
+import contextlib
+import importlib.util
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +12,8 @@ import torch
 import yaml
 from torch import nn
 
-from pipeline.resolve import compose_cell
-from qwt2.detection.models import build_detector, convert_swin, detector_config, load_detector
+from pipeline.build.compose import compose_cell
+from qwt2.detection.models import build_detector, convert_swin, detector_config, load_detector, quiet
 from qwt2.detection.ops import ensure_operators
 from qwt2.errors import Qwt2Error
 from qwt2.io import save_tensors
@@ -41,6 +44,18 @@ def test_operators_are_compiled_ones_or_torchvisions():
         "assert [ensure_operators(), ensure_operators()] == 2 * ['mmcv' if installed else 'torchvision']\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_mmengines_own_logger_is_quiet(capsys, caplog):
+    from mmengine.logging import MMLogger
+
+    for message in ("before", "inside", "after"):
+        with quiet() if message == "inside" else contextlib.nullcontext():
+            MMLogger.get_current_instance().warning(f"mmengine {message}")
+            logging.getLogger("somebody").warning(f"somebody {message}")
+    assert [record.message for record in caplog.records] == ["somebody before", "somebody inside", "somebody after"]
+    said = capsys.readouterr().out
+    assert "mmengine before" in said and "mmengine after" in said and "mmengine inside" not in said
 
 
 def test_compiled_operators_are_used_where_present():

@@ -7,6 +7,7 @@ import torch
 from onnx import TensorProto, helper
 
 import qwt2
+import qwt2.engines
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.mismatch import Mismatch, engine_mismatch, fold_mismatch, record_modules
 from qwt2.io import load_arrays, save_arrays
@@ -168,3 +169,21 @@ def test_files_that_are_not_ours_are_refused(content, message, tmp_path):
     with pytest.raises(Qwt2Error, match=message) as error:
         qwt2.load_engine(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_onnx_runtime_is_quiet_in_our_sessions_only(capfd):
+    """It warns of a stored tensor that no node reads: to a user's own session, before and after ours."""
+    import onnxruntime
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2]) for name in "xy"]
+    unread = helper.make_tensor("unread", TensorProto.FLOAT, [1], [0.0])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", ends[:1], ends[1:], [unread])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    said = []
+    for ours in (False, True, False):
+        if ours:
+            qwt2.engines.Engine(model, "onnxruntime").session(1)
+        else:
+            onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        said.append("unread" in capfd.readouterr().err)
+    assert said == [True, False, True]

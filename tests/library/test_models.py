@@ -7,7 +7,7 @@ import timm
 import torch
 import yaml
 
-from pipeline.resolve import compose_cell
+from pipeline.build.compose import compose_cell
 from qwt2.classification.models import build_model, load_weights
 from qwt2.errors import Qwt2Error
 from qwt2.io import save_tensors

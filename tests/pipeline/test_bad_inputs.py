@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.stages import resolve
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,7 +36,7 @@ def command(line: str, monkeypatch, capsys) -> tuple[int, str]:
     return end.value.code, capsys.readouterr().err
 
 
-# What follows `python -m pipeline.experiment`, and words of the sentence.
+# What follows `python -m pipeline.sweeps.experiment`, and words of the sentence.
 EXPERIMENT = {
     "model=vit_huge": "options of group 'model' are: .*vit_micro",
     "model=": "conf has no 'model/'",
@@ -81,7 +83,7 @@ EXPERIMENT = {
 
 @pytest.mark.parametrize("arguments", EXPERIMENT)
 def test_experiment(arguments, folder, monkeypatch, capsys):
-    code, error = command(f"pipeline.experiment {arguments}", monkeypatch, capsys)
+    code, error = command(f"pipeline.sweeps.experiment {arguments}", monkeypatch, capsys)
     check_sentence(code, error, EXPERIMENT[arguments])
     assert not (folder / "out/cells").exists()
 
@@ -89,7 +91,7 @@ def test_experiment(arguments, folder, monkeypatch, capsys):
 def test_a_launcher_that_is_an_extra(folder, monkeypatch, capsys):
     if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
         pytest.skip("hydra-ray-launcher is installed here")
-    code, error = command("pipeline.experiment -m experiment=quick hydra/launcher=ray", monkeypatch, capsys)
+    code, error = command("pipeline.sweeps.experiment -m experiment=quick hydra/launcher=ray", monkeypatch, capsys)
     check_sentence(code, error, "the launcher is not installed; see its file in conf/hydra/launcher for the package")
 
 
@@ -104,14 +106,14 @@ def check_sentence(code: int, error: str, words: str) -> None:
 
 # Module and arguments, and words of the sentence, in a folder where nothing has been built.
 OTHERS = {
-    "pipeline.publish": "there are no results yet; run `make repro`",
-    "pipeline.dashboard": "there are no results yet",
-    "pipeline.compare a.csv b.csv": "a.csv does not exist",
-    "pipeline.compare conf/config.yaml conf/config.yaml": "config.yaml must have the columns task,dataset",
-    "pipeline.ptq vit_micro-w3a3": "out/resolved/ptq@vit_micro-w3a3.yaml does not exist; run `dvc repro`",
-    "pipeline.baseline no_such_model": "baseline@no_such_model.yaml does not exist",
-    "pipeline.params model=vit_huge": "options of group 'model' are",
-    "pipeline.readme": "results/summary.csv does not exist",
+    "pipeline.comparison.publish": "there are no results yet; run `make repro`",
+    "pipeline.comparison.dashboard": "there are no results yet",
+    "pipeline.comparison.differences a.csv b.csv": "a.csv does not exist",
+    "pipeline.comparison.differences conf/config.yaml conf/config.yaml": "config.yaml must have the columns task,dataset",
+    "pipeline.stages.quantize vit_micro-w3a3": "out/resolved/quantize@vit_micro-w3a3.yaml does not exist; run `dvc repro`",
+    "pipeline.stages.baseline no_such_model": "baseline@no_such_model.yaml does not exist",
+    "pipeline.sweeps.params model=vit_huge": "options of group 'model' are",
+    "pipeline.comparison.readme": "results/summary.csv does not exist",
 }
 
 
@@ -121,8 +123,8 @@ def test_other_commands(line, folder, monkeypatch, capsys):
 
 
 USAGE = [
-    "pipeline.publish --nope", "pipeline.dashboard --port x", "pipeline.verify now", "pipeline.compare only-one.csv",
-    "pipeline.ptq a b", "benchmarks.kills --kills x",
+    "pipeline.comparison.publish --nope", "pipeline.comparison.dashboard --port x", "pipeline.build.verify now", "pipeline.comparison.differences only-one.csv",
+    "pipeline.stages.quantize a b", "benchmarks.kills --kills x",
 ]  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def edit(path: str, change) -> None:
     Path(path).write_text(yaml.safe_dump(content))
 
 
-# What is done to the configuration, and words of what `python -m pipeline.resolve` says.
+# What is done to the configuration, and words of what `python -m pipeline.stages.resolve` says.
 CONFIGURATIONS = {
     "a model of the grid that is not there": (lambda: edit("conf/grid.yaml", lambda c: c["grid"].update(model=["vit"])), "conf has no 'model/vit'"),
     "bits out of range": (lambda: edit("conf/precision/w4a4.yaml", lambda c: c.update(weight_bits=1)), "weight_bits is 1; use"),
@@ -155,13 +157,13 @@ CONFIGURATIONS = {
 def test_configuration(mistake, folder, monkeypatch, capsys):
     change, words = CONFIGURATIONS[mistake]
     change()
-    check_sentence(*command("pipeline.resolve", monkeypatch, capsys), words)
+    check_sentence(*command("pipeline.stages.resolve", monkeypatch, capsys), words)
     assert not Path("out").exists()
 
 
 def test_outside_the_repository(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for line in ("pipeline.verify", "pipeline.experiment experiment=quick"):
+    for line in ("pipeline.build.verify", "pipeline.sweeps.experiment experiment=quick"):
         check_sentence(*command(line, monkeypatch, capsys), "there is no dvc.yaml here; run the command in the repository's root")
 
 
@@ -169,20 +171,20 @@ def make_results() -> None:
     baseline = Path("out/baseline/vit_micro/metrics.json")
     baseline.parent.mkdir(parents=True)
     baseline.write_text(json.dumps({"top1": 90.0, "top5": 99.0}))
-    runpy.run_module("pipeline.resolve", run_name="__main__", alter_sys=True)
+    resolve.main([])
 
 
 def test_mistakes_with_results(folder, monkeypatch, capsys):
     make_results()
-    check_sentence(*command("pipeline.publish --sweep nope", monkeypatch, capsys), "sweep 'nope' has no finished run; use one of: grid")
-    check_sentence(*command("pipeline.publish --report", monkeypatch, capsys), "a report needs the W&B server: set WANDB_API_KEY")
+    check_sentence(*command("pipeline.comparison.publish --sweep nope", monkeypatch, capsys), "sweep 'nope' has no finished run; use one of: grid")
+    check_sentence(*command("pipeline.comparison.publish --report", monkeypatch, capsys), "a report needs the W&B server: set WANDB_API_KEY")
     monkeypatch.setenv("WANDB_MODE", "sometimes")
-    check_sentence(*command("pipeline.publish", monkeypatch, capsys), "WANDB_MODE is 'sometimes'; use one of: online, offline")
-    check_sentence(*command("pipeline.dashboard --port 0", monkeypatch, capsys), "--port is 0; use a number from 1 to 65535")
+    check_sentence(*command("pipeline.comparison.publish", monkeypatch, capsys), "WANDB_MODE is 'sometimes'; use one of: online, offline")
+    check_sentence(*command("pipeline.comparison.dashboard --port 0", monkeypatch, capsys), "--port is 0; use a number from 1 to 65535")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        check_sentence(*command(f"pipeline.dashboard --port {port}", monkeypatch, capsys), f"port {port} cannot be used")
+        check_sentence(*command(f"pipeline.comparison.dashboard --port {port}", monkeypatch, capsys), f"port {port} cannot be used")
     Path("dvc.lock").write_text("stages:\n  data:\n    outs:\n    - path: out/da")
-    check_sentence(*command("pipeline.verify", monkeypatch, capsys), "delete them with `python -m pipeline.verify --repair`")
+    check_sentence(*command("pipeline.build.verify", monkeypatch, capsys), "delete them with `python -m pipeline.build.verify --repair`")
     Path("out/baseline/vit_micro/metrics.json").write_text("{")
-    check_sentence(*command("pipeline.dashboard", monkeypatch, capsys), "metrics.json is damaged")
+    check_sentence(*command("pipeline.comparison.dashboard", monkeypatch, capsys), "metrics.json is damaged")

@@ -14,9 +14,10 @@ from playwright.sync_api import Page
 
 from benchmarks import synthetic
 from benchmarks.experiments import served
-from pipeline import dashboard, resolve
-from pipeline.runs import all_runs
-from pipeline.unchanged import while_unchanged
+from pipeline.common.unchanged import while_unchanged
+from pipeline.comparison import dashboard
+from pipeline.comparison.runs import all_runs
+from pipeline.stages import resolve
 from qwt2.errors import Qwt2Error
 from qwt2.report.results import read_layers
 

@@ -15,14 +15,18 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from pipeline import cells, dvcfiles, experiment, imports, stage, sweeps
-from pipeline.resolve import resolve
+from pipeline.build import code_hashes
+from pipeline.build import dvcfiles
+from pipeline.common import stage
+from pipeline.stages.resolve import resolve
+from pipeline.sweeps import cells, experiment
+from pipeline.sweeps import sweep as sweeps
 from qwt2.errors import Qwt2Error
 from qwt2.io import atomic_path, read_json, write_json
 from qwt2.report.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("conf", "pipeline", "qwt2", "dvc.yaml")
+SOURCES = ("conf", "pipeline", "qwt2", "dvc.yaml", "requirements.lock")
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 LAUNCHERS = ["basic", *sorted(path.stem for path in (ROOT / "conf/hydra/launcher").glob("*.yaml"))]
 NEEDS = {"paper_imagenet": ["data.path=some/folder"], "paper_coco": ["data.path=some/folder"]}
@@ -96,7 +100,7 @@ def test_a_cell_s_id_is_of_its_settings_and_not_of_how_it_is_run():
 
 def test_a_cell_is_configured_as_the_same_cell_of_the_grid():
     cfg = cells.cell_config(composed(["model=resnet_micro", "precision=w2a3", "seed=2"]))
-    grid = yaml.safe_load(resolve()[stage.config_path("ptq", "resnet_micro-w2a3")])
+    grid = yaml.safe_load(resolve()[stage.config_path("quantize", "resnet_micro-w2a3")])
     assert cfg["seeds"] == [2] and 2 in grid["seeds"]
     assert {key: cfg[key] for key in ("calibration", "data", "precision")} == {
         key: grid[key] for key in ("calibration", "data", "precision")
@@ -132,7 +136,7 @@ def clone(tmp_path_factory) -> Path:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pipeline.experiment", *arguments]
+    command = [sys.executable, "-m", "pipeline.sweeps.experiment", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
 
 
@@ -146,7 +150,7 @@ def table(folder: Path, sweep: str) -> list[dict[str, str]]:
 def test_quick_runs_skips_and_survives_a_failing_cell(clone):
     first = run(clone, "experiment=quick", "-v")
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "stage compensate" in first.stderr  # -v
+    assert "stage quantize" in first.stderr  # -v
     rows = table(clone, "quick")
     assert [(row["compensation"], row["status"]) for row in rows] == [("qwt", "finished"), ("cwac", "finished")]
     for row in rows:
@@ -167,7 +171,7 @@ def test_quick_runs_skips_and_survives_a_failing_cell(clone):
     assert outcomes["none", "32"]["top1"] == outcomes["none", "32"]["ptq_top1"]
     for shared in (clone / "out/cells/shared").glob("*/"):
         assert {path.name for path in shared.iterdir()} >= {"config.yaml", "outputs.json"}
-    assert subprocess.run([sys.executable, "-m", "pipeline.verify"], cwd=clone, env=os.environ | {"PYTHONPATH": str(clone)}).returncode == 0
+    assert subprocess.run([sys.executable, "-m", "pipeline.build.verify"], cwd=clone, env=os.environ | {"PYTHONPATH": str(clone)}).returncode == 0
     failed = clone / "out/cells" / outcomes["cwac", "4"]["cell"]
     assert sorted(path.name for path in failed.iterdir()) == ["cell.json", "config.yaml", "log.txt"]
     assert "Traceback" in (failed / "log.txt").read_text()
@@ -183,12 +187,12 @@ def check_figures(clone: Path, row: dict[str, str]) -> None:
     assert float(row["ptq_top1"]) == pytest.approx(figures["percentile", "torch", "top1"])
     assert float(row["openvino_latency_ratio"]) == pytest.approx(figures[method, "openvino", "latency_ratio_to_ptq"])
     record = json.loads((cell / "cell.json").read_text())
-    assert any(name.endswith(".onnx") for name in record["artifacts"]) and not (cell / "fold").exists()
+    assert any(name.endswith(".onnx") for name in record["artifacts"]) and not (cell / "quantize").exists()
 
 
 def test_a_change_of_code_or_baseline_makes_a_cell_anew(clone, tmp_path, monkeypatch):
     """A finished cell is skipped; one that is run anew ends at once here, as there is no model."""
-    monkeypatch.setattr(imports, "ROOT", clone)
+    monkeypatch.setattr(code_hashes, "ROOT", clone)
     monkeypatch.chdir(tmp_path)
     for folder in ("data_folder", "baseline_folder"):
         monkeypatch.setattr(cells, folder, lambda cfg: tmp_path)

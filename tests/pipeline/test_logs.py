@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 
-from pipeline import parallel
-from pipeline.logs import LOG, VERBOSE, log_to
+from pipeline.common import parallel
+from pipeline.common.logs import LOG, VERBOSE, log_to
 from qwt2.errors import Qwt2Error
 
 

@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 from benchmarks import synthetic
-from pipeline import publish, resolve
-from pipeline.report import report
-from pipeline.runs import all_runs
+from pipeline.comparison import publish
+from pipeline.comparison.runs import all_runs
+from pipeline.stages import resolve
+from pipeline.stages.report import report
 from qwt2.errors import Qwt2Error
 from qwt2.report.results import read_layers, read_rows
 from tests.support.limits import unprivileged
@@ -51,7 +52,7 @@ def publish_in(folder: Path, *arguments: str, prefix: Sequence[str] = (), **envi
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     environment = clean | {"PYTHONPATH": str(ROOT), "NETRC": str(folder / "no-netrc")} | environment
     return subprocess.run(
-        [*prefix, sys.executable, "-m", "pipeline.publish", *arguments], cwd=folder, capture_output=True, text=True, timeout=120,
+        [*prefix, sys.executable, "-m", "pipeline.comparison.publish", *arguments], cwd=folder, capture_output=True, text=True, timeout=120,
         env={key: value for key, value in environment.items() if value is not None},
     )  # fmt: skip
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from benchmarks import synthetic
-from pipeline import readme
-from pipeline.report import collect, report
+from pipeline.comparison import readme
+from pipeline.stages.report import collect, report
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation import machine
 from qwt2.report import findings
@@ -329,7 +329,7 @@ def test_this_machine_describes_itself():
 
 
 def run_stage(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline.report"]
+    command = [sys.executable, "-m", "pipeline.stages.report"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -341,7 +341,8 @@ def test_stage_writes_both_files_or_says_in_one_sentence_why_not(out):
     assert (done.returncode, done.stderr) == (0, "")
     results = out.parent / "results"
     written = {path.name: path.read_bytes() for path in results.iterdir()}
-    assert set(written) == {"summary.csv", "report.html", "metrics.json", "top1.csv"}
+    assert set(written) == {"summary.csv", "report.html", "metrics.json", "top1.csv", "bbox_ap.csv"}
+    assert written["bbox_ap.csv"] == b"cell,bbox_ap\n" and written["top1.csv"].startswith(b"cell,top1\nvit_micro fp32 fp32,")
 
     rows = out / "evaluate" / "vit_micro-w3a3" / "rows.csv"
     rows.write_text(rows.read_text().replace(",dB,", ",decibel,"))
@@ -352,7 +353,7 @@ def test_stage_writes_both_files_or_says_in_one_sentence_why_not(out):
 
 
 def test_stage_needs_no_torch():
-    code = "import sys, pipeline.report, pipeline.readme; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.stages.report, pipeline.comparison.readme; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
 
 
@@ -361,15 +362,18 @@ def test_readme_table_by_hand():
         ("fp32", "fp32", "torch", "top1", 91.26, None, 1),
         ("w4a4", "repq", "torch", "top1", 83.94, 0.36, 3),
         ("w4a4", "repq+cwac", "torch", "top1", 85.66, 0.44, 3),
+        ("w4a4", "repq+qwt", "torch", "top1", 84.04, 0.3, 3),
         ("w4a4", "repq+cwac", "openvino", "top1", 85.7, 0.4, 3),
         ("w4a4", "repq+cwac", "openvino", "latency_ratio_to_ptq", 1.004, None, 1),
         ("w4a4", "repq_published", "torch", "top1", 84.0, 0.1, 3),
         ("w8a8", "repq", "torch", "top1", 91.2, 0.04, 3),
     ]
     rows = [synthetic.figure("vit", *figure) for figure in figures]
-    assert readme.table(Results(rows)).splitlines()[2:] == [
+    heading, _, *lines = readme.table(Results(rows)).splitlines()
+    assert heading.startswith("| Model | Bits | fp32 | PTQ | PTQ + QwT | PTQ + CWAC | CWAC on ONNX Runtime |")
+    assert lines == [
         "| vit (repq) | W8A8 | 91.3 | 91.2 ± 0.0 | – | – | – | – | – | – |",
-        "| vit (repq) | W4A4 | 91.3 | 83.9 ± 0.4 | – | 85.7 ± 0.4 | – | 85.7 ± 0.4 | – | 1.00 |",
+        "| vit (repq) | W4A4 | 91.3 | 83.9 ± 0.4 | 84.0 ± 0.3 | 85.7 ± 0.4 | – | 85.7 ± 0.4 | – | 1.00 |",
     ]
 
 
@@ -385,9 +389,11 @@ def test_detection_table_by_hand():
         ("w8a8", "repq", "torch", "bbox_ap", 70.1, 0.04, 3),
     ]
     rows = [synthetic.figure("det", *figure)._replace(task="detection") for figure in figures]
-    assert readme.detection_table(Results(rows)).splitlines()[2:] == [
-        "| det (repq) | W8A8 | 70.0 / 65.0 | 70.1 / – | – / – | – / – | – | – | – | – | – |",
-        "| det (repq) | W4A4 | 70.0 / 65.0 | 60.0 / 55.5 | – / – | 64.0 / – | 40% | – | -0.1 | – | 1.00 |",
+    heading, _, *lines = readme.detection_table(Results(rows)).splitlines()
+    assert heading.startswith("| Model | Bits | fp32 | PTQ | PTQ + CWAC | CWAC recovers |")  # no column for what nobody measured
+    assert lines == [
+        "| det (repq) | W8A8 | 70.0 / 65.0 | 70.1 / – | – / – | – | – | – | – | – |",
+        "| det (repq) | W4A4 | 70.0 / 65.0 | 60.0 / 55.5 | 64.0 / – | 40% | – | -0.1 | – | 1.00 |",
     ]
 
 

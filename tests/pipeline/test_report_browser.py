@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from benchmarks import synthetic
-from pipeline.report import report
+from pipeline.stages.report import report
 from qwt2.report.page import render_model
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]

@@ -1,13 +1,19 @@
 """Resolving the configuration: who reads what, and what a slip in it looks like."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
 import yaml
 
-from pipeline import resolve as stage
-from pipeline.resolve import resolve
+from pipeline.build import compose
+from pipeline.stages import resolve as stage
+from pipeline.stages.resolve import resolve
+from qwt2.classification.models import build_model, call_factory
+from qwt2.data import DATASETS, open_dataset, write_dataset
 from qwt2.errors import Qwt2Error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +52,7 @@ def cells(*stages: str, models=MODELS, precisions=("w8a8", "w4a4")) -> set[str]:
 def test_every_stage_and_cell_has_a_file(conf):
     names = {path.stem for path in resolve()}
     baselines = {f"baseline@{model}" for model in MODELS}
-    assert names == cells("ptq", "compensate", "fold", "evaluate") | baselines | REPORTS | {"data"}
+    assert names == cells("quantize", "evaluate") | baselines | REPORTS | {"data"}
 
 
 @pytest.mark.parametrize(
@@ -54,15 +60,15 @@ def test_every_stage_and_cell_has_a_file(conf):
     [
         ("config.yaml", "threads: 1 ", "threads: 2 ", None),
         ("config.yaml", "repeats: 200", "repeats: 20", cells("evaluate") | REPORTS),
-        ("config.yaml", "mismatch_images: 8", "mismatch_images: 4", cells("evaluate", "fold") | REPORTS),
-        ("config.yaml", "observer_images: 32", "observer_images: 16", cells("ptq", "compensate")),
-        ("config.yaml", "images: 256", "images: 128", cells("ptq", "compensate") | REPORTS),
+        ("config.yaml", "mismatch_images: 8", "mismatch_images: 4", cells("evaluate", "quantize") | REPORTS),
+        ("config.yaml", "observer_images: 32", "observer_images: 16", cells("quantize")),
+        ("config.yaml", "images: 256", "images: 128", cells("quantize") | REPORTS),
         ("model/vit_micro.yaml", "steps: 1500", "steps: 10", {"baseline@vit_micro"}),
-        ("compensation/cwac.yaml", "order: sequential", "order: one_pass", cells("compensate")),
-        ("precision/w4a4.yaml", "weight_bits: 4", "weight_bits: 5", cells("ptq", precisions=["w4a4"])),
+        ("compensation/cwac.yaml", "order: sequential", "order: one_pass", cells("quantize")),
+        ("precision/w4a4.yaml", "weight_bits: 4", "weight_bits: 5", cells("quantize", precisions=["w4a4"])),
         ("ptq/percentile.yaml", "[percentile_published]", "[]",
-         cells("ptq", "compensate", "evaluate", models=["resnet_micro"])),
-        ("ptq/percentile.yaml", "portable", "openvino", cells("ptq", models=["resnet_micro"])),
+         cells("quantize", "evaluate", models=["resnet_micro"])),
+        ("ptq/percentile.yaml", "portable", "openvino", cells("quantize", models=["resnet_micro"])),
     ],
 )  # fmt: skip
 def test_a_change_reaches_exactly_the_stages_that_read_it(conf, file, old, new, readers):
@@ -96,8 +102,8 @@ def test_detectors_are_resolved_beside_classifiers_and_apart(conf):
     assert tasks == {"classification": ["vit_micro"], "detection": ["mask_rcnn_swin_micro"]}
     assert files["report"]["grid"]["model"] == ["vit_micro", "mask_rcnn_swin_micro"]
     assert set(files["data"]["datasets"]) == {"digits", "digits_coco"}
-    assert files["ptq@mask_rcnn_swin_micro-w4a4"]["model"]["parts"] == ["backbone", "neck", "heads"]
-    assert "train" not in files["ptq@mask_rcnn_swin_micro-w4a4"]["model"]  # where weights come from is baseline's
+    assert files["quantize@mask_rcnn_swin_micro-w4a4"]["model"]["parts"] == ["backbone", "neck", "heads"]
+    assert "train" not in files["quantize@mask_rcnn_swin_micro-w4a4"]["model"]  # where weights come from is baseline's
     assert stage.cells_of("classification") == ["vit_micro-w4a4"]
     write_grid(["vit_micro"], ["w4a4"])
     with pytest.raises(Qwt2Error, match="no model of task 'detection'"):
@@ -106,9 +112,9 @@ def test_detectors_are_resolved_beside_classifiers_and_apart(conf):
 
 def test_a_task_takes_its_own_datasets_alone():
     with pytest.raises(Qwt2Error, match="data.name is 'digits_coco'; for classification, choose one of digits, imagefolder"):
-        stage.compose_cell(["data=digits_coco"])
+        compose.compose_cell(["data=digits_coco"])
     with pytest.raises(Qwt2Error, match="'data.path' is not set"):
-        stage.compose_cell(["model=mask_rcnn_swin_tiny"])
+        compose.compose_cell(["model=mask_rcnn_swin_tiny"])
 
 
 def test_stage_writes_its_files_and_removes_those_of_former_cells(conf):
@@ -116,8 +122,8 @@ def test_stage_writes_its_files_and_removes_those_of_former_cells(conf):
     write_grid(["vit_micro"], ["w4a4"])
     stage.main([])
     assert {path.stem for path in Path("out/resolved").iterdir()} == {
-        *("data", "report", "report@classification", "baseline@vit_micro", "code", "sources"),
-        *cells("ptq", "compensate", "fold", "evaluate", models=["vit_micro"], precisions=["w4a4"]),
+        *("data", "report", "report@classification", "baseline@vit_micro", "code"),
+        *cells("quantize", "evaluate", models=["vit_micro"], precisions=["w4a4"]),
     }
 
 
@@ -125,7 +131,7 @@ def test_resolving_imports_no_torch():
     import subprocess
     import sys
 
-    code = "import sys; from pipeline.resolve import resolve; resolve(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from pipeline.stages.resolve import resolve; resolve(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -133,20 +139,109 @@ def test_resolving_imports_no_torch():
 def test_every_option_of_every_group_composes(group):
     for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
         needs_path = "data: coco" in path.read_text()
-        cfg = stage.compose_cell([f"{group}={path.stem}", *["data.path=some/folder"] * needs_path])
+        cfg = compose.compose_cell([f"{group}={path.stem}", *["data.path=some/folder"] * needs_path])
         assert cfg[group].get("name", cfg[group].get("method")) == path.stem.removesuffix("_integer")
+
+
+def test_a_dataset_is_one_registered_class_and_one_file_of_configuration(conf, monkeypatch):
+    monkeypatch.setattr(DATASETS, "_entries", dict(DATASETS._entries))
+
+    @DATASETS.register("noise")
+    @dataclass
+    class Noise:
+        TASK: ClassVar[str] = "classification"
+        name: str
+        num_classes: int
+        amplitude: float
+
+        @staticmethod
+        def write(cfg, folder):
+            folder.mkdir()
+            (folder / "amplitude.txt").write_text(str(cfg["amplitude"]))
+
+        @staticmethod
+        def open(cfg, folder, model):
+            return float((folder / "amplitude.txt").read_text())
+
+    (conf / "data/noise.yaml").write_text("name: noise\nnum_classes: 3\namplitude: 0.5\n")
+    cfg = compose.compose_cell(["data=noise", "model=deit_tiny"])["data"]
+    assert cfg == {"name": "noise", "num_classes": 3, "amplitude": 0.5}
+    write_dataset(cfg, Path("noise"))
+    assert open_dataset(cfg, Path("noise")) == 0.5
+    with pytest.raises(Qwt2Error, match="no key 'data.amplitud'; the keys there are: name, num_classes, amplitude"):
+        compose.compose_cell(["data=noise", "model=deit_tiny", "+data.amplitud=1"])
+    with pytest.raises(Qwt2Error, match="for classification, choose one of digits, imagefolder, noise"):
+        compose.compose_cell(["data.name=nois"])
+
+
+TRAIN = yaml.safe_load((ROOT / "conf/model/vit_micro.yaml").read_text())["train"]
+OWN = """
+from torch import nn
+
+def small(classes=10):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+"""
+
+
+def test_a_pytorch_model_of_one_s_own_is_one_file_of_configuration(conf, monkeypatch):
+    monkeypatch.syspath_prepend(conf.parent)
+    (conf.parent / "own_net.py").write_text(OWN)
+    (conf / "model/own.yaml").write_text("name: own\nfactory: own_net:small\nkwargs: {classes: 10}\ncheckpoint: null\n")
+    write_grid(["own"], ["w8a8"])
+    before = resolve()
+    network = yaml.safe_load(before[stage.config_path("quantize", "own-w8a8")])["model"]
+    assert network.items() > {"name": "own", "factory": "own_net:small", "kwargs": {"classes": 10}}.items()
+    assert not {"checkpoint", "train"} & network.keys()
+    model = build_model(compose.compose_cell(["model=own"])["model"])
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10) and not model.training
+    (conf.parent / "own_net.py").write_text(OWN + "# a remark\n")
+    assert resolve() == before
+    (conf.parent / "own_net.py").write_text(OWN.replace("ReLU", "GELU"))
+    assert changed(before, resolve()) == {"baseline@own", "quantize@own-w8a8", "evaluate@own-w8a8"}
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"factory": "no_such_module:f"}, "model.factory is 'no_such_module:f', but there is no module 'no_such_module'"),
+        ({"factory": "own_net:small", "checkpoint": "a", "train": TRAIN}, "has model.checkpoint and model.train"),
+        ({"factory": "own_net:small", "kwarg": 1}, "no key 'model.kwarg'; the keys there are: name, factory, kwargs"),
+        ({}, "model own does not say what to build; give it one of the keys: "),
+    ],
+)
+def test_a_slip_in_a_model_of_one_s_own_is_one_sentence(keys, message, conf, monkeypatch):
+    monkeypatch.syspath_prepend(conf.parent)
+    (conf.parent / "own_net.py").write_text(OWN)
+    (conf / "model/own.yaml").write_text(yaml.safe_dump({"name": "own"} | keys))
+    with pytest.raises(Qwt2Error, match=message):
+        compose.compose_cell(["model=own"])
+
+
+@pytest.mark.parametrize(
+    "factory, arguments, message",
+    [
+        ("own_net:large", {}, "own_net has no 'large'; give the name of a function that returns the model"),
+        ("own_net:small", {"width": 1}, "own_net:small refuses its arguments: .*'width'; correct model.kwargs"),
+        ("os:getcwd", {}, "os:getcwd returned a str; it must return an nn.Module"),
+    ],
+)
+def test_a_factory_that_cannot_be_used_is_one_sentence(factory, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_net.py").write_text(OWN)
+    with pytest.raises(Qwt2Error, match=message):
+        call_factory(factory, **arguments)
 
 
 def test_compensations_are_added_under_a_name_of_their_own():
     name = "compensation.offsets"
-    cfg = stage.compose_cell([f"+compensation@{name}=cwac", f"{name}.estimator=bias_only", "compensation.qwt.dtype=float32"])
+    cfg = compose.compose_cell([f"+compensation@{name}=cwac", f"{name}.estimator=bias_only", "compensation.qwt.dtype=float32"])
     assert cfg["compensations"] == ["qwt", "cwac", "offsets"]
     assert cfg["compensation"]["offsets"] == cfg["compensation"]["cwac"] | {"estimator": "bias_only"}
     assert cfg["compensation"]["qwt"]["dtype"] == "float32"
 
 
 def test_full_size_models_compose_with_a_folder_of_images():
-    cfg = stage.compose_cell(["model=deit_small", "data=imagefolder", "data.path=some/folder"])
+    cfg = compose.compose_cell(["model=deit_small", "data=imagefolder", "data.path=some/folder"])
     assert cfg["data"]["num_classes"] == 1000 and cfg["model"]["pretrained"] and cfg["model"]["train"] is None
 
 
@@ -177,5 +272,5 @@ def test_full_size_models_compose_with_a_folder_of_images():
 )
 def test_a_slip_is_one_sentence_with_what_is_valid(overrides, message):
     with pytest.raises(Qwt2Error, match=message) as caught:
-        stage.compose_cell(overrides)
+        compose.compose_cell(overrides)
     assert "\n" not in str(caught.value)

@@ -6,7 +6,9 @@ import random
 import pytest
 
 from benchmarks import synthetic
+from qwt2.compensation.methods import COMPENSATIONS
 from qwt2.errors import Qwt2Error
+from qwt2.report import compensations
 from qwt2.report.results import (
     COLUMNS,
     LAYER_COLUMNS,
@@ -192,3 +194,21 @@ def test_lookup():
     assert results.engines() == ["torch", "onnxruntime", "openvino"]
     assert results.get("vit_micro", "w8a8", "repq", "openvino", "latency_ms").unit == "ms"
     assert results.get("vit_micro", "w8a8", "repq_published", "openvino", "latency_ms") is None
+
+
+def test_a_compensation_says_how_it_is_shown(monkeypatch):
+    monkeypatch.setattr(COMPENSATIONS, "_entries", dict(COMPENSATIONS._entries))
+
+    @COMPENSATIONS.register("between")
+    class Between:
+        LABEL, ORDER, COLOUR = "In between", 15, "#123456"
+
+    names = ["repq+cwac", "repq+own", "repq+between", "repq", "repq+qwt"]
+    assert sorted(names, key=method_order) == ["repq", "repq+qwt", "repq+between", "repq+cwac", "repq+own"]
+    assert compensations.heading("between") == "PTQ + In between" and compensations.colour("between") == "#123456"
+    assert compensations.heading("own") == "PTQ + own" and compensations.heading("") == "PTQ"
+
+
+@pytest.mark.parametrize("settings, exportable", [({}, True), ({"granularity": "block"}, False)])
+def test_a_compensation_says_whether_engines_can_run_it(settings, exportable):
+    assert COMPENSATIONS.get("cwac")(**settings).exportable is exportable

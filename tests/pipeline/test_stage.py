@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import stage
+from pipeline.common import stage
 from qwt2 import io
 from qwt2.errors import Qwt2Error
 
@@ -32,9 +32,9 @@ def test_stage_gets_its_configuration_and_folders(workspace):
     stage.run_stage("demo", lambda cfg, cell: seen.append((cfg, cell)))
     (cfg, cell), = seen
     assert cfg == {"threads": 3, "model": {"name": "net"}}
-    assert cell.folder("fold") == Path("out/fold/net-w4a4") and cell.baseline == Path("out/baseline/net")
-    assert cell.quantized("repq", "ptq", 2) == Path("out/ptq/net-w4a4/repq-seed2.safetensors")
-    assert cell.quantized("repq_published", "cwac", 0) == Path("out/compensate/net-w4a4/repq_published+cwac-seed0.safetensors")
+    assert cell.folder("evaluate") == Path("out/evaluate/net-w4a4") and cell.baseline == Path("out/baseline/net")
+    assert cell.quantized("repq", "ptq", 2) == Path("out/quantize/net-w4a4/repq-seed2.safetensors")
+    assert cell.quantized("repq_published", "cwac", 0) == Path("out/quantize/net-w4a4/repq_published+cwac-seed0.safetensors")
 
 
 def test_a_stage_logs_into_a_file_of_its_own_and_why_it_failed(workspace, monkeypatch, capsys):
@@ -88,7 +88,7 @@ def test_a_defect_keeps_its_traceback_and_leaves_nothing(workspace, error):
 
 
 def test_stages_run_from_the_command_line_name_what_is_missing(tmp_path):
-    for arguments in (["pipeline.data"], ["pipeline.baseline", "no_such_model"]):
+    for arguments in (["pipeline.stages.data"], ["pipeline.stages.baseline", "no_such_model"]):
         done = subprocess.run(
             [sys.executable, "-m", *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True, text=True,
@@ -98,7 +98,7 @@ def test_stages_run_from_the_command_line_name_what_is_missing(tmp_path):
 
 
 def test_threads_limit_torch():
-    code = "from pipeline.stage import set_threads; set_threads(1); import torch; print(torch.get_num_threads())"
+    code = "from pipeline.common.stage import set_threads; set_threads(1); import torch; print(torch.get_num_threads())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True
     )

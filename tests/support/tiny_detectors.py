@@ -10,10 +10,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from pipeline.resolve import compose_cell
+from pipeline.build.compose import compose_cell
 from qwt2.capture.batch import Inputs
-from qwt2.data import write_dataset
-from qwt2.data.coco import Scenes, open_scenes
+from qwt2.data import open_dataset, write_dataset
+from qwt2.data.coco import Scenes
 from qwt2.detection.models import build_detector, detector_config
 from qwt2.detection.network import Detector, regions
 from qwt2.detection.scenes import Batches, build_dataset
@@ -106,7 +106,7 @@ def scenes() -> Scenes:
     """A dozen scenes of digits, composed once."""
     folder = Path(tempfile.mkdtemp(prefix="qwt2-test-"))
     write_dataset(DATA, folder)
-    return open_scenes(DATA, folder)
+    return open_dataset(DATA, folder)
 
 
 def batches(kind: str, network: Detector, count: int = 4, size: int = 2) -> list[Inputs]:

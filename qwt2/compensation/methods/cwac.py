@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,10 @@ class CWAC:
         holdout: share of the batches held out for the gate, at least one batch.
     """
 
+    LABEL: ClassVar[str] = "CWAC"
+    ORDER: ClassVar[int] = 20
+    COLOUR: ClassVar[str] = "#0f9d76"
+
     target: str = "global"
     order: str = "sequential"
     granularity: str = "module"
@@ -70,6 +75,11 @@ class CWAC:
                 raise Qwt2Error(f"cwac: unknown {name} {getattr(self, name)!r}; use one of: {', '.join(choices)}")
         if not isinstance(self.holdout, float) or not 0 < self.holdout < 1:
             raise Qwt2Error(f"cwac: holdout is {self.holdout!r}; use a share between 0 and 1")
+
+    @property
+    def exportable(self) -> bool:
+        """Whether integer engines can run the result: an operation behind a whole block cannot be folded."""
+        return self.granularity == "module"
 
     def fit(self, walk: Walk, recipe: Recipe) -> list[ModuleReport]:
         """Fit and apply, in place; see :func:`qwt2.compensate`. What an earlier fit left in the layers is removed."""

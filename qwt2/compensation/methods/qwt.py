@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,10 @@ class QwT:
             channel and position, as the public ResNet code does (it can reject good blocks).
     """
 
+    LABEL: ClassVar[str] = "QwT"
+    ORDER: ClassVar[int] = 10
+    COLOUR: ClassVar[str] = "#3b82f6"
+
     target: str = "local"
     dtype: str = "float16"
     kernel_size: int = 1
@@ -64,6 +69,11 @@ class QwT:
             raise Qwt2Error(f"qwt: kernel_size is {self.kernel_size!r}; use an odd number")
         if self.damping < 0 or self.channels_per_group < 1:
             raise Qwt2Error("qwt: damping must be at least 0 and channels_per_group at least 1")
+
+    @property
+    def exportable(self) -> bool:
+        """Whether integer engines can run the result: they compute the added layers in float."""
+        return True
 
     def fit(self, walk: Walk, recipe: Recipe) -> list[ModuleReport]:
         """Fit and apply, in place; see :func:`qwt2.compensate`."""

@@ -1,0 +1,118 @@
+"""Which source files a stage runs, read off their import statements, and a hash of what is in them.
+
+Nothing is imported for it. What a module imports anywhere counts, whether or not a run comes to that line. Of Python
+the syntax tree counts: comments, docstrings and formatting change no hash. Of libraries their pinned versions count.
+"""
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+
+from pipeline.common.unchanged import while_unchanged
+from qwt2 import _LAZY
+
+ROOT = Path(__file__).resolve().parents[2]
+# The modules of the stages by whose code DVC decides.
+MODULES = {stage: f"pipeline.stages.{stage}" for stage in ("data", "baseline", "quantize", "evaluate", "report")} | {
+    "trial": "pipeline.sweeps.trial"
+}
+LOCK = "requirements.lock"
+# What cannot change a result: names that are imported on first use, texts of errors, logs.
+WIRING = {"qwt2/__init__.py", "qwt2/errors.py", "pipeline/__init__.py", "pipeline/common/logs.py"}
+
+
+def fingerprint(stages: Iterable[str]) -> str:
+    """One hash of all that these stages run."""
+    text = "".join(f"{name}\0{digest}\n" for name, digest in sources(stages).items())
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def sources(stages: Iterable[str]) -> dict[str, str]:
+    """The files that can change what these stages do, in order, with a hash of each one's content."""
+    files = closure(file for stage in stages for file in _files(MODULES[stage])) | {ROOT / LOCK}
+    names = {path.relative_to(ROOT).as_posix(): path for path in files}
+    return {name: digest(names[name]) for name in sorted(names.keys() - WIRING)}
+
+
+def closure(paths: Iterable[Path]) -> set[Path]:
+    """These files and all that they import, directly or not, and what else than Python lies in those packages."""
+    seen: set[Path] = set()
+    waiting = [*paths]
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting += _needed(current)
+    return seen
+
+
+def _needed(path: Path) -> set[Path]:
+    """What a file brings along, itself."""
+    if path.suffix != ".py":
+        return set()
+    names = _imports(path)
+    found = {file for name in names for file in _files(name)}
+    if path.name == "__init__.py":
+        beside = {file for file in path.parent.glob("[!.]*") if file.is_file()}
+        takes_all = "qwt2.registry.Registry" in names  # a registry imports what lies beside it
+        found |= {file for file in beside if takes_all or file.suffix != ".py"}
+    return found
+
+
+def _files(name: str) -> Iterator[Path]:
+    """The source file of a module of this project, or of what is in it, and those of the packages around it."""
+    path = ROOT
+    for part in name.split("."):
+        path /= part
+        if (path / "__init__.py").is_file():
+            yield path / "__init__.py"
+        elif path.with_suffix(".py").is_file():
+            yield path.with_suffix(".py")
+
+
+@while_unchanged  # every cell of a sweep asks
+def _imports(path: Path) -> set[str]:
+    """Names of all that a file may import, except for type annotations alone: modules, and what is in them."""
+    found: set[str] = set()
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    for node in _run_time_nodes(ast.parse(path.read_bytes(), path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found | {module for name, module in _LAZY.items() if {"qwt2", f"qwt2.{name}"} & found}
+
+
+def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield node
+            yield from _run_time_nodes(node)
+
+
+@while_unchanged
+def digest(path: Path) -> str:
+    """Of what a file means: a module's syntax tree, the versions in the lock file, the bytes of anything else."""
+    content = path.read_bytes()
+    if path.suffix == ".py":
+        content = ast.dump(_without_docstrings(ast.parse(content, path))).encode()
+    elif path.name == LOCK:
+        content = "\n".join(_pins(content.decode())).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+    return tree
+
+
+def _pins(text: str) -> list[str]:
+    """``name==version`` of every package in a lock file."""
+    return sorted(re.findall(r"^[\w.\[\]-]+==[^\s\\;]+", text, re.M))

@@ -1,0 +1,128 @@
+"""One cell's configuration: composed from conf/ by Hydra, checked, and cut to what each stage reads."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from pipeline.build.code_hashes import digest
+from pipeline.build.schema import check
+from pipeline.tasks import architecture_keys, task_of
+from qwt2.engines import ENGINES
+from qwt2.errors import Qwt2Error
+from qwt2.quantization.precision import Precision
+
+CONF = Path("conf")
+
+# What each stage reads: dotted keys of the composed configuration. `_ARCHITECTURE` are those of the model that build
+# the network, without where its weights come from.
+_ARCHITECTURE = "model.<architecture>"
+KEYS = {
+    "data": ("datasets",),
+    "baseline": ("threads", "data", "model"),
+    "quantize": (
+        *("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision", "compensation"),
+        "evaluate.mismatch_images",
+    ),
+    "evaluate": (
+        *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.simulated"),
+        *("compensations", "evaluate"),
+    ),
+    "report": ("grid", "datasets", "models", "evaluate"),
+}
+
+
+def read_grid() -> dict[str, list[str]]:
+    """The models and precisions of conf/grid.yaml; Qwt2Error if it does not name some of each."""
+    path = CONF / "grid.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        grid = {key: [str(name) for name in content["grid"][key]] for key in ("model", "precision")}
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise Qwt2Error(f"{path} must hold `grid:` with lists `model` and `precision`") from error
+    if not all(grid.values()):
+        raise Qwt2Error(f"{path} must name at least one model and one precision")
+    return grid
+
+
+def compose_cell(overrides: list[str]) -> dict[str, Any]:
+    """One cell's configuration, `checked`."""
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            composed = compose("config", overrides)
+    except (HydraException, yaml.YAMLError) as error:
+        raise Qwt2Error(one_sentence(error, overrides)) from error
+    return checked(composed)
+
+
+def checked(composed: DictConfig) -> dict[str, Any]:
+    """A composed cell as plain values, names and types checked.
+
+    `compensations` lists the names under `compensation`.
+    """
+    cfg = check(composed)
+    if "factory" in cfg["model"]:
+        cfg["model"]["source"] = _source(cfg["model"]["factory"])
+    Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
+    for engine in cfg["evaluate"]["engines"]:
+        ENGINES.get(engine)
+    return cfg | {
+        "compensations": list(cfg["compensation"]), "datasets": {cfg["data"]["name"]: cfg["data"]},
+        "task": task_of(cfg["model"]),
+    }  # fmt: skip
+
+
+def _source(factory: str) -> str:
+    """Hash of the file that defines a model of one's own: its code is not among the project's."""
+    module = factory.partition(":")[0]
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        raise Qwt2Error(
+            f"model.factory is {factory!r}, but there is no module {module!r}; give package.module:function"
+        )
+    return digest(Path(spec.origin))
+
+
+def one_sentence(error: Exception, overrides: list[str]) -> str:
+    """Hydra spreads its advice over several lines; keep what names the problem and the valid options."""
+    text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: no valid YAML ({error.problem})"
+    if found := re.search(r"In '[^']+': Could not find '(?P<what>[^']+)'(?P<rest>.*)", text, re.S):
+        options = re.findall(r"^\s+(\S+)$", found["rest"], re.M)
+        group = found["what"].rpartition("/")[0]
+        return (
+            f"conf has no {found['what']!r}; the options of group {group!r} are: {', '.join(sorted(options)) or 'none'}"
+        )
+    if found := re.match(r"Could not override '(?P<key>[^']+)'\.\s+To append", text):
+        key = found["key"]
+        return f"the configuration has no key {key!r}; see conf/ for those there are, or add it with +{key}="
+    return f"the configuration with {' '.join(overrides)} cannot be composed: {text.splitlines()[0]}"
+
+
+def select(cfg: dict[str, Any], stage: str) -> str:
+    """The keys that `stage` declares, as YAML."""
+    chosen: dict[str, Any] = {}
+    for key in _keys(cfg, stage):
+        *parents, last = key.split(".")
+        source, target = cfg, chosen
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[last] = source[last]
+    return yaml.safe_dump(chosen, sort_keys=True)
+
+
+def _keys(cfg: dict[str, Any], stage: str) -> list[str]:
+    keys = list(KEYS[stage])
+    if _ARCHITECTURE in keys:
+        place = keys.index(_ARCHITECTURE)
+        keys[place : place + 1] = [f"model.{key}" for key in architecture_keys(cfg["model"])]
+    return keys

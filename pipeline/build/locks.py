@@ -1,0 +1,57 @@
+"""DVC's locks that nobody holds any more.
+
+DVC notes in a file which process reads and writes which path, and lets go of the entries of processes that do not exist.
+A killed process that nobody has waited for still exists (in a container whose first process reaps none, for good), and
+one killed while it wrote the file leaves half of it. Either way DVC asks for the file to be removed by hand, with the
+locks of processes that still run.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qwt2.errors import Qwt2Error
+from qwt2.io import read_json, write_json
+
+FOLDER = Path(".dvc/tmp")
+PATH = FOLDER / "rwlock"
+NONE: dict[str, Any] = {"write": {}, "read": {}}
+
+
+def release_abandoned() -> None:
+    """Remove from DVC's lock file the entries of processes that have ended, or all entries if it is damaged."""
+    from dvc.lock import make_lock
+
+    with make_lock(str(FOLDER / "rwlock.lock"), tmp_dir=str(FOLDER)):  # what DVC holds while it writes the file
+        write_json(PATH, _held(_read() or NONE))
+
+
+def is_sound() -> bool:
+    """Whether the file can be read and names only processes that run; so it does if there is none."""
+    locks = _read() if PATH.is_file() else NONE
+    return locks is not None and _held(locks) == locks
+
+
+def _read() -> dict[str, Any] | None:
+    """What the file holds; None where it is damaged."""
+    try:
+        locks = NONE | read_json(PATH)
+        _held(locks)
+    except (Qwt2Error, KeyError, TypeError, AttributeError):
+        return None
+    return locks
+
+
+def _held(locks: dict[str, Any]) -> dict[str, Any]:
+    """What processes that run have noted; only writers have a path for themselves."""
+    writers = {path: info for path, info in locks["write"].items() if _runs(info["pid"])}
+    readers = {path: [info for info in infos if _runs(info["pid"])] for path, infos in locks["read"].items()}
+    return {"write": writers, "read": {path: infos for path, infos in readers.items() if infos}}
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,117 @@
+"""Which keys the configuration has and of what type they are, so that a slip is found before anything runs.
+
+Options of PTQ methods and compensations, model arguments and bit widths are checked by the library, which
+defines them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from pipeline.tasks import WEIGHTS, model_schema, task_of
+from qwt2.data import DATASETS
+from qwt2.errors import Qwt2Error
+
+# Every other whole number counts something and is at least 1.
+_FROM_ZERO = ("seed", "seeds", "warmup_steps")
+
+
+@dataclass
+class PTQ:
+    method: str = MISSING
+    simulated: list[str] = MISSING
+    target: str = MISSING
+
+
+@dataclass
+class Calibration:
+    images: int = MISSING
+    batch_size: int = MISSING
+    observer_images: int = MISSING
+
+
+@dataclass
+class Latency:
+    batch_size: int = MISSING
+    threads: int = MISSING
+    repeats: int = MISSING
+    instances: int = MISSING
+
+
+@dataclass
+class Evaluate:
+    engines: list[str] = MISSING
+    batch_size: int = MISSING
+    mismatch_images: int = MISSING
+    latency: Latency = MISSING
+
+
+@dataclass
+class Config:
+    threads: int = MISSING
+    workers: int = MISSING
+    seeds: list[int] = MISSING
+    data: Any = MISSING
+    model: Any = MISSING
+    ptq: PTQ = MISSING
+    precision: dict[str, Any] = MISSING
+    compensation: dict[str, Any] = MISSING
+    calibration: Calibration = MISSING
+    evaluate: Evaluate = MISSING
+
+
+def check(cfg: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain, fully resolved values of the declared types.
+
+    Raises `Qwt2Error` naming the key that does not exist, is not set, or holds a value of the wrong kind.
+    """
+    task = task_of(cfg.model)
+    name = cfg.data.name
+    datasets = {known: DATASETS.get(known) for known in DATASETS.names() if DATASETS.get(known).TASK == task}
+    if name not in datasets:
+        raise Qwt2Error(f"data.name is {name!r}; for {task}, choose one of {', '.join(datasets)}")
+    schema = OmegaConf.structured(
+        Config(data=OmegaConf.structured(datasets[name]), model=OmegaConf.structured(model_schema(cfg.model)))
+    )
+    try:
+        values = OmegaConf.to_container(OmegaConf.merge(schema, cfg), resolve=True, throw_on_missing=True)
+    except ConfigKeyError as error:
+        known = ", ".join(field.name for field in fields(error.object_type))
+        raise Qwt2Error(f"the configuration has no key {error.full_key!r}; the keys there are: {known}") from error
+    except MissingMandatoryValue as error:
+        raise Qwt2Error(f"the configuration's {error.full_key!r} is not set; give it a value") from error
+    except OmegaConfBaseException as error:
+        raise Qwt2Error(
+            f"the configuration's {error.full_key!r} cannot be used: {error.msg.splitlines()[0]}"
+        ) from error
+    for key, value in _whole_numbers(values):
+        least = 0 if key.split(".")[-1] in _FROM_ZERO else 1
+        if value < least:
+            raise Qwt2Error(f"the configuration's {key!r} is {value}, but must be at least {least}")
+    _check_weights(values["model"])
+    return values
+
+
+def _check_weights(model: Mapping[str, Any]) -> None:
+    """Weights come from training, timm, a file or one's own function; a random network is never meant."""
+    known = [f"model.{key}" for key in WEIGHTS if key in model]
+    sources = [key for key in known if model[key.removeprefix("model.")]]
+    if len(sources) > 1 or (not sources and "factory" not in model):
+        raise Qwt2Error(
+            f"model {model['name']} needs exactly one source of weights ({', '.join(known[:-1])} or "
+            f"{known[-1]}), but has {' and '.join(sources) or 'none'}"
+        )
+
+
+def _whole_numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted keys and values of every whole number whose meaning this file declares."""
+    for name, value in values.items():
+        key = prefix + name
+        if isinstance(value, Mapping) and key not in ("model.kwargs", "model.options", "precision", "compensation"):
+            yield from _whole_numbers(value, f"{key}.")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, int) and not isinstance(item, bool):
+                yield key, item

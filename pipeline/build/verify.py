@@ -1,0 +1,169 @@
+"""Command: re-hash everything that DVC and the sweeps stored, and say what is damaged (`make verify`).
+
+DVC trusts its cache and dvc.lock; this does not. `--repair` deletes what is damaged, and nothing else: `make repro` (or the
+sweep, run again) then makes that anew from what is left.
+"""
+
+import argparse
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from pipeline.build import dvcfiles, locks
+from pipeline.common.folders import CELLS, LOCKS, OUT, OUTPUTS, RESULTS, SHARED, read_record
+from qwt2.errors import Qwt2Error, guarded
+
+PER_CELL = ("baseline", "quantize", "evaluate")
+OBJECTS = Path(".dvc/cache/files/md5")
+# What qwt2.io.atomic_path calls a file that is being written: a dot, the name, the writer's process id, the suffix.
+TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)(\.\w+)?")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is not as it was stored.
+
+    Attributes:
+        path: what to delete.
+        what: is wrong with it.
+        remedy: what makes it anew once it is deleted.
+    """
+
+    path: Path
+    what: str
+    remedy: str = "make repro"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    dvcfiles.stages()  # refuses to run anywhere but in the repository
+    found = list(damages())
+    for damage in found:
+        print(f"{damage.path}: {damage.what}")
+    if not found:
+        print("nothing is damaged")
+        return
+    remedies = " and ".join(dict.fromkeys(f"`{damage.remedy}`" for damage in found))
+    if not options.repair:
+        raise Qwt2Error(f"{len(found)} damaged; delete them with `python -m pipeline.build.verify --repair`, then run {remedies}")
+    for damage in found:
+        repair(damage)
+    print(f"{len(found)} deleted; now run {remedies}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.build.verify", description=__doc__.splitlines()[0])
+    parser.add_argument("--repair", action="store_true", help="delete what is damaged")
+    return parser
+
+
+def damages() -> Iterator[Damage]:
+    """Everything damaged, the causes before what follows from them."""
+    yield from abandoned_locks()
+    yield from damaged_lock()
+    yield from damaged_objects()
+    yield from damaged_outputs()
+    yield from half_written()
+    yield from damaged_cells()
+
+
+def abandoned_locks() -> Iterator[Damage]:
+    """The file of DVC's locks, if it is cut short or names processes that have ended."""
+    if not locks.is_sound():
+        yield Damage(locks.PATH, "is damaged, or holds locks of processes that have ended")
+
+
+def damaged_lock() -> Iterator[Damage]:
+    """dvc.lock, if it cannot be read."""
+    try:
+        dvcfiles.locked_stages()
+    except Qwt2Error:
+        yield Damage(dvcfiles.LOCK, "is damaged (truncated?); without it DVC finds what it built in its run cache")
+
+
+def damaged_objects() -> Iterator[Damage]:
+    """Objects of DVC's cache whose content is not the one they are named after."""
+    objects = sorted(path for path in OBJECTS.glob("??/*") if path.is_file())
+    for path in tqdm(objects, "DVC's cache", unit="object", disable=None):
+        if dvcfiles.file_md5(path) != path.parent.name + path.name.removesuffix(dvcfiles.DIRECTORY):
+            yield Damage(path, "is not the object that it is named after (damaged cache)")
+
+
+def damaged_outputs() -> Iterator[Damage]:
+    """Outputs of stages that are there but are not what dvc.lock says. What is not there is no damage: it is made."""
+    try:
+        stages = dvcfiles.locked_stages()
+    except Qwt2Error:
+        return
+    declared = set(dvcfiles.stages())
+    current = {name: stage for name, stage in stages.items() if name.partition("@")[0] in declared}
+    for name, stage in tqdm(current.items(), "outputs", unit="stage", disable=None):
+        for out in stage.get("outs", []):
+            path = Path(out["path"])
+            if path.exists() and dvcfiles.md5(path) != out["md5"]:
+                yield Damage(path, f"is not what stage {name} wrote (changed, or half-written)")
+    recorded = {out["path"] for stage in stages.values() for out in stage.get("outs", [])}
+    for stage in PER_CELL:
+        for path in sorted((OUT / stage).glob("*/")):
+            if path.as_posix() not in recorded:
+                yield Damage(path, f"is not in dvc.lock: stage {stage} was interrupted, or dvc.lock is truncated")
+
+
+def half_written() -> Iterator[Damage]:
+    """Temporary files whose writer is gone."""
+    for folder in (OUT, RESULTS):
+        for path in sorted(folder.rglob(".*")):
+            match = TEMPORARY.fullmatch(path.name)
+            if match and path.is_file() and not psutil.pid_exists(int(match["pid"])):
+                yield Damage(path, "was left half-written by a process that ended")
+
+
+def damaged_cells() -> Iterator[Damage]:
+    """Cells of sweeps, and what they share, that were not finished or whose outputs are not what was recorded."""
+    remedy = "the sweep that it belongs to"
+    for folder in sorted(CELLS.glob("*/")):
+        if folder.name in (SHARED.name, LOCKS.name):
+            continue
+        record = read_record(folder)
+        if record is None:
+            yield Damage(folder, "is a cell that was never finished", remedy)
+        elif _changed(folder, record.get("outputs", {})):
+            yield Damage(folder, "has results that are not what was recorded", remedy)
+    for folder in sorted(SHARED.glob("*/")):
+        outputs = read_record(folder, OUTPUTS)
+        if outputs is None:
+            yield Damage(folder, "was never finished", remedy)
+        elif _changed(folder, outputs):
+            yield Damage(folder, "is not what was recorded", remedy)
+
+
+def _changed(folder: Path, outputs: dict[str, dict[str, Any]]) -> bool:
+    return any(_sha256(folder / name) != facts["sha256"] for name, facts in outputs.items())
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def repair(damage: Damage) -> None:
+    """Delete it; dvc.lock comes back from Git where Git has a sound one, and locks of running processes stay."""
+    if damage.path == locks.PATH:
+        locks.release_abandoned()
+    elif damage.path.is_dir():
+        shutil.rmtree(damage.path)
+    else:
+        damage.path.unlink(missing_ok=True)
+    if damage.path == dvcfiles.LOCK:
+        subprocess.run(["git", "checkout", "--quiet", "--", str(damage.path)], capture_output=True, check=False)
+
+
+if __name__ == "__main__":
+    guarded(main)

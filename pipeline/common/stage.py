@@ -1,0 +1,148 @@
+"""What every stage shares: its resolved configuration, its folders, and how it fails."""
+
+import argparse
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.common.folders import OUT, RESOLVED
+from pipeline.common.logs import LOG, VERBOSE, log_to
+from qwt2.errors import Qwt2Error, guarded
+
+
+class Declared(dict):
+    """A resolved configuration: the keys that `pipeline.build.compose` declares for the stage, and no others."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(f"{key!r} is not among the keys this stage declares in pipeline/build/compose.py")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where the stages find and put the files of one cell.
+
+    Attributes:
+        name: of the cell, `<model>-<precision>` in the grid, or of the model alone in stage `baseline`.
+        data: folder that holds one folder a dataset.
+        baseline: folder of the full-precision model.
+        out: folder that holds one folder a stage.
+    """
+
+    name: str
+    data: Path
+    baseline: Path
+    out: Path = OUT
+
+    @classmethod
+    def of_grid(cls, name: str, model: str) -> "Cell":
+        """A cell of the grid, which DVC builds below `out/`."""
+        return cls(name, OUT / "data", OUT / "baseline" / model)
+
+    def folder(self, stage: str) -> Path:
+        """Where `stage` puts this cell's outputs."""
+        return self.out / stage / self.name
+
+    @property
+    def predictions(self) -> Path:
+        """Where what the full-precision model predicts is stored; the task chooses the suffix."""
+        return self.baseline / "predictions"
+
+    def quantized(self, ptq: str, method: str, seed: int) -> Path:
+        """The stored model of a PTQ method, plain (`method` is "ptq") or compensated, at one calibration seed."""
+        name = ptq if method == "ptq" else f"{ptq}+{method}"
+        return self.folder("quantize") / f"{name}-seed{seed}.safetensors"
+
+    def onnx(self, method: str, seed: int, part: str = "") -> Path:
+        """The exported file of a method at one calibration seed, or of one part of the model."""
+        return self.folder("quantize") / (f"{method}-seed{seed}" + (f".{part}" if part else "") + ".onnx")
+
+
+def ptq_methods(cfg: Declared) -> list[str]:
+    """The PTQ method that engines run, then those that are only simulated."""
+    return [cfg["ptq"]["method"], *cfg["ptq"]["simulated"]]
+
+
+def run_stage(stage: str, main: Callable[[Declared, Cell], None]) -> None:
+    """Run `main` on the configuration of the cell named on the command line, if any.
+
+    A user's mistake is printed as one sentence with exit code 2, and what the stage had written so far is removed.
+    """
+    options = _parser(stage).parse_args()
+    if options.verbose:
+        os.environ[VERBOSE] = "1"
+    guarded(lambda: _run(stage, options.cell, main))
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    description = f"Stage {stage}; `dvc repro` runs it."
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline.stages.{stage}", description=description)
+    parser.add_argument("cell", nargs="?", default="", help="<model>-<precision>, or the model in stage baseline")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show on stderr what goes into out/logs/")
+    return parser
+
+
+def _run(stage: str, name: str, main: Callable[[Declared, Cell], None]) -> None:
+    cfg = load_config(stage, name)
+    set_threads(cfg.get("threads", 1))
+    cell = Cell.of_grid(name, cfg.get("model", {}).get("name", ""))
+    label = f"{stage}@{name}" if name else stage
+    with locked(OUT / "locks" / label), log_to(OUT / "logs" / f"{label}.log"):
+        LOG.info("stage %s", label)
+        try:
+            main(cfg, cell)
+        except BaseException as error:
+            LOG.debug("failed", exc_info=error)
+            shutil.rmtree(cell.folder(stage), ignore_errors=True)
+            raise
+        LOG.info("finished")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock when its holder dies.
+
+    A stage outlives a DVC that is killed: the next DVC's stage waits for it instead of writing beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def load_config(stage: str, cell: str = "") -> Declared:
+    """The keys declared for `stage`, resolved for `cell`."""
+    path = config_path(stage, cell)
+    if not path.is_file():
+        raise Qwt2Error(f"{path} does not exist; run `dvc repro`, which resolves the configuration first")
+    return declared(path.read_text(encoding="utf-8"))
+
+
+def config_path(stage: str, cell: str = "") -> Path:
+    return RESOLVED / (f"{stage}@{cell}.yaml" if cell else f"{stage}.yaml")
+
+
+def set_threads(count: int) -> None:
+    """Limit every numeric library to `count` threads; of those already imported, torch alone obeys."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(count)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
+
+
+def declared(text: str) -> Declared:
+    """A resolved configuration from its YAML text."""
+    return _declared(yaml.safe_load(text))
+
+
+def _declared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Declared({key: _declared(item) for key, item in value.items()})
+    return value

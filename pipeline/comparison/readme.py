@@ -1,0 +1,171 @@
+"""Command: rewrite the tables of README.md and docs/results.md from results/summary.csv and results/benchmarks (`python -m pipeline.comparison.readme`)."""
+
+import csv
+from pathlib import Path
+
+from pipeline.common.folders import RESULTS
+from qwt2.errors import Qwt2Error, guarded
+from qwt2.io import write_text
+from qwt2.report.compensations import SUBJECT, heading, label
+from qwt2.report.detection import lines
+from qwt2.report.findings import ENGINES
+from qwt2.report.results import Method, Results, Row, read_rows
+
+BEGIN = "<!-- results:begin (written by `make readme`) -->"
+END = "<!-- results:end -->"
+_MISSING = "–"
+
+
+DETECTION_BEGIN = "<!-- detection:begin (written by `make readme`) -->"
+DETECTION_END = "<!-- detection:end -->"
+PEERS_BEGIN = "<!-- peers:begin (written by `make readme`) -->"
+PEERS_END = "<!-- peers:end -->"
+COSTS_BEGIN = "<!-- costs:begin (written by `make readme`) -->"
+COSTS_END = "<!-- costs:end -->"
+
+
+def update(readme: Path, summary: Path) -> None:
+    """Replace what stands between the result markers of `readme` by the table of `summary`; Qwt2Error without markers."""
+    replace_between(readme, BEGIN, END, table(Results(read_rows(summary)).of_task("classification")))
+
+
+def update_detection(readme: Path, summary: Path) -> None:
+    """The same for the detectors in it, if any."""
+    results = Results(read_rows(summary)).of_task("detection")
+    if results.rows:
+        replace_between(readme, DETECTION_BEGIN, DETECTION_END, detection_table(results))
+
+
+def update_peers(readme: Path, benchmarks: Path) -> None:
+    """The same for the comparison with other tools: a table for every machine that measured one."""
+    files = sorted(benchmarks.glob("peers-*.csv"))
+    if files:
+        replace_between(readme, PEERS_BEGIN, PEERS_END, "\n\n".join(peers_table(read_dicts(file)) for file in files))
+
+
+def update_costs(readme: Path, benchmarks: Path) -> None:
+    """The same for what calibrating takes."""
+    files = sorted(benchmarks.glob("calibration-cost-*.csv"))
+    if files:
+        replace_between(readme, COSTS_BEGIN, COSTS_END, "\n\n".join(costs_table(read_dicts(file)) for file in files))
+
+
+def costs_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: a row per step, with the multiples that the implementation which stores everything takes."""
+    stored = {row["method"]: row for row in rows if row["implementation"] == "stored"}
+    lines = [["Step", "Seconds", "CPU seconds", "MB added", "stored ÷ this, CPU seconds", "stored ÷ this, MB"], ["---", *["---:"] * 5]]
+    for row in (row for row in rows if row["implementation"] == "qwt2"):
+        other = stored.get(row["method"])
+        times = [_MISSING if other is None else f"{float(other[key]) / float(row[key]):.1f}" for key in ("cpu_seconds", "added_mb")]
+        lines.append([row["method"], row["seconds"], row["cpu_seconds"], row["added_mb"], *times])
+    first = rows[0]
+    facts = f"{first['model']}, {first['precision']}, {first['images']} images; {first['cpu']}, {first['threads']} threads"
+    return f"{facts}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def replace_between(readme: Path, begin: str, end: str, content: str) -> None:
+    """Raises Qwt2Error where the two markers are not there once each, in this order."""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise Qwt2Error(f"{readme} must hold the line {begin} once and {end} once after it; put them where it belongs.")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    write_text(readme, f"{before}{begin}\n{content}\n{end}{after}")
+
+
+def read_dicts(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def peers_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: per engine, model and batch, how often folded CWAC's time the others take, and all SQNRs."""
+    ratios = {"fp32": "fp32", "bf16": "bf16", "ptq": "PTQ", "cwac_unfolded": "CWAC unfolded", "qwt": "QwT",
+              "quantize_static": "quantize_static", "nncf": "NNCF"}  # fmt: skip
+    accuracies = {"ptq": "PTQ", "cwac": "CWAC", "quantize_static": "quantize_static", "nncf": "NNCF"}
+    headings = ["Engine", "Model", "Batch", "CWAC, ms", *(f"{name} ÷ CWAC" for name in ratios.values())]
+    headings += [f"SQNR {name}, dB" for name in accuracies.values()]
+    lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
+    cells = {(r["engine"], r["model"], r["batch"], r["variant"]): r for r in rows}
+    for engine, model, batch in sorted({key[:3] for key in cells}):
+        own = cells[engine, model, batch, "cwac"]
+
+        def other(variant: str, column: str) -> float | None:
+            row = cells.get((engine, model, batch, variant))
+            return float(row[column]) if row else None
+
+        times = [other(variant, "latency_ratio_to_ptq") for variant in ratios]
+        base = float(own["latency_ratio_to_ptq"])
+        lines.append(
+            [ENGINES[engine], model, batch, f"{float(own['latency_ms']):.1f}"]
+            + [_MISSING if value is None else f"{value / base:.2f}" for value in times]
+            + [_MISSING if value is None else f"{value:.1f}" for value in (other(v, "logits_sqnr_db") for v in accuracies)]
+        )
+    facts = f"{rows[0]['cpu']} ({rows[0]['instruction_sets']}), {rows[0]['threads']} thread; {rows[0]['versions']}"
+    return f"{facts}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table(results: Results) -> str:
+    """Markdown: a row per model, precision and default PTQ; top-1 in percent, mean and deviation over the seeds."""
+    headings = ["Model", "Bits", "fp32", *map(heading, results.compensations)]
+    headings += [f"{label(SUBJECT)} on {name}" for name in ENGINES.values()]
+    headings += [f"Latency ÷ PTQ, {name}" for name in ENGINES.values()]
+    lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
+    for model in results.models:
+        for precision in results.precisions(model):
+            for ptq in results.methods(model, precision):
+                if Method.parse(ptq).is_plain:
+                    lines.append(_line(results, model, precision, ptq))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _line(results: Results, model: str, precision: str, ptq: str) -> list[str]:
+    names = [f"{ptq}+{name}" if name else ptq for name in results.compensations]
+    top1 = [results.get(model, precision, name, "torch", "top1") for name in names]
+    folded = [results.get(model, precision, f"{ptq}+{SUBJECT}", engine, "top1") for engine in ENGINES]
+    ratios = [results.get(model, precision, f"{ptq}+{SUBJECT}", engine, "latency_ratio_to_ptq") for engine in ENGINES]
+    return [
+        *(f"{model} ({ptq})", precision.upper(), _percent(results.fp32_top1(model))),
+        *(_percent(row) for row in (*top1, *folded)),
+        *(f"{row.value:.2f}" if row else _MISSING for row in ratios),
+    ]
+
+
+def detection_table(results: Results) -> str:
+    """Markdown: a row per detector, precision and default PTQ; box AP / mask AP in percent, means over the seeds."""
+    headings = ["Model", "Bits", "fp32", *map(heading, results.compensations), f"{label(SUBJECT)} recovers"]
+    headings += [f"{label(SUBJECT)} on {name} − simulation" for name in ENGINES.values()]
+    headings += [f"Latency ÷ PTQ, {name}" for name in ENGINES.values()]
+    table = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
+    for line in lines(results):
+        cells = [_both(line.fp32["bbox_ap"], line.fp32["segm_ap"])]
+        cells += [_both(line.box.get(name), line.mask.get(name)) for name in results.compensations]
+        cells.append(f"{line.recovered(SUBJECT):.0%}" if SUBJECT in line.box and line.loss >= 1 else _MISSING)
+        for metric, form in (("engine_bbox_ap_delta", "{:+.1f}"), ("latency_ratio_to_ptq", "{:.2f}")):
+            found = [results.get(line.model, line.precision, f"{line.ptq}+{SUBJECT}", engine, metric) for engine in ENGINES]
+            cells += [form.format(row.value) if row else _MISSING for row in found]
+        table.append([f"{line.model} ({line.ptq})", line.precision.upper(), *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def _both(box: Row | None, mask: Row | None) -> str:
+    return " / ".join(_MISSING if row is None else f"{row.value:.1f}" for row in (box, mask))
+
+
+def _percent(row: Row | None) -> str:
+    if row is None:
+        return _MISSING
+    return f"{row.value:.1f} ± {row.std:.1f}" if row.std is not None and row.n > 1 else f"{row.value:.1f}"
+
+
+def main() -> None:
+    update(Path("README.md"), RESULTS / "summary.csv")
+    page = Path("docs/results.md")
+    update_detection(page, RESULTS / "summary.csv")
+    update_peers(page, RESULTS / "benchmarks")
+    update_costs(page, RESULTS / "benchmarks")
+
+
+if __name__ == "__main__":
+    guarded(main)

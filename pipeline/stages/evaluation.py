@@ -1,0 +1,240 @@
+"""Figures of one cell: accuracy, mismatch, costs and latency of every method, in simulation and on the engines."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.common.parallel import each
+from pipeline.common.stage import Cell, ptq_methods
+from pipeline.tasks import Figures, open_task
+from qwt2.engines import load_engine
+from qwt2.engines.operations import count_operations
+from qwt2.evaluation.latency import measure_latency
+from qwt2.evaluation.mismatch import Mismatch, engine_mismatch
+from qwt2.io import load_arrays, read_json
+from qwt2.onnx.file import load_onnx
+from qwt2.report.compensations import heading
+from qwt2.report.metrics import METRICS
+from qwt2.report.results import Row
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one method gives on one engine at one calibration seed.
+
+    Attributes:
+        figures: its accuracy.
+        mismatches: module -> how far it is from the simulation; of the first seed alone.
+        operations: what runs in integers and in float; of plain PTQ at the first seed alone.
+    """
+
+    figures: Figures
+    mismatches: dict[str, Mismatch] = field(default_factory=dict)
+    operations: dict = field(default_factory=dict)
+
+
+class Evaluation:
+    """Figures of one cell. Methods are named as in the results: `repq`, `repq+cwac`, `repq_published`, ..."""
+
+    def __init__(self, cfg: Any, cell: Cell):
+        self.cfg, self.cell = cfg, cell
+        self.task = open_task(cfg, cell)
+        self.task.load_for_engines()
+        self.seeds, self.compensations = cfg["seeds"], cfg["compensations"]
+        self.methods = ["ptq", *self.compensations]
+        self.exported = list(dict.fromkeys(record["method"] for record in self.folded))
+
+    def label(self, method: str, ptq: str | None = None) -> str:
+        """The name of a method in tables, on the PTQ method that engines run unless another one is named."""
+        ptq = ptq or self.cfg["ptq"]["method"]
+        return ptq if method == "ptq" else f"{ptq}+{method}"
+
+    def row(self, method: str, engine: str, metric: str, values, ptq: str | None = None) -> Row:
+        """One figure; several values are its seeds."""
+        values = np.atleast_1d(np.asarray(values, dtype=np.float64))
+        std = float(values.std(ddof=1)) if len(values) > 1 else None
+        cfg = self.cfg
+        return Row(
+            self.task.NAME, cfg["data"]["name"], cfg["model"]["name"], cfg["precision"]["name"],
+            self.label(method, ptq), engine, metric, float(values.mean()), std, METRICS[metric].unit, len(values),
+        )  # fmt: skip
+
+    def rows_of(
+        self, method: str, engine: str, figures: Mapping[str, list[float]], ptq: str | None = None
+    ) -> list[Row]:
+        return [self.row(method, engine, metric, values, ptq) for metric, values in figures.items()]
+
+    def simulated(self) -> list[Row]:
+        """Accuracy of the unfolded simulation, on every PTQ method."""
+        return [
+            row
+            for ptq in ptq_methods(self.cfg)
+            for method in self.methods
+            for row in self.rows_of(method, "torch", by_metric(self.simulated_figures(method, ptq)), ptq)
+        ]
+
+    def simulated_figures(self, method: str, ptq: str) -> list[Figures]:
+        """Of every seed."""
+        return [self.task.figures(self.cell.quantized(ptq, method, seed)) for seed in self.seeds]
+
+    def compensation_costs(self) -> list[Row]:
+        """Time and memory that fitting took."""
+        rows = []
+        for ptq in ptq_methods(self.cfg):
+            for name in self.compensations:
+                records = [r for r in self.fits if (r["ptq"], r["compensation"]) == (ptq, name)]
+                for metric, key in (("compensate_seconds", "seconds"), ("peak_memory_mb", "peak_memory_mb")):
+                    rows.append(self.row(name, "torch", metric, [r[key] for r in records], ptq))
+        return rows
+
+    def folding(self) -> list[Row]:
+        """Folded against unfolded modules, and what each exported method stores and computes beyond plain PTQ."""
+        by_method = {m: [f for f in self.folded if f["method"] == m] for m in self.exported}
+        base = by_method["ptq"][0]
+        rows = []
+        for method, entries in by_method.items():
+            worst = Mismatch.worst([Mismatch(**entry["fold_mismatch"]) for entry in entries])
+            rows += self.mismatch_rows(method, "torch", worst)
+            for metric, key in (("extra_params", "stored_numbers"), ("extra_macs", "multiply_accumulates")):
+                rows.append(self.row(method, "torch", metric, [e[key] - base[key] for e in entries]))
+        return rows
+
+    def mismatch_rows(self, method: str, engine: str, worst: Mismatch) -> list[Row]:
+        return [
+            self.row(method, engine, "engine_mismatch_steps", worst.steps),
+            self.row(method, engine, "engine_mismatch_fraction", worst.fraction),
+        ]
+
+    def on_engine(self, engine: str) -> list[Row]:
+        """Accuracy of the exported methods on an integer engine, its distance from the simulation, and file sizes."""
+        rows = []
+        for method in self.exported:
+            found = [dict(self.measured[method, engine, seed].figures) for seed in self.seeds]
+            for figures, simulated in zip(found, self.simulated_figures(method)):
+                figures |= {
+                    delta: figures[metric] - simulated[metric]
+                    for metric, delta in self.task.DELTAS.items()
+                    if metric in figures
+                }
+            rows += self.rows_of(method, engine, by_metric(found))
+            files = [[self.cell.onnx(method, seed, part) for part in self.task.files()] for seed in self.seeds]
+            rows.append(
+                self.row(method, engine, "file_bytes", [sum(path.stat().st_size for path in paths) for paths in files])
+            )
+            mismatches = self.measured[method, engine, self.seeds[0]].mismatches
+            rows += self.mismatch_rows(method, engine, Mismatch.worst(list(mismatches.values())))
+        return rows
+
+    @cached_property
+    def measured(self) -> dict[tuple[str, str, int], Measured]:
+        """Every exported method on every engine at every seed."""
+        # The first seed takes longest, and engines that come later compile for longer: what is short had better come
+        # last, for the workers to end together.
+        engines = list(reversed(self.cfg["evaluate"]["engines"]))
+        runs = [(method, engine, seed) for seed in self.seeds for engine in engines for method in self.exported]
+        return dict(zip(runs, each("evaluate on engines", self.measure, runs, self.cfg["workers"])))
+
+    def measure(self, run: tuple[str, str, int]) -> Measured:
+        method, engine, seed = run
+        files = {part: self.cell.onnx(method, seed, part) for part in self.task.scored_files(seed)}
+        engines = {part: load_engine(path, engine, self.cfg["threads"]) for part, path in files.items()}
+        figures = self.task.engine_figures(engines)
+        if seed != self.seeds[0]:
+            return Measured(figures)
+        counted = {}
+        if method == "ptq":  # every method's files have the same operations
+            counted = count_operations([operation for model in engines.values() for operation in model.operations()])
+        return Measured(figures, self.measure_mismatches(list(files.values()), engine), counted)
+
+    def measure_mismatches(self, files: list[Path], engine: str) -> dict[str, Mismatch]:
+        """Of every module of every file."""
+        found: dict[str, Mismatch] = {}
+        for path in files:
+            records = load_arrays(path.with_suffix(".records.safetensors"))
+            found |= engine_mismatch(load_onnx(path), engine, records, self.cfg["threads"])
+        return found
+
+    def latency(self, engine: str) -> list[Row]:
+        """Latency of every exported method, interleaved in one run."""
+        settings = self.cfg["evaluate"]["latency"]
+        images = self.task.latency_input(settings["batch_size"])
+
+        def compiled(path: Path) -> Callable:
+            model = load_engine(path, engine, settings["threads"])
+            model.session(len(images))
+            return partial(model, images)
+
+        # Methods are compiled in turn, and back: memory that was handed out earlier may be a few percent faster.
+        seeds = islice(cycle(self.seeds), settings["instances"])
+        runs = [(method, seed) for turn, seed in enumerate(seeds) for method in self.exported[:: -1 if turn % 2 else 1]]
+        with ThreadPoolExecutor(self.cfg["workers"]) as pool:
+            models = list(pool.map(compiled, [self.cell.onnx(method, seed, self.task.TIMED) for method, seed in runs]))
+        calls = {name: [model for (method, _), model in zip(runs, models) if method == name] for name in self.exported}
+        measured = measure_latency(calls, base="ptq", repeats=settings["repeats"])
+        return [
+            self.row(method, engine, metric, value)
+            for method, latency in measured.items()
+            for metric, value in (
+                ("latency_ms", latency.wall_ms),
+                ("latency_cpu_ms", latency.cpu_ms),
+                ("latency_ratio_to_ptq", latency.ratio),
+            )
+        ]
+
+    def write_pictures(self, path: Path) -> None:
+        """What fp32, plain PTQ and each compensation predict, side by side."""
+        headings = {"ptq": heading(""), **{name: heading(name) for name in self.compensations}}
+        quantized = {text: self.cell.quantized("default", name, self.seeds[0]) for name, text in headings.items()}
+        self.task.write_pictures(path, {"fp32": self.cell.predictions} | quantized)
+
+    def layers(self) -> list[dict]:
+        """What is known of each module: one record a method, seed and module or block."""
+        kinds, records = self.facts("ptq")["modules"], {}
+        for fit in self.fits:
+            label = self.label(fit["compensation"], fit["ptq"])
+            for module in fit["modules"]:
+                records[label, fit["seed"], module["module"]] = module | {"kind": kinds.get(module["module"], "block")}
+        for (method, engine, seed), measured in self.measured.items():
+            if seed != self.seeds[0]:
+                continue
+            for module, kind in self.facts(method)["modules"].items():
+                record = records.setdefault((self.label(method), seed, module), {"kind": kind})
+                if module in measured.mismatches:
+                    record[f"{engine}_steps"] = measured.mismatches[module].steps
+                    record[f"{engine}_fraction"] = measured.mismatches[module].fraction
+        model, precision = self.cfg["model"]["name"], self.cfg["precision"]["name"]
+        return [
+            record | {"model": model, "precision": precision, "method": method, "seed": seed, "module": module}
+            for (method, seed, module), record in records.items()
+        ]
+
+    def operations(self) -> dict:
+        """What plain PTQ's files run in integers and in float on each engine, and the modules left in float."""
+        first = self.seeds[0]
+        counts = {engine: self.measured["ptq", engine, first].operations for engine in self.cfg["evaluate"]["engines"]}
+        return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
+
+    def facts(self, method: str) -> dict:
+        """What stage `quantize` knows of a method's model at the first seed."""
+        return next(f for f in self.folded if (f["method"], f["seed"]) == (method, self.seeds[0]))
+
+    @cached_property
+    def folded(self) -> list[dict]:
+        """What stage `quantize` knows of every exported model."""
+        return read_json(self.cell.folder("quantize") / "folded.json")
+
+    @cached_property
+    def fits(self) -> list[dict]:
+        """What stage `quantize` knows of every fit."""
+        return read_json(self.cell.folder("quantize") / "fits.json")
+
+
+def by_metric(records: list[Figures]) -> dict[str, list[float]]:
+    """metric -> its values, one a seed that has it."""
+    return {metric: [record[metric] for record in records if metric in record] for metric in records[0]}

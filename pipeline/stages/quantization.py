@@ -1,0 +1,147 @@
+"""The quantized models of one cell: plain PTQ, every compensation of it, and the files that integer engines run."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.parallel import each
+from pipeline.common.resources import PeakMemory
+from pipeline.common.stage import Cell, ptq_methods
+from pipeline.tasks import open_task
+from qwt2 import Precision, compensate, fold, load_quantized, quantize, save_quantized
+from qwt2.capture.batch import Inputs, first
+from qwt2.capture.graph import GraphModel
+from qwt2.compensation.methods import COMPENSATIONS
+from qwt2.evaluation.costs import multiply_accumulates, stored_numbers
+from qwt2.evaluation.mismatch import Mismatch, fold_mismatch, record_modules
+from qwt2.io import save_arrays
+from qwt2.report.results import fit_record
+
+PTQ = "ptq"  # the method without compensation, in file names and records
+
+
+class Quantization:
+    """The work of stage `quantize`. Each step stores its models in the cell's folder, where the next one finds them."""
+
+    def __init__(self, cfg: Any, cell: Cell):
+        self.cfg, self.cell = cfg, cell
+        self.task = open_task(cfg, cell)
+        self.network = self.task.baseline()
+        self.captured = self.task.captured(self.network)
+        self.seeds, self.methods, self.workers = cfg["seeds"], ptq_methods(cfg), cfg["workers"]
+
+    def quantize(self) -> None:
+        """Plain PTQ, by every PTQ method and for every calibration seed, and what it predicts."""
+        runs = [(method, PTQ, seed) for method in self.methods for seed in self.seeds]
+        each("quantize", self._quantize_one, runs, self.workers, then=self._predict)
+
+    def compensate(self) -> list[dict[str, Any]]:
+        """Every compensation of each of these models, and what it predicts.
+
+        Returns:
+            One record per model: what was fitted, how long it took in seconds, and the memory that it took.
+        """
+        # Equally long pieces side by side: the last ones then end about together.
+        runs = [(ptq, name, seed) for name in self.cfg["compensation"] for ptq in self.methods for seed in self.seeds]
+        return each("compensate", self._compensate_one, runs, self.workers, then=self._predict)
+
+    def fold(self) -> list[dict[str, Any]]:
+        """Fold compensation away and export, for every method that engines run.
+
+        The first file of a structure takes seconds to export. The others are written into copies of it, which takes a
+        fraction of that.
+
+        Returns:
+            One record per method and seed: how far folding moved the modules, and what the model stores and computes.
+        """
+        methods = [PTQ, *(name for name in self.cfg["compensation"] if self._is_exportable(name))]
+        first_of_structure = self._one_of_each_structure(methods)
+        each("export", self._export_new, first_of_structure, self.workers)
+        for file, method in first_of_structure:
+            self.exporters[file].learn(self.cell.onnx(method, self.seeds[0], file))
+        self.exported = set(first_of_structure)
+        runs = [(method, seed) for method in methods for seed in self.seeds]
+        return each("fold", self._fold_one, runs, self.workers)
+
+    def _is_exportable(self, name: str) -> bool:
+        """Whether engines can run what a compensation makes; what they cannot run stays in simulation."""
+        options = dict(self.cfg["compensation"][name])
+        return COMPENSATIONS.get(options.pop("method"))(**options).exportable
+
+    def _quantize_one(self, run: tuple[str, str, int]) -> None:
+        ptq, _, seed = run
+        qmodel = quantize(
+            self.captured,
+            self.task.calibration(self.network, seed),
+            method=ptq,
+            precision=Precision(**{key: value for key, value in self.cfg["precision"].items() if key != "name"}),
+            target=self.cfg["ptq"]["target"] if ptq == self.cfg["ptq"]["method"] else "portable",
+            observer_images=self.cfg["calibration"]["observer_images"],
+            parts=self.task.quantized_parts(self.network),
+        )
+        save_quantized(qmodel, self.cell.quantized(*run))
+
+    def _compensate_one(self, run: tuple[str, str, int]) -> dict[str, Any]:
+        ptq, name, seed = run
+        options = dict(self.cfg["compensation"][name])
+        qmodel = self._quantized(ptq, PTQ, seed)
+        batches = list(self.task.calibration(self.network, seed))
+        with PeakMemory() as memory:
+            report = compensate(qmodel, batches, options.pop("method"), **options)
+        save_quantized(qmodel, self.cell.quantized(*run))
+        return {
+            "ptq": ptq, "compensation": name, "seed": seed, "seconds": report.seconds,
+            "peak_memory_mb": memory.megabytes, "modules": [fit_record(module) for module in report.modules],
+        }  # fmt: skip
+
+    def _predict(self, run: tuple[str, str, int]) -> None:
+        self.task.predict(self._quantized(*run), self.cell.quantized(*run))
+
+    def _quantized(self, ptq: str, method: str, seed: int) -> GraphModel:
+        return load_quantized(self.captured, self.cell.quantized(ptq, method, seed))
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What files are exported with, and modules compared on."""
+        return self.task.mismatch_inputs(self.network)
+
+    @cached_property
+    def exporters(self) -> dict[str, Any]:
+        return self.task.exporters(self.captured, self.inputs)
+
+    def _one_of_each_structure(self, methods: list[str]) -> list[tuple[str, str]]:
+        """(file, method) of the files of the first seed that differ in more than stored numbers."""
+        chosen: dict[tuple[str, str], str] = {}
+        for method in methods:
+            folded = fold(self._quantized(self.cfg["ptq"]["method"], method, self.seeds[0]))
+            for file, exporter in self.exporters.items():
+                chosen.setdefault((file, exporter.structure(folded)), method)
+        return [(file, method) for (file, _), method in chosen.items()]
+
+    def _export_new(self, run: tuple[str, str]) -> None:
+        file, method = run
+        folded = fold(self._quantized(self.cfg["ptq"]["method"], method, self.seeds[0]))
+        self.exporters[file].export(folded, self.cell.onnx(method, self.seeds[0], file))
+
+    def _fold_one(self, run: tuple[str, int]) -> dict[str, Any]:
+        method, seed = run
+        qmodel = self._quantized(self.cfg["ptq"]["method"], method, seed)
+        folded = fold(qmodel)
+        for file, exporter in self.exporters.items():
+            if seed != self.seeds[0] or (file, method) not in self.exported:
+                exporter.export(folded, self.cell.onnx(method, seed, file))
+        if seed == self.seeds[0]:
+            self._record(folded, method)
+        worst = Mismatch.worst(list(fold_mismatch(qmodel, folded, self.inputs).values()))
+        return {
+            "method": method, "seed": seed, "fold_mismatch": vars(worst), "stored_numbers": stored_numbers(folded),
+            "multiply_accumulates": multiply_accumulates(folded, first(self.inputs, 1)),
+            "modules": qmodel.quantization.modules, "float_modules": qmodel.quantization.float_modules,
+        }  # fmt: skip
+
+    def _record(self, folded: GraphModel, method: str) -> None:
+        """Store what every module of a file computes, for the engines to be compared with."""
+        records = record_modules(folded, self.inputs)
+        for file, exporter in self.exporters.items():
+            path: Path = self.cell.onnx(method, self.seeds[0], file).with_suffix(".records.safetensors")
+            save_arrays(path, {name: array for name, array in records.items() if exporter.holds(name)})

@@ -1,0 +1,19 @@
+"""Stage `quantize`: quantize one model at one precision, compensate it in every way, fold, and export for engines."""
+
+from typing import Any
+
+from pipeline.common.stage import Cell, run_stage
+
+
+def main(cfg: Any, cell: Cell) -> None:
+    from pipeline.stages.quantization import Quantization
+    from qwt2.io import write_json
+
+    quantization = Quantization(cfg, cell)
+    quantization.quantize()
+    write_json(cell.folder("quantize") / "fits.json", quantization.compensate())
+    write_json(cell.folder("quantize") / "folded.json", quantization.fold())
+
+
+if __name__ == "__main__":
+    run_stage("quantize", main)

@@ -1,0 +1,142 @@
+"""Stage `report`: gather the evaluated cells into results/summary.csv and results/report.html."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.folders import OUT, RESULTS
+from pipeline.common.stage import Cell, run_stage
+from qwt2.errors import Qwt2Error
+from qwt2.io import read_json, write_json, write_text
+from qwt2.report.detection import Line, lines
+from qwt2.report.metrics import ACCURACY, HEADLINE, METRICS
+from qwt2.report.page import Conditions, render, vega_bundle
+from qwt2.report.results import Layer, Results, Row, read_layers, read_rows, write_rows
+
+
+def main(config: Mapping[str, Any], _cell: Cell) -> None:
+    report(config, OUT, RESULTS)
+
+
+def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
+    """Write ``summary.csv`` and ``report.html`` into `results` from the outputs under `out`; and what DVC compares.
+
+    Only the grid's cells are read: what an earlier, larger grid left behind is no result of this one.
+    The page is made before either file is written, so that they always belong together.
+    """
+    models, precisions = config["grid"]["model"], config["grid"]["precision"]
+    cells = [(model, precision) for model in models for precision in precisions]
+    rows = collect(out, {model: config["models"][model] for model in models}, cells)
+    layers = [layer for model, precision in cells for layer in cell_layers(out, model, precision)]
+    operations = {cell: read_json(_cell_folder(out, *cell) / "operations.json") for cell in cells}
+    results_table = Results(rows)
+    page = render(results_table, layers, _conditions(config, out, cells), operations, _pictures(out, results_table))
+    write_rows(results / "summary.csv", rows)
+    write_text(results / "report.html", page)
+    write_json(results / "metrics.json", accuracies(rows))
+    for task, metric in HEADLINE.items():
+        write_text(results / f"{metric}.csv", accuracy_table([row for row in rows if row.task == task], metric))
+    write_text(out / "plots" / "vega.js", vega_bundle())
+
+
+def accuracies(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Simulated accuracy by model, precision and method: few enough figures for `dvc metrics diff` and `dvc exp show`."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in sorted(rows, key=lambda row: row.key):
+        if (row.engine, row.metric) == ("torch", HEADLINE[row.task]):
+            found.setdefault(row.model, {}).setdefault(row.precision, {})[row.method] = round(row.value, 4)
+    return found
+
+
+def accuracy_table(rows: Iterable[Row], metric: str) -> str:
+    """The same as CSV, for `dvc plots diff`: the models of one task, in its own metric."""
+    lines = [
+        f"{model} {precision} {method},{value}"
+        for model, precisions in accuracies(rows).items()
+        for precision, methods in precisions.items()
+        for method, value in methods.items()
+    ]
+    return "\n".join([f"cell,{metric}", *lines]) + "\n"
+
+
+def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[tuple[str, str]]) -> list[Row]:
+    """The figures of the baselines and of exactly these (model, precision) cells.
+
+    `models` holds the ``task`` and ``dataset`` of every model.
+    """
+    rows = [row for model, facts in models.items() for row in baseline_rows(out, model, facts["task"], facts["dataset"])]
+    return rows + [
+        row for model, precision in cells for row in cell_rows(out, model, precision, models[model]["dataset"])
+    ]
+
+
+def baseline_rows(out: Path, model: str, task: str, dataset: str) -> list[Row]:
+    """Accuracy of the fp32 network, from ``baseline/<model>/metrics.json``."""
+    path = out / "baseline" / model / "metrics.json"
+    metrics = read_json(path)
+    missing = set(ACCURACY[task]) - set(metrics)
+    if missing:
+        raise Qwt2Error(f"{path} has no {' and no '.join(sorted(missing))}; run `dvc repro -f baseline@{model}`.")
+    return [
+        Row(task, dataset, model, "fp32", "fp32", "torch", name, metrics[name], None, METRICS[name].unit, 1)
+        for name in metrics if name in METRICS
+    ]
+
+
+def cell_rows(out: Path, model: str, precision: str, dataset: str) -> list[Row]:
+    """The figures of one cell, from ``evaluate/<cell>/rows.csv``; Qwt2Error if they are of anything else."""
+    path = _cell_folder(out, model, precision) / "rows.csv"
+    rows = read_rows(path)
+    for row in rows:
+        _check_cell(path, (row.model, row.precision, row.dataset), (model, precision, dataset))
+    return rows
+
+
+def cell_layers(out: Path, model: str, precision: str) -> list[Layer]:
+    """The per-module record of one cell, from ``evaluate/<cell>/layers.csv``."""
+    path = _cell_folder(out, model, precision) / "layers.csv"
+    layers = read_layers(path)
+    for layer in layers:
+        _check_cell(path, (layer.model, layer.precision), (model, precision))
+    return layers
+
+
+def _pictures(out: Path, results: Results) -> dict[str, bytes]:
+    """Of every detector, what it finds at the precision where plain PTQ loses most."""
+    worst: dict[str, Line] = {}
+    for line in lines(results.of_task("detection")):
+        worst[line.model] = max(worst.get(line.model, line), line, key=lambda one: one.loss)
+    return {
+        f"{line.model}-{line.precision}": (_cell_folder(out, line.model, line.precision) / "pictures.png").read_bytes()
+        for line in worst.values()
+    }
+
+
+def _check_cell(path: Path, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    if found != expected:
+        raise Qwt2Error(f"{path} has a row of {', '.join(found)}, but belongs to {', '.join(expected)}; run its stage.")
+
+
+def _conditions(config: Mapping[str, Any], out: Path, cells: Iterable[tuple[str, str]]) -> Conditions:
+    models = [config["models"][model] for model in config["grid"]["model"]]
+    used = dict.fromkeys(model["dataset"] for model in models)
+    machines = []
+    for cell in cells:
+        machine = read_json(_cell_folder(out, *cell) / "machine.json")
+        if machine not in machines:
+            machines.append(machine)
+    return Conditions(
+        datasets={name: config["datasets"][name]["val_images"] for name in used},
+        calibration_images=sorted({model["calibration_images"] for model in models}),
+        latency=config["evaluate"]["latency"],
+        latency_repeats=sorted({model["latency_repeats"] for model in models}),
+        machines=machines,
+    )
+
+
+def _cell_folder(out: Path, model: str, precision: str) -> Path:
+    return out / "evaluate" / f"{model}-{precision}"
+
+
+if __name__ == "__main__":
+    run_stage("report", main)

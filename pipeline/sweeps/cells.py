@@ -1,0 +1,203 @@
+"""Cells outside the grid: each goes through the whole chain in one process, and only once.
+
+out/cells/<id>/      config.yaml, evaluate/, log.txt and, written last, cell.json (all that comparisons need);
+                     `id` is a hash of the configuration
+out/cells/shared/    datasets and baselines that DVC has not built; outputs.json, written last, has their hashes
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from pipeline.build import code_hashes, dvcfiles
+from pipeline.build.compose import checked, select
+from pipeline.common.folders import CELLS, LOCKS, OUT, OUTPUTS, SHARED, read_record
+from pipeline.common.logs import LOG, log_to
+from pipeline.common.stage import Cell, config_path, declared, locked, set_threads
+from pipeline.stages.baseline import main as make_baseline
+from pipeline.stages.data import main as make_data
+from pipeline.stages.evaluate import main as evaluate
+from pipeline.stages.quantize import main as quantize
+from pipeline.tasks import task_of
+from qwt2.errors import Qwt2Error
+from qwt2.io import read_json, write_json, write_text
+from qwt2.report.metrics import HEADLINE
+from qwt2.report.results import Row, read_rows
+
+CHAIN = {"quantize": quantize, "evaluate": evaluate}
+# Keys of conf/cell.yaml that say how a cell is run and filed, not what it is.
+_FILING = ("seed", "sweep", "keep_models", "objective", "experiment")
+
+
+def cell_config(composed: DictConfig) -> dict[str, Any]:
+    """conf/cell.yaml as a cell's configuration: its one compensation stands under the method's name, or is absent."""
+    cfg = OmegaConf.create(OmegaConf.to_container(composed))
+    compensation = OmegaConf.to_container(cfg.compensation)
+    method = compensation.get("method")
+    if not isinstance(method, str):
+        raise Qwt2Error(f"compensation.method is {method!r}; choose the compensation by compensation=cwac, qwt or none")
+    with open_dict(cfg):
+        cfg.seeds = [cfg.seed]
+        for key in _FILING:
+            cfg.pop(key, None)
+        cfg.compensation = {} if method == "none" else {method: compensation}
+    return checked(cfg)
+
+
+def cell_id(cfg: dict[str, Any]) -> str:
+    """Of everything that can change a cell's results, code apart; the number of workers cannot."""
+    settings = cfg | {"workers": 0}
+    return _digest(*(select(settings, stage) for stage in ("data", "baseline", *CHAIN)))
+
+
+def cell_folder(cfg: dict[str, Any]) -> Path:
+    return CELLS / cell_id(cfg)
+
+
+def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
+    """Take a cell through the chain, unless it is finished; its record, as stored in ``cell.json``.
+
+    A cell counts as finished while neither the code that its stages run nor its baseline has changed. The
+    record of one that fails has status "failed" and an `error` of one sentence; the traceback is in ``log.txt``.
+    """
+    set_threads(cfg["threads"])
+    folder = cell_folder(cfg)
+    with locked(LOCKS / folder.name):
+        data, baseline = data_folder(cfg), baseline_folder(cfg)
+        weights = hashlib.sha256((baseline / "model.safetensors").read_bytes()).hexdigest()
+        made_from = {"code": code_hashes.fingerprint(("data", "baseline", *CHAIN)), "baseline": weights}
+        record = read_record(folder)
+        if record and _is_finished(record, made_from, keep_models):
+            return record | {"status": "skipped"}
+        shutil.rmtree(folder, ignore_errors=True)
+        write_text(folder / "config.yaml", yaml.safe_dump(cfg, sort_keys=True))
+        started = time.perf_counter()
+        with log_to(folder / "log.txt"):
+            outcome = _attempt(cfg, Cell("", data, baseline, folder), keep_models)
+        facts = {"id": folder.name, "made_from": made_from, "seconds": time.perf_counter() - started, "config": cfg}
+        record = facts | {"fp32": read_json(baseline / "metrics.json"), "models_kept": keep_models} | outcome
+        write_json(folder / "cell.json", record)
+    return record
+
+
+def _is_finished(record: dict[str, Any], made_from: dict[str, str], keep_models: bool) -> bool:
+    same = record["status"] == "finished" and record["made_from"] == made_from
+    return same and record["models_kept"] >= keep_models
+
+
+def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, Any]:
+    try:
+        for stage, run in CHAIN.items():
+            LOG.info("stage %s", stage)
+            run(declared(select(cfg, stage)), cell)
+        rows = read_rows(cell.folder("evaluate") / "rows.csv")
+        results = {"method": own_method(rows), "figures": by_method(rows)}
+        results |= {"artifacts": _hashes(cell.out, "quantize"), "outputs": _hashes(cell.out, "evaluate")}
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other cells of the sweep go on
+        LOG.debug("failed", exc_info=error)
+        _remove(cell, CHAIN)
+        return {"status": "failed", "error": sentence(error)}
+    if not keep_models:
+        _remove(cell, ["quantize"])
+    return {"status": "finished"} | results
+
+
+def own_method(rows: Iterable[Row]) -> str:
+    """The method a cell is about: its compensated one where it has one, else plain PTQ."""
+    return max((row.method for row in rows), key=lambda method: ("+" in method, method))
+
+
+def by_method(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """method -> ``<engine>/<metric>`` -> value."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row.method, {})[f"{row.engine}/{row.metric}"] = row.value
+    return found
+
+
+def sentence(error: Exception) -> str:
+    """What is shown of an error; a defect's class is named, as its words alone may mean nothing."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return text if isinstance(error, Qwt2Error) else f"{type(error).__name__}: {text} (traceback in the cell's log.txt)"
+
+
+def figures(record: dict[str, Any]) -> dict[str, float]:
+    """The figures by which cells are compared; percentages, dB and ratios to plain PTQ."""
+    own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
+    headline = HEADLINE[task_of(record["config"]["model"])]
+    found = {f"fp32_{headline}": record["fp32"][headline], f"ptq_{headline}": ptq[f"torch/{headline}"]}
+    measured = {headline: headline, "segm_ap": "segm_ap", "agreement": "agreement", "sqnr_db": "logits_sqnr_db"}
+    found |= {name: own[f"torch/{metric}"] for name, metric in measured.items() if f"torch/{metric}" in own}
+    for engine in sorted({name.partition("/")[0] for name in own} - {"torch"}):
+        found[f"{engine}_{headline}"] = own[f"{engine}/{headline}"]
+        found[f"{engine}_latency_ratio"] = own[f"{engine}/latency_ratio_to_ptq"]
+    return found
+
+
+def _hashes(root: Path, *folders: str) -> dict[str, dict[str, Any]]:
+    files = sorted(path for folder in folders for path in (root / folder).rglob("*") if path.is_file())
+    return {
+        path.relative_to(root).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in files
+    }
+
+
+def _remove(cell: Cell, stages: Iterable[str]) -> None:
+    for stage in stages:
+        shutil.rmtree(cell.folder(stage), ignore_errors=True)
+
+
+def data_folder(cfg: dict[str, Any]) -> Path:
+    """Where the cell's dataset lies: with DVC if it built this one, else prepared now, once for all cells."""
+    stored = _made_with("data", config_path("data"))
+    if cfg["datasets"].items() <= stored.get("datasets", {}).items() and _is_whole("data", "data"):
+        return OUT / "data"
+    return _shared("data", make_data, cfg, Cell("", Path(), Path()))
+
+
+def baseline_folder(cfg: dict[str, Any]) -> Path:
+    """Where the cell's full-precision model lies: with DVC if it built this one, else made now, once for all cells."""
+    model = cfg["model"]["name"]
+    config = yaml.safe_load(select(cfg, "baseline"))
+    if _made_with(f"baseline@{model}", config_path("baseline", model)) == config and _is_whole(
+        f"baseline@{model}", f"baseline/{model}"
+    ):
+        return OUT / "baseline" / model
+    return _shared("baseline", make_baseline, cfg, Cell("", data_folder(cfg), Path()))
+
+
+def _made_with(stage: str, path: Path) -> dict[str, Any]:
+    """The configuration that a stage of DVC last ran with; empty if it never ran."""
+    return dvcfiles.locked_stages().get(stage, {}).get("params", {}).get(path.as_posix(), {})
+
+
+def _is_whole(stage: str, out: str) -> bool:
+    """Whether what a stage of DVC made lies there as it left it."""
+    return dvcfiles.md5(OUT / out) == dvcfiles.locked_stages()[stage]["outs"][0]["md5"]
+
+
+def _shared(stage: str, make: Callable[[Any, Cell], None], cfg: dict[str, Any], cell: Cell) -> Path:
+    config = select(cfg, stage)
+    folder = SHARED / f"{stage}-{_digest(config, code_hashes.fingerprint([stage]))}"
+    with locked(LOCKS / folder.name):
+        if not (folder / OUTPUTS).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            with log_to(SHARED / f"{folder.name}.log"):
+                make(declared(config), replace(cell, **{stage: folder}))
+            write_text(folder / "config.yaml", config)
+            write_json(folder / OUTPUTS, _hashes(folder, "."))
+    return folder
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

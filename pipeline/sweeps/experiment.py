@@ -1,0 +1,91 @@
+"""Command: one cell, or a sweep of cells (`-m`), through the whole chain; see conf/cell.yaml and conf/experiment/.
+
+    python -m pipeline.sweeps.experiment -m model=vit_micro,swin_micro precision=w3a3,w4a4 compensation=qwt,cwac seed=0,1,2
+
+What DVC built is reused, finished cells are skipped, and a cell that fails leaves the others alone.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from concurrent.futures import BrokenExecutor
+
+import hydra
+import yaml
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.build.compose import CONF, one_sentence
+from pipeline.build.dvcfiles import stages
+from pipeline.common.logs import VERBOSE
+from pipeline.sweeps.sweep import SWEEPS, jobs, only_runner, progress, run_job, sweep_name, write_table
+from qwt2.errors import Qwt2Error, guarded
+
+
+def main(arguments: list[str]) -> None:
+    """Run what the arguments ask for, print the table, and end with code 1 if a cell failed.
+
+    Raises Qwt2Error for what cannot be composed; nothing has run then.
+    """
+    if {"-v", "--verbose"} & set(arguments):
+        os.environ[VERBOSE] = "1"
+    arguments = [argument for argument in arguments if argument not in ("-v", "--verbose")]
+    if any(argument in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") for argument in arguments):
+        return _hydra([*arguments, "sweep=shown"])
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    stages()  # refuses to run anywhere but in the repository
+    name = _name(overrides)
+    with only_runner(name), progress(name):
+        rest = [argument for argument in arguments if not argument.startswith("sweep=")]
+        _hydra([*rest, f"sweep='{name}'"])  # quoted: a name may look like a number
+    records = jobs(name)
+    if records and all(record["cell"] is None for record in records):  # refused before anything ran
+        raise Qwt2Error(records[0]["error"])
+    print(write_table(name))
+    counts = Counter(record["status"] for record in records)
+    print(f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; table: {SWEEPS / name}/table.csv")
+    if counts["failed"]:
+        raise SystemExit(1)
+
+
+def _name(overrides: list[str]) -> str:
+    given = [text.partition("=")[2] for text in overrides if text.startswith("sweep=")]
+    if not given:
+        return sweep_name(overrides)
+    if not re.fullmatch(r"\w[\w.-]*", given[-1]):
+        raise Qwt2Error(f"sweep is {given[-1]!r}; use letters, digits, '_', '-' and '.' for a folder's name")
+    return given[-1]
+
+
+def _hydra(arguments: list[str]) -> None:
+    """Hydra's own command line, with its errors as ours."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing advice over many lines
+    OmegaConf.register_new_resolver("cores_per", processes, replace=True)
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="cell")(run_job)()
+    except BrokenExecutor as error:  # of the launcher that runs cells in processes
+        raise Qwt2Error("a process that ran cells was killed (out of memory?); run again, finished cells are kept") from error
+    except RuntimeError as error:
+        if "Unknown plugin class" not in str(error):
+            raise
+        raise Qwt2Error("the launcher is not installed; see its file in conf/hydra/launcher for the package") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        overrides = [argument for argument in arguments if not argument.startswith(("-", "sweep="))]
+        raise Qwt2Error(one_sentence(error, overrides)) from error
+    except ValueError as error:  # what Hydra says to a group that is given no name
+        if "Config group override" not in str(error):
+            raise
+        group = next((text.partition("=")[0] for text in arguments if text.endswith("=null")), "a group")
+        raise Qwt2Error(f"'{group}' is a group of configurations: give the name of one, or set its keys one by one") from error
+
+
+def processes(threads: int) -> int:
+    """How many processes of so many threads this machine's cores carry."""
+    return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))

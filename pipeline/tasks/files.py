@@ -1,0 +1,40 @@
+"""The files that an exported model consists of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwt2.capture.batch import Inputs
+    from qwt2.capture.graph import GraphModel
+
+
+class FileExporter:
+    """Writes files of whole networks.
+
+    Args:
+        example_input: one input batch.
+    """
+
+    def __init__(self, example_input: Inputs):
+        from qwt2.onnx.export import Exporter
+
+        self.exporter = Exporter(example_input)
+
+    def export(self, folded: GraphModel, path: Path) -> Path:
+        return self.exporter.export(folded, path)
+
+    def learn(self, path: Path) -> None:
+        """Write files of its structure into copies of a file that another process exported."""
+        self.exporter.learn(path)
+
+    def structure(self, folded: GraphModel) -> str:
+        """The same for networks whose files differ in stored numbers only."""
+        from qwt2.onnx.export import structure
+
+        return structure(folded)
+
+    def holds(self, module: str) -> bool:
+        """Whether the file holds a module of the network."""
+        return True

@@ -1,0 +1,122 @@
+"""Every metric: its unit, and how it is shown. A new one is one entry here and its computation in a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """What is known of a metric, whatever its value.
+
+    Attributes:
+        unit: the only one that the results have it in.
+        heading: of its column.
+        explanation: what it is, in half a sentence.
+        shown: its value for reading.
+        hidden: where its column is hidden until asked for: "", "simulation", "engines" or "everywhere".
+        simulated: heading and explanation of what the simulation says in place of an engine, if that is something else.
+    """
+
+    unit: str
+    heading: str
+    explanation: str
+    shown: Callable[[float], str]
+    hidden: str = ""
+    simulated: tuple[str, str] | None = None
+
+    def texts(self, simulation: bool) -> tuple[str, str]:
+        """Return heading and explanation of the column of the simulation, or of an engine."""
+        return self.simulated if simulation and self.simulated else (self.heading, self.explanation)
+
+    def is_secondary(self, simulation: bool) -> bool:
+        """Whether the column of the simulation, or of an engine, is hidden until asked for."""
+        return self.hidden in ("everywhere", "simulation" if simulation else "engines")
+
+
+def signed(value: float) -> str:
+    """Return two decimals and the sign."""
+    return f"{round(value, 2) + 0.0:+.2f}"  # + 0.0: no negative zero
+
+
+def _significant(value: float) -> str:
+    """Three significant digits in plain decimals; whole numbers from 100 up."""
+    return f"{value:#.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _compact(value: float) -> str:
+    """A count in three digits: 640, 55.9 k, 3.58 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+_PERCENT = "{:.2f}".format
+
+# In reading order.
+METRICS: dict[str, Metric] = {
+    "top1": Metric("percent", "top-1 %", "share of validation images classified correctly", _PERCENT),
+    "top5": Metric(
+        "percent", "top-5 %", "share of validation images whose class is among the five best", _PERCENT, "everywhere"
+    ),
+    "bbox_ap": Metric("percent", "box AP", "COCO average precision of boxes", _PERCENT),
+    "bbox_ap50": Metric(
+        "percent", "box AP50", "average precision of boxes at an overlap of one half", _PERCENT, "everywhere"
+    ),
+    "segm_ap": Metric("percent", "mask AP", "COCO average precision of masks", _PERCENT),
+    "agreement": Metric(
+        "percent",
+        "agree %",
+        "share of validation images on which the network and its fp32 original agree",
+        _PERCENT,
+        "engines",
+    ),
+    "logits_sqnr_db": Metric(
+        "dB", "SQNR dB", "signal to quantization noise ratio of the logits, against fp32", "{:.1f}".format, "engines"
+    ),
+    "engine_top1_delta": Metric("points", "Δ sim", "top-1 of the engine minus top-1 of the simulation, points", signed),
+    "engine_bbox_ap_delta": Metric(
+        "points", "Δ sim", "box AP of the engine minus box AP of the simulation, points", signed
+    ),
+    "engine_segm_ap_delta": Metric(
+        "points", "Δ sim mask", "mask AP of the engine minus mask AP of the simulation, points", signed, "everywhere"
+    ),
+    "engine_mismatch_steps": Metric(
+        "steps",
+        "steps",
+        "largest difference from the simulation, in output quantization steps",
+        "{:.3g}".format,
+        "simulation",
+        ("fold steps", "largest difference of a folded module from the unfolded, in output steps"),
+    ),
+    "engine_mismatch_fraction": Metric(
+        "ratio",
+        "differs",
+        "share of output elements that differ from the simulation",
+        "{:.2g}".format,
+        "everywhere",
+        ("fold differs", "share of a folded module's outputs that differ from the unfolded"),
+    ),
+    "latency_ms": Metric("ms", "ms", "latency of one batch, median", _significant),
+    "latency_ratio_to_ptq": Metric(
+        "ratio", "× PTQ", "latency relative to plain PTQ, measured interleaved", "{:.3f}".format
+    ),
+    "latency_cpu_ms": Metric("ms", "CPU ms", "processor time of one batch, median", _significant, "everywhere"),
+    "file_bytes": Metric(
+        "bytes",
+        "file kB",
+        "size of the ONNX file that all engines run, in 1000 bytes",
+        lambda value: f"{value / 1000:,.1f}",
+    ),
+    "extra_params": Metric("count", "+ params", "parameters the compensation adds to the deployed network", _compact),
+    "extra_macs": Metric("count", "+ MACs", "multiply-accumulates the compensation adds for one image", _compact),
+    "compensate_seconds": Metric("s", "fit s", "time to fit the compensation", "{:.1f}".format),
+    "peak_memory_mb": Metric(
+        "MB", "peak MB", "peak memory while fitting the compensation", "{:,.0f}".format, "everywhere"
+    ),
+}
+
+# By the task, what a baseline must have; the first stands for the task where there is room for one figure.
+ACCURACY = {"classification": ("top1", "top5"), "detection": ("bbox_ap", "bbox_ap50")}
+HEADLINE = {task: names[0] for task, names in ACCURACY.items()}
