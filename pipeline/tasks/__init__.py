@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qwt2.capture.graph import GraphModel
     from qwt2.engines import Engine
 
-TASKS: Registry[type[Task]] = Registry("task", __name__)
+TASKS: Registry[type[Task]] = Registry("task", __name__, "qwt2.tasks")
 Figures = dict[str, float]  # metric -> value
 # Keys of a model's configuration that say where its weights come from; all others build the network.
 WEIGHTS = ("pretrained", "checkpoint", "train")

@@ -18,7 +18,7 @@ from qwt2.registry import Registry
 
 __all__ = ["DATASETS", "Dataset", "open_dataset", "write_dataset"]
 
-DATASETS: Registry[Any] = Registry("dataset", __name__)
+DATASETS: Registry[Any] = Registry("dataset", __name__, "qwt2.datasets")
 
 
 def write_dataset(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:

@@ -1,7 +1,6 @@
 """Detectors by configuration: operators, building, weights, and the full-size ones on small images."""
 
 import contextlib
-import importlib.util
 import logging
 import subprocess
 import sys

@@ -15,8 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from pipeline.build import code_hashes
-from pipeline.build import dvcfiles
+from pipeline.build import code_hashes, dvcfiles
 from pipeline.common import stage
 from pipeline.stages.resolve import resolve
 from pipeline.sweeps import cells, experiment
