@@ -87,19 +87,100 @@ def allocate(
             with every module in float.
     """
     goals = {"weight_bytes": weight_bytes, "bit_operations": bit_operations, "sqnr_db": sqnr_db, "agreement": agreement}
-    given = [name for name, value in goals.items() if value is not None]
+    given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
         raise Qwt2Error(f"allocate: {len(given)} goals are given; give exactly one of {', '.join(goals)}")
     # The first and the last layer take part like all others.
     precision, high = replace(precision, first_last_bits=None), replace(high, first_last_bits=None)
     batches = list(model_inputs(model, calibration))
     captured = capture(model, batches[0])
-    run = {"method": method, "target": target}
-    low_costs = sensitivity(captured, batches, precision=precision, **run)
-    high_costs = {cost.module: cost for cost in sensitivity(captured, batches, precision=high, **run)}
-    if given[0] in ("weight_bytes", "bit_operations"):
-        return _under_budget(low_costs, high_costs, precision, high, given[0], goals[given[0]])
-    return _down_to_target(captured, batches, low_costs, high_costs, precision, high, run, given[0], goals[given[0]])
+    low_costs = sensitivity(captured, batches, method, precision, target)
+    high_costs = {cost.module: cost for cost in sensitivity(captured, batches, method, high, target)}
+    search = _Search(low_costs, high_costs, precision, high)
+    [(goal, wanted)] = given.items()
+    if goal in _MEASURES:
+        return search.down_to_target(captured, batches, method, target, goal, wanted)
+    return search.under_budget(goal, wanted)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Looks for an allocation.
+
+    Args:
+        low: what each module costs at ``precision``, the most expensive one first.
+        high: module -> what it costs at ``to``.
+        precision, to: bit widths to start from, and of what turns out to be expensive.
+    """
+
+    low: list[ModuleCost]
+    high: dict[str, ModuleCost]
+    precision: Precision
+    to: Precision
+
+    def under_budget(self, goal: str, budget: float) -> Allocation:
+        """Raise modules in the order of error taken away per byte or bit-operation, as long as the budget lasts."""
+        left = budget - sum(_price(cost, self.precision, goal) for cost in self.low)
+        if left < 0:
+            raise Qwt2Error(
+                f"allocate: {goal}={budget:.0f} is less than the {budget - left:.0f} of all modules at "
+                f"{_name(self.precision)}; raise it or lower precision"
+            )
+
+        def extra(cost: ModuleCost) -> float:
+            return _price(cost, self.to, goal) - _price(cost, self.precision, goal)
+
+        def gain(cost: ModuleCost) -> float:
+            return (cost.error - self.high[cost.module].error) / max(extra(cost), 1e-9)
+
+        chosen = []
+        for cost in sorted(self.low, key=gain, reverse=True):
+            if gain(cost) > 0 and extra(cost) <= left:
+                left -= extra(cost)
+                chosen.append(cost.module)
+        return self._allocation(chosen, [])
+
+    def down_to_target(
+        self, captured: GraphModel, batches: list[Inputs], method: str, target: str, goal: str, wanted: float
+    ) -> Allocation:
+        """Raise the most expensive modules, then leave them in float, until the quantized model reaches the target."""
+        images = joined(batches)
+        if image_count(images) < 2:
+            raise Qwt2Error("allocate: a target needs at least two calibration images to be measured on")
+        exact = outputs_of(captured, images)
+        by_low = [cost.module for cost in self.low]
+        by_high = sorted(by_low, key=lambda name: -self.high[name].error)
+
+        def attempt(moves: int) -> tuple[float, Allocation]:
+            found = self._allocation(by_low[:moves], by_high[: max(0, moves - len(by_low))])
+            qmodel = quantize(captured, batches, method, target=target, **found.settings)
+            reached = _MEASURES[goal](exact, outputs_of(qmodel, images))
+            return reached, replace(found, sqnr_db=reached) if goal == "sqnr_db" else replace(found, agreement=reached)
+
+        most = 2 * len(by_low) - 1  # one module has to be left to quantize
+        reached, found = _fewest_moves(attempt, wanted, most)
+        if reached < wanted:
+            raise Qwt2Error(
+                f"allocate: {goal} reaches {reached:.1f} with all but one module in float, not {wanted}; ask for less"
+            )
+        return found
+
+    def _allocation(self, raised: list[str], floats: list[str]) -> Allocation:
+        """Every module is named, so that the bits of first and last layers follow too."""
+        chosen: dict[str, Precision | None] = {cost.module: self.precision for cost in self.low}
+        chosen |= dict.fromkeys(raised, self.to) | dict.fromkeys(floats)
+        moves = [f"{name} to {_name(own)}" for name, own in chosen.items() if own is not self.precision]
+        bytes_, operations = (
+            round(sum(_price(cost, chosen[cost.module], goal) for cost in self.low))
+            for goal in ("weight_bytes", "bit_operations")
+        )
+        bits = {name: own for name, own in chosen.items() if own is not None}
+        excluded = tuple(name for name, own in chosen.items() if own is None)
+        return Allocation(self.precision, bits, excluded, tuple(moves), bytes_, operations)
+
+
+def _name(precision: Precision | None) -> str:
+    return "float" if precision is None else f"W{precision.weight_bits}A{precision.activation_bits}"
 
 
 def _price(cost: ModuleCost, precision: Precision | None, goal: str) -> float:
@@ -111,93 +192,22 @@ def _price(cost: ModuleCost, precision: Precision | None, goal: str) -> float:
     return cost.multiply_accumulates * left * activation_bits
 
 
-def _allocation(
-    costs: list[ModuleCost], precision: Precision, high: list[str], to: Precision, floats: list[str]
-) -> Allocation:
-    """With the first-named modules at ``to``, or in float; every module is named, so that first and last ones are too."""
-    chosen = {c.module: None if c.module in floats else to if c.module in high else precision for c in costs}
-    high = [name for name in high if name not in floats]
-    moves = [f"{name} to W{to.weight_bits}A{to.activation_bits}" for name in high] + [
-        f"{name} to float" for name in floats
-    ]
-    total = {goal: sum(_price(c, chosen[c.module], goal) for c in costs) for goal in ("weight_bytes", "bit_operations")}
-    return Allocation(
-        precision,
-        {name: own for name, own in chosen.items() if own is not None},
-        tuple(name for name, own in chosen.items() if own is None),
-        tuple(moves),
-        round(total["weight_bytes"]),
-        round(total["bit_operations"]),
-    )
-
-
-def _under_budget(
-    low: list[ModuleCost], high: dict[str, ModuleCost], precision: Precision, to: Precision, goal: str, budget: float
-) -> Allocation:
-    left = budget - sum(_price(cost, precision, goal) for cost in low)
-    if left < 0:
-        raise Qwt2Error(
-            f"allocate: {goal}={budget:.0f} is less than the {budget - left:.0f} of all modules at "
-            f"W{precision.weight_bits}A{precision.activation_bits}; raise it or lower precision"
-        )
-
-    def extra(cost: ModuleCost) -> float:
-        return _price(cost, to, goal) - _price(cost, precision, goal)
-
-    def gain(cost: ModuleCost) -> float:
-        return (cost.error - high[cost.module].error) / max(extra(cost), 1e-9)
-
-    chosen = []
-    for cost in sorted(low, key=gain, reverse=True):
-        if gain(cost) > 0 and extra(cost) <= left:
-            left -= extra(cost)
-            chosen.append(cost.module)
-    return _allocation(low, precision, chosen, to, [])
-
-
-def _down_to_target(
-    captured: GraphModel, batches: list[Inputs], low: list[ModuleCost], high: dict[str, ModuleCost],
-    precision: Precision, to: Precision, run: dict[str, str], goal: str, wanted: float,
-) -> Allocation:  # fmt: skip
-    images = joined(batches)
-    if image_count(images) < 2:
-        raise Qwt2Error("allocate: a target needs at least two calibration images to be measured on")
-    exact = outputs_of(captured, images)
-    by_low = [cost.module for cost in low]
-    by_high = sorted(by_low, key=lambda name: -high[name].error)
-
-    def attempt(moves: int) -> Allocation:
-        floats = by_high[: max(0, moves - len(by_low))]
-        found = _allocation(low, precision, by_low[:moves], to, floats)
-        qmodel = quantize(captured, batches, **run, **found.settings)
-        outputs = outputs_of(qmodel, images)
-        return replace(found, **{goal: _MEASURES[goal](exact, outputs)})
-
-    last = 2 * len(by_low) - 1  # one module has to be left to quantize
-    return _smallest(attempt, goal, wanted, last)
-
-
-def _smallest(attempt: Callable[[int], Allocation], goal: str, wanted: float, last: int) -> Allocation:
-    """The attempt of fewest moves that reaches the target, by doubling and then bisection."""
-    found = attempt(0)
-    if getattr(found, goal) >= wanted:
-        return found
-    failed, moves = 0, 1
-    while getattr(found := attempt(min(moves, last)), goal) < wanted:
-        if moves >= last:
-            raise Qwt2Error(
-                f"allocate: {goal} reaches {getattr(found, goal):.1f} with all but one module in float, not {wanted}; ask for less"
-            )
-        failed, moves = moves, 2 * moves
-    reached = min(moves, last)
-    while reached - failed > 1:
-        middle = (failed + reached) // 2
+def _fewest_moves(
+    attempt: Callable[[int], tuple[float, Allocation]], wanted: float, most: int
+) -> tuple[float, Allocation]:
+    """The attempt of fewest moves that reaches the target, by doubling, then bisection; of most moves if none does."""
+    failed, moves, best = -1, 0, attempt(0)
+    while best[0] < wanted and moves < most:
+        failed, moves = moves, min(max(1, 2 * moves), most)
+        best = attempt(moves)
+    while best[0] >= wanted and moves - failed > 1:
+        middle = (failed + moves) // 2
         other = attempt(middle)
-        if getattr(other, goal) >= wanted:
-            reached, found = middle, other
+        if other[0] >= wanted:
+            moves, best = middle, other
         else:
             failed = middle
-    return found
+    return best
 
 
 def _sqnr_db(exact: list[Any], found: list[Any]) -> float:

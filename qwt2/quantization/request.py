@@ -46,7 +46,8 @@ class Request:
                     known = list(dict.fromkeys(prefix for name in names for prefix in reversed(_prefixes(name))))
                     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
                     raise Qwt2Error(
-                        f"{argument}: {pattern!r} matches no module that can be quantized; near names are: {', '.join(near)}"
+                        f"{argument}: {pattern!r} matches no module that can be quantized; near names are: "
+                        f"{', '.join(near)}"
                     )
 
     def is_excluded(self, name: str) -> bool:

@@ -154,7 +154,7 @@ def _projected(calls: list[_Call], outputs: list[Tensor], images: int, generator
         )
         for (name, _, error), gradient in zip(calls, gradients):
             if gradient is not None:
-                # Any grouping of the products is unbiased, as the directions are independent; by image it is least noisy.
+                # Directions are independent, so that any grouping is unbiased; grouped by image it is least noisy.
                 groups = images if len(error) % images == 0 else 1
                 products = (gradient * error).reshape(groups, -1).double().sum(1)
                 errors[name] = errors.get(name, 0.0) + float(products.square().sum()) / PROJECTIONS
