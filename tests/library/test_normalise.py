@@ -22,6 +22,8 @@ from qwt2.capture.normalise import (
 from tests.support.graphs import Calling, assert_same, kinds, operations, pass_after_pass, raw
 from tests.support.tiny_models import BUILDERS, captured, dense, images, mlp, pyramid, randomize
 
+pytestmark = pytest.mark.slow
+
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -31,7 +33,6 @@ def parameter(*shape: int, seed: int = 1) -> nn.Parameter:
     return nn.Parameter(random(*shape, seed=seed), requires_grad=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("build", [*BUILDERS.values(), dense, pyramid, mlp])
 def test_whole_networks_keep_their_function_through_every_pass(build):
     pass_after_pass(build(), images(5))

@@ -19,6 +19,8 @@ from qwt2.onnx.templates import rewrite_onnx
 from tests.support import tiny_models as tiny
 from tests.support.onnx_graphs import after, stored, values_of
 
+pytestmark = pytest.mark.slow
+
 LARGEST = np.iinfo(np.int32).max
 
 

@@ -7,6 +7,8 @@ import qwt2
 from qwt2.engines.operations import Operation, count_operations
 from tests.support import tiny_models as tiny
 
+pytestmark = pytest.mark.slow
+
 PRODUCTS = {
     "onnxruntime": ("Conv", "Gemm", "MatMul"),
     "openvino": ("Convolution", "FullyConnected"),

@@ -15,6 +15,8 @@ from qwt2.errors import Qwt2Error
 from qwt2.onnx.file import load_onnx
 from tests.support import tiny_models as tiny
 
+pytestmark = pytest.mark.slow
+
 EXACT = settings(max_examples=60, deadline=None)
 TYPES = st.sampled_from([np.uint8, np.int8])
 

@@ -194,6 +194,7 @@ def test_every_layer_runs_once_in_each_network_where_what_is_alive_hardly_grows(
     assert set(runs(quantized(name), tiny.batches(8)).values()) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("growth", [0.0, 0.5])
 @pytest.mark.parametrize("method, options", METHODS)
 @pytest.mark.parametrize("name", DIFFERING)
@@ -289,6 +290,7 @@ def test_nothing_is_held_that_nothing_will_read(name, method, options, monkeypat
     assert needless == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("growth", [0.0, 2.0, float("inf")])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_never_more_is_held_than_a_pass_through_the_network_needs_at_its_peak(name, growth, monkeypatch):

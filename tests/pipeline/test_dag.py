@@ -72,6 +72,7 @@ def test_every_stage_has_a_hash_of_the_modules_that_it_runs():
     assert all(code_hashes.sources([stage]).items() <= trial.items() for stage in RUN)
 
 
+@pytest.mark.slow
 def test_what_the_files_of_a_stage_import_is_among_them():
     files = {stage: {*code_hashes.sources([stage]), *code_hashes.WIRING} for stage in code_hashes.MODULES}
     names = {stage: sorted(module(file) for file in found if file.endswith(".py")) for stage, found in files.items()}
