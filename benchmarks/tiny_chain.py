@@ -11,8 +11,16 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
-    *("conf", "pipeline", "qwt2", "dvc.yaml", "params.yaml", "requirements.lock"),
-    *(".dvc/config", ".dvc/plots.html", ".dvcignore", ".gitignore"),
+    "conf",
+    "pipeline",
+    "qwt2",
+    "dvc.yaml",
+    "params.yaml",
+    "requirements.lock",
+    ".dvc/config",
+    ".dvc/plots.html",
+    ".dvcignore",
+    ".gitignore",
 )
 
 NARROW = {"resnet_micro": {"channels": [8, 8, 16, 16]}, "vit_micro": {"embed_dim": 24, "depth": 2}}

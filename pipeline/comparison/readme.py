@@ -1,4 +1,4 @@
-"""Command: rewrite the tables of README.md and docs/results.md from results/summary.csv and results/benchmarks (`python -m pipeline.comparison.readme`)."""
+"""Command: rewrite the tables of README.md and docs/results.md from what is in results/ (`make readme`)."""
 
 import csv
 from pathlib import Path

@@ -190,7 +190,7 @@ class Evaluation:
     def write_pictures(self, path: Path) -> None:
         """What fp32, plain PTQ and each compensation predict, side by side."""
         headings = {"ptq": heading(""), **{name: heading(name) for name in self.compensations}}
-        quantized = {text: self.cell.quantized("default", name, self.seeds[0]) for name, text in headings.items()}
+        quantized = {text: self.cell.quantized(self.cfg["ptq"]["method"], name, self.seeds[0]) for name, text in headings.items()}
         self.task.write_pictures(path, {"fp32": self.cell.predictions} | quantized)
 
     def layers(self) -> list[dict]:

@@ -29,10 +29,11 @@ class Quantization:
         self.network = self.task.baseline()
         self.captured = self.task.captured(self.network)
         self.seeds, self.methods, self.workers = cfg["seeds"], ptq_methods(cfg), cfg["workers"]
+        self.deployed = cfg["ptq"]["method"]  # the PTQ method that engines run
 
     def quantize(self) -> None:
         """Plain PTQ, by every PTQ method and for every calibration seed, and what it predicts."""
-        runs = [(method, PTQ, seed) for method in self.methods for seed in self.seeds]
+        runs = [(ptq, PTQ, seed) for ptq in self.methods for seed in self.seeds]
         each("quantize", self._quantize_one, runs, self.workers, then=self._predict)
 
     def compensate(self) -> list[dict[str, Any]]:
@@ -69,13 +70,13 @@ class Quantization:
         return COMPENSATIONS.get(options.pop("method"))(**options).exportable
 
     def _quantize_one(self, run: tuple[str, str, int]) -> None:
-        ptq, _, seed = run
+        method, _, seed = run
         qmodel = quantize(
             self.captured,
             self.task.calibration(self.network, seed),
-            method=ptq,
+            method=method,
             precision=Precision(**{key: value for key, value in self.cfg["precision"].items() if key != "name"}),
-            target=self.cfg["ptq"]["target"] if ptq == self.cfg["ptq"]["method"] else "portable",
+            target=self.cfg["ptq"]["target"] if method == self.deployed else "portable",
             observer_images=self.cfg["calibration"]["observer_images"],
             parts=self.task.quantized_parts(self.network),
         )
@@ -113,19 +114,19 @@ class Quantization:
         """(file, method) of the files of the first seed that differ in more than stored numbers."""
         chosen: dict[tuple[str, str], str] = {}
         for method in methods:
-            folded = fold(self._quantized(self.cfg["ptq"]["method"], method, self.seeds[0]))
+            folded = fold(self._quantized(self.deployed, method, self.seeds[0]))
             for file, exporter in self.exporters.items():
                 chosen.setdefault((file, exporter.structure(folded)), method)
         return [(file, method) for (file, _), method in chosen.items()]
 
     def _export_new(self, run: tuple[str, str]) -> None:
         file, method = run
-        folded = fold(self._quantized(self.cfg["ptq"]["method"], method, self.seeds[0]))
+        folded = fold(self._quantized(self.deployed, method, self.seeds[0]))
         self.exporters[file].export(folded, self.cell.onnx(method, self.seeds[0], file))
 
     def _fold_one(self, run: tuple[str, int]) -> dict[str, Any]:
         method, seed = run
-        qmodel = self._quantized(self.cfg["ptq"]["method"], method, seed)
+        qmodel = self._quantized(self.deployed, method, seed)
         folded = fold(qmodel)
         for file, exporter in self.exporters.items():
             if seed != self.seeds[0] or (file, method) not in self.exported:

@@ -105,7 +105,7 @@ class Detection(Task):
         from qwt2.detection.parts import running_on, simulation_runs
 
         if isinstance(network, GraphModel):
-            sized = network.of_size(list(self.example(self.network).values()))
+            sized = network.of_size(network.tensors_of(self.example(self.network)))
             with running_on(self.network, simulation_runs(sized), self.largest_image) as detector:
                 found = self.measure(detector)
         else:
@@ -257,13 +257,13 @@ class PartExporter(FileExporter):
     def _part(self, folded: GraphModel) -> GraphModel:
         from qwt2.detection.parts import split
 
-        return split(folded.of_size(list(self.inputs.values())))[self.name]
+        return split(folded.of_size(folded.tensors_of(self.inputs)))[self.name]
 
 
 def part_exporters(captured: GraphModel, inputs: Inputs) -> dict[str, FileExporter]:
     """One for every part of a captured detector, by its name."""
     from qwt2.detection.parts import DENSE, part_inputs
 
-    examples = part_inputs(captured.of_size(list(inputs.values())), inputs)
+    examples = part_inputs(captured.of_size(captured.tensors_of(inputs)), inputs)
     heads = [name for name in examples if name != DENSE]
     return {name: PartExporter(name, inputs, example, heads) for name, example in examples.items()}

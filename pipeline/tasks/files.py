@@ -18,7 +18,7 @@ class FileExporter:
     """
 
     def __init__(self, example_input: Inputs):
-        from qwt2.onnx.export import Exporter
+        from qwt2.onnx.templates import Exporter
 
         self.exporter = Exporter(example_input)
 
@@ -31,7 +31,7 @@ class FileExporter:
 
     def structure(self, folded: GraphModel) -> str:
         """The same for networks whose files differ in stored numbers only."""
-        from qwt2.onnx.export import structure
+        from qwt2.onnx.metadata import structure
 
         return structure(folded)
 

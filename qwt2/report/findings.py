@@ -94,7 +94,8 @@ def model_sentence(results: Results, model: str) -> str:
         f"{worst.ptq.value:.1f} with {worst.ptq.method}",
         *(
             f"{item.compensated.value:.1f} with {label(name)}"
-            for name in results.compensations if name not in ("", SUBJECT)
+            for name in results.compensations
+            if name not in ("", SUBJECT)
             for item in _same_cell(results, worst, name)
         ),
         f"{worst.compensated.value:.1f} with {label(SUBJECT)}",
@@ -204,13 +205,16 @@ def _some_precision(results: Results, statement: str, meets: Callable[[Compariso
 def _gain_sentence(compared: list[Comparison]) -> str:
     hard = [item for item in compared if item.is_hard]
     if not hard:
-        return f"Plain PTQ loses {HARD_LOSS:.0f} points of top-1 nowhere, so there is little for {label(SUBJECT)} to recover."
+        return (
+            f"Plain PTQ loses {HARD_LOSS:.0f} points of top-1 nowhere, "
+            f"so there is little for {label(SUBJECT)} to recover."
+        )
     gained = [item for item in hard if item.gain > 0]
     mean = sum(item.gain for item in hard) / len(hard)
     best = max(hard, key=lambda item: item.gain)
     return (
-        f"{label(SUBJECT)} raises top-1 in {len(gained)} of the {len(hard)} cells where plain PTQ loses {HARD_LOSS:.0f} points or "
-        f"more, by {mean:.1f} points on average; most on {_cell(best)}: {_top1_change(best)}."
+        f"{label(SUBJECT)} raises top-1 in {len(gained)} of the {len(hard)} cells where plain PTQ loses "
+        f"{HARD_LOSS:.0f} points or more, by {mean:.1f} points on average; most on {_cell(best)}: {_top1_change(best)}."
     )
 
 

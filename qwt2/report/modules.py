@@ -159,7 +159,10 @@ def _sqnr() -> alt.LayerChart:
 
 def _quantiles(name: str, title: str, reference: float) -> alt.LayerChart:
     fields = {suffix: f"{name}_{suffix}" for suffix in QUANTILES}
-    tooltip = [alt.Tooltip("module:N"), *(alt.Tooltip(f"{f}:Q", title=f"{name} {s}", format=".4~g") for s, f in fields.items())]
+    tooltip = [
+        alt.Tooltip("module:N"),
+        *(alt.Tooltip(f"{f}:Q", title=f"{name} {s}", format=".4~g") for s, f in fields.items()),
+    ]
     colour = compensations.colour(compensations.SUBJECT)
     x = alt.X(f"{fields['p05']}:Q", title=title, scale=alt.Scale(zero=False))
     whisker = _base().mark_rule(strokeWidth=1.5, color=colour).encode(x=x, x2=fields["p95"], tooltip=tooltip)

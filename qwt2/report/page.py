@@ -57,32 +57,38 @@ def render(
     specs = _specs(results, classifiers.models)
     compared = findings.comparisons(classifiers, compensations.SUBJECT)
     module_table = modules.table(layers)
-    return _environment().get_template("page.html").render(
-        vega=vega_bundle(),
-        specs=specs,
-        modules=module_table,
-        module_chart=modules.chart(module_table["engines"]),
-        operations=_operation_lines(operations or {}),
-        headline=findings.headline(classifiers),
-        model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
-        compared=len(compared),
-        not_improved=findings.not_improved(compared),
-        targets=findings.targets(classifiers) if classifiers.rows else [],
-        detection=detection.lines(detectors),
-        detection_targets=detection.targets(detectors) if detectors.rows else [],
-        pictures={cell: base64.b64encode(file).decode() for cell, file in (pictures or {}).items()},
-        tables=[tables.build(results, model) for model in results.models],
-        precisions=sorted({row.precision for row in results.rows} - {"fp32"}, key=precision_order),
-        kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
-        seeds=sorted({row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}),
-        explanations=_explanations(results),
-        colours=[(compensations.heading(name), compensations.colour(name)) for name in compensations.shown()],
-        compensations=detectors.compensations,
-        label=compensations.label,
-        heading=compensations.heading,
-        colour=compensations.colour,
-        subject=compensations.SUBJECT,
-        conditions=conditions,
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            vega=vega_bundle(),
+            specs=specs,
+            modules=module_table,
+            module_chart=modules.chart(module_table["engines"]),
+            operations=_operation_lines(operations or {}),
+            headline=findings.headline(classifiers),
+            model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
+            compared=len(compared),
+            not_improved=findings.not_improved(compared),
+            targets=findings.targets(classifiers) if classifiers.rows else [],
+            detection=detection.lines(detectors),
+            detection_targets=detection.targets(detectors) if detectors.rows else [],
+            pictures={cell: base64.b64encode(file).decode() for cell, file in (pictures or {}).items()},
+            tables=[tables.build(results, model) for model in results.models],
+            precisions=sorted({row.precision for row in results.rows} - {"fp32"}, key=precision_order),
+            kinds=list(dict.fromkeys(tables.kind(row.method) for row in results.rows if row.method != "fp32")),
+            seeds=sorted(
+                {row.n for row in results.rows if row.metric in ("top1", "bbox_ap") and row.engine == "torch"} - {1}
+            ),
+            explanations=_explanations(results),
+            colours=[(compensations.heading(name), compensations.colour(name)) for name in compensations.shown()],
+            compensations=detectors.compensations,
+            label=compensations.label,
+            heading=compensations.heading,
+            colour=compensations.colour,
+            subject=compensations.SUBJECT,
+            conditions=conditions,
+        )
     )
 
 
@@ -143,7 +149,8 @@ def _model_headline(report: Mapping[str, Any], precision: str) -> list[str]:
     if gains:
         sentences.append(
             f"{compensations.label(report['compensation'])} raises the SQNR of "
-            f"{sum(gain > 0 for gain in gains)} of {len(compensated)} {'modules' if 'block' not in kinds else 'blocks'}, by "
+            f"{sum(gain > 0 for gain in gains)} of {len(compensated)} "
+            f"{'modules' if 'block' not in kinds else 'blocks'}, by "
             f"{sum(gains) / len(gains):.2f} dB on average and {max(gains):.2f} dB at most; the gate rejected "
             f"{', '.join(rejected[:3]) + (f' and {len(rejected) - 3} more' if len(rejected) > 3 else '') or 'none'}."
         )
@@ -195,7 +202,11 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
     """Heading and meaning of every metric that the tables show."""
     present = {(row.engine == "torch", row.metric) for row in results.rows}
     return [
-        *((facts.heading, facts.explanation) for metric, facts in METRICS.items() if {(True, metric), (False, metric)} & present),
+        *(
+            (facts.heading, facts.explanation)
+            for metric, facts in METRICS.items()
+            if {(True, metric), (False, metric)} & present
+        ),
         *(facts.simulated for metric, facts in METRICS.items() if facts.simulated and (True, metric) in present),
     ]
 

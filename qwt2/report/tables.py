@@ -85,7 +85,12 @@ def _column(engine: str, metric: str, first_file: bool) -> Column:
     simulated = engine == "torch"
     facts = METRICS[metric]
     # All engines run one file: its size is shown beside the first.
-    return Column(engine, metric, *facts.texts(simulated), facts.is_secondary(simulated) or (metric == "file_bytes" and not first_file))
+    return Column(
+        engine,
+        metric,
+        *facts.texts(simulated),
+        facts.is_secondary(simulated) or (metric == "file_bytes" and not first_file),
+    )
 
 
 # Derived, not a metric of the table: the simulation's top-1 minus that of the plain PTQ it stands on.
