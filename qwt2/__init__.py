@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from qwt2.checkpoint import load_quantized, save_quantized
     from qwt2.compensation.compensate import compensate
     from qwt2.engines import load_engine
+    from qwt2.export import export_onnx
     from qwt2.folding.fold import fold
-    from qwt2.onnx.export import export_onnx
     from qwt2.quantization.allocation import allocate
     from qwt2.quantization.layers import full_precision
     from qwt2.quantization.precision import Precision
@@ -30,7 +30,7 @@ _LAZY = {
     "allocate": "qwt2.quantization.allocation",
     "compensate": "qwt2.compensation.compensate",
     "fold": "qwt2.folding.fold",
-    "export_onnx": "qwt2.onnx.export",
+    "export_onnx": "qwt2.export",
     "full_precision": "qwt2.quantization.layers",
     "load_engine": "qwt2.engines",
     "save_quantized": "qwt2.checkpoint",

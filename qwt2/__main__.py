@@ -62,9 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
     from qwt2.compensation.compensate import compensate
     from qwt2.compensation.methods import COMPENSATIONS
     from qwt2.engines import check_engine
+    from qwt2.export import export_onnx
     from qwt2.folding.fold import fold
     from qwt2.io import write_json, write_text
-    from qwt2.onnx.export import check_format, export_onnx
+    from qwt2.onnx.export import check_format
     from qwt2.quantization.precision import Precision
     from qwt2.quantization.quantize import quantize
     from qwt2.report.page import render_model

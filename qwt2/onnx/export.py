@@ -34,7 +34,7 @@ WEIGHT_STORAGE = ("int8", "int4")
 _LOGGERS = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.fx.experimental.symbolic_shapes")
 
 
-def export_onnx(
+def write_onnx(
     folded: nn.Module,
     path: str | os.PathLike,
     example_input: Inputs,
@@ -42,7 +42,7 @@ def export_onnx(
     opset: int = OPSETS[-1],
     output_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write a folded model as an ONNX file with a dynamic batch dimension.
+    """Write a folded model as an ONNX file with a dynamic batch dimension; :func:`qwt2.export_onnx` checks it too.
 
     Weights are int8 and biases int32 in the file; activations pass through QuantizeLinear and
     DequantizeLinear pairs that engines turn into integer kernels. Codes of fewer than 8 bits are
@@ -128,7 +128,7 @@ def _without_collection() -> Iterator[None]:
 
 
 def check_format(target: str, weight_storage: str, opset: int) -> None:
-    """Refuse a target, storage or opset that :func:`export_onnx` does not have.
+    """Refuse a target, storage or opset that :func:`write_onnx` does not have.
 
     Raises:
         Qwt2Error: one of them is unknown, or two exclude each other.

@@ -11,7 +11,7 @@ from torch import nn
 
 from qwt2.capture.batch import Inputs
 from qwt2.errors import Qwt2Error
-from qwt2.onnx.export import export_onnx
+from qwt2.onnx.export import write_onnx
 from qwt2.onnx.file import load_onnx, save_onnx
 from qwt2.onnx.graph import store
 from qwt2.onnx.metadata import STRUCTURE_KEY, properties, shared_quantizers, stamp, structure
@@ -23,7 +23,7 @@ class Exporter:
     """Exports many models; one whose structure was exported before is written into a copy of that file.
 
     Args:
-        example_input: as in :func:`export_onnx`.
+        example_input: as in :func:`write_onnx`.
     """
 
     def __init__(self, example_input: Inputs):
@@ -31,11 +31,11 @@ class Exporter:
         self._templates: dict[str, Path] = {}
 
     def export(self, folded: nn.Module, path: str | os.PathLike) -> Path:
-        """As :func:`export_onnx`; the files that were written before must still be there."""
+        """As :func:`write_onnx`; the files that were written before must still be there."""
         known = self._templates.get(structure(folded))
         if known is not None:
             return rewrite_onnx(known, folded, path)
-        return self.learn(export_onnx(folded, path, self.example_input))
+        return self.learn(write_onnx(folded, path, self.example_input))
 
     def learn(self, path: Path) -> Path:
         """Write models of the structure in a file that was exported elsewhere into copies of it; returns ``path``."""

@@ -18,7 +18,7 @@ import qwt2
 from qwt2.engines.operations import count_operations
 from qwt2.evaluation.metrics import sqnr_db
 from qwt2.folding.layers import IntegerLayer, QuantizeDequantize
-from qwt2.onnx.export import export_onnx
+from qwt2.onnx.export import write_onnx
 from qwt2.onnx.file import load_onnx, with_batch_size
 from qwt2.onnx.graph import constant, readers
 from qwt2.onnx.passes import PASSES, clip_values, fold_zero_points
@@ -144,7 +144,7 @@ def test_rewriting_a_file_equals_exporting_anew(name, tmp_path):
     """Two independent exports, of plain PTQ and of CWAC; the second must be what rewriting the first gives."""
     _, plain = tiny.exported(name, 4)
     folded, rewritten = tiny.exported(name, 4, "cwac")
-    exported = export_onnx(folded, tmp_path / "exported.onnx", tiny.images(2))
+    exported = write_onnx(folded, tmp_path / "exported.onnx", tiny.images(2))
     assert nodes(exported) == nodes(plain)
     assert exported.read_bytes() == rewritten.read_bytes()
 
@@ -152,8 +152,8 @@ def test_rewriting_a_file_equals_exporting_anew(name, tmp_path):
 @TINY
 def test_equal_models_give_equal_bytes(tmp_path):
     first, second = small(), small()
-    a = export_onnx(first, tmp_path / "a.onnx", tiny.images(2))
-    b = export_onnx(second, tmp_path / "b.onnx", tiny.images(7, 3))
+    a = write_onnx(first, tmp_path / "a.onnx", tiny.images(2))
+    b = write_onnx(second, tmp_path / "b.onnx", tiny.images(7, 3))
     assert a.read_bytes() == b.read_bytes()
 
 
@@ -174,7 +174,7 @@ def test_batch_is_dynamic(name):
 
 @TINY
 def test_an_example_of_one_image_does_not_fix_the_batch(tmp_path):
-    path = export_onnx(small(), tmp_path / "a.onnx", tiny.images(1))
+    path = write_onnx(small(), tmp_path / "a.onnx", tiny.images(1))
     for value in (*onnx.load(path).graph.input, *onnx.load(path).graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param
 
@@ -183,7 +183,7 @@ def test_an_example_of_one_image_does_not_fix_the_batch(tmp_path):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_codes_below_8_bits_are_clipped_8_bit_codes(bits, tmp_path):
     folded = small(bits)
-    model = onnx.load(export_onnx(folded, tmp_path / "a.onnx", tiny.images(2)))
+    model = onnx.load(write_onnx(folded, tmp_path / "a.onnx", tiny.images(2)))
     clips = [node for node in model.graph.node if node.op_type == "Clip"]
     assert len(clips) == (0 if bits == 8 else 2)  # the inputs of both layers
     stored = constants(model)
@@ -199,7 +199,7 @@ def test_codes_below_8_bits_are_clipped_8_bit_codes(bits, tmp_path):
 def test_clipping_values_in_place_of_codes_changes_no_output(target, signed, tmp_path, monkeypatch):
     if signed:  # with zero points in biases, codes stay as they are
         monkeypatch.setattr("qwt2.onnx.passes.PASSES", [(p, targets) for p, targets in PASSES if p is not fold_zero_points])
-    model = load_onnx(export_onnx(small(4, target=target), tmp_path / "a.onnx", tiny.images(2)))
+    model = load_onnx(write_onnx(small(4, target=target), tmp_path / "a.onnx", tiny.images(2)))
     x = {"images": 3 * tiny.images(4).numpy()}
     expected = ReferenceEvaluator(model).run(None, x)
     model = after(model, clip_values)
@@ -242,7 +242,7 @@ def test_qwt_s_layers_stay_in_half_precision_in_the_file(name):
 @torch.no_grad()
 def test_float_models_can_be_exported_as_baselines(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(64, tiny.CLASSES))
-    path = export_onnx(model, tmp_path / "float.onnx", tiny.images(2))
+    path = write_onnx(model, tmp_path / "float.onnx", tiny.images(2))
     logits = qwt2.load_engine(path)(tiny.images(3).numpy())
     np.testing.assert_allclose(logits, model.eval()(tiny.images(3)), atol=1e-5)
     assert not any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
@@ -255,7 +255,7 @@ def test_every_opset_gives_the_same_outputs(name, tmp_path):
     folded, images = qwt2.fold(tiny.quantized(name)), tiny.images(3).numpy()
     outputs = []
     for opset in (18, 20):
-        path = export_onnx(folded, tmp_path / f"{opset}.onnx", tiny.images(2), opset=opset)
+        path = write_onnx(folded, tmp_path / f"{opset}.onnx", tiny.images(2), opset=opset)
         onnx.checker.check_model(str(path), full_check=True)
         assert [entry.version for entry in onnx.load(path).opset_import if not entry.domain] == [opset]
         outputs.append([qwt2.load_engine(path, engine)(images) for engine in ("onnxruntime", "openvino", "torch_int8")])
@@ -269,7 +269,7 @@ def test_what_openvino_reads_with_both_signs_has_signed_codes(tmp_path):
     qmodel = tiny.quantized("resnet", 8, 8, "openvino")
     first = qmodel.get_submodule(qmodel.quantization.layers[0]).input_quantizer
     assert int(first.zero_point) == 128
-    path = export_onnx(qwt2.fold(qmodel), tmp_path / "signed.onnx", tiny.images(2))
+    path = write_onnx(qwt2.fold(qmodel), tmp_path / "signed.onnx", tiny.images(2))
     graph = onnx.load(path).graph
     [quantize] = [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images"]
     zero_point = next(numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name == quantize.input[2])
@@ -295,7 +295,7 @@ def test_for_openvino_layer_and_addition_that_read_one_tensor_share_a_quantizer(
     model = nn.Sequential(nn.Conv2d(3, 8, 3), *[Bottleneck() for _ in range(3)], nn.Flatten(), nn.Linear(8 * 36, 4))
     images = torch.randn(16, 3, 8, 8)
     qmodel = qwt2.quantize(model, [images], "percentile", qwt2.Precision(bits, bits), target="openvino")
-    path = export_onnx(qwt2.fold(qmodel), tmp_path / "m.onnx", images[:2])
+    path = write_onnx(qwt2.fold(qmodel), tmp_path / "m.onnx", images[:2])
     readers = Counter(node.input[0] for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear")
     several = sum(count > 1 for count in readers.values())
     assert several == (0 if bits == 8 else 3)  # operands of additions have 8 bits
@@ -309,7 +309,7 @@ def test_for_openvino_layer_and_addition_that_read_one_tensor_share_a_quantizer(
 def test_leaves_mode_logging_and_console_alone(tmp_path, capfd):
     folded = small().train()
     level = logging.getLogger("torch.onnx").level
-    export_onnx(folded, tmp_path / "a.onnx", tiny.images(2))
+    write_onnx(folded, tmp_path / "a.onnx", tiny.images(2))
     assert folded.training and folded.get_submodule("0").training
     assert logging.getLogger("torch.onnx").level == level
     captured = capfd.readouterr()
@@ -327,19 +327,19 @@ class Undecided(nn.Module):
 class TestRefusals:
     def test_a_quantized_model_that_was_not_folded(self, tmp_path):
         with pytest.raises(qwt2.Qwt2Error, match="not folded; call qwt2.fold"):
-            export_onnx(tiny.quantized("resnet"), tmp_path / "a.onnx", tiny.images(2))
+            write_onnx(tiny.quantized("resnet"), tmp_path / "a.onnx", tiny.images(2))
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("opset", [11, 17, 21])
     def test_an_unsupported_opset(self, opset, tmp_path):
         with pytest.raises(qwt2.Qwt2Error, match=f"opset {opset} is not supported; use one of: 18, 19, 20"):
-            export_onnx(small(), tmp_path / "a.onnx", tiny.images(2), opset=opset)
+            write_onnx(small(), tmp_path / "a.onnx", tiny.images(2), opset=opset)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_model_that_cannot_be_exported(self, tmp_path):
         (tmp_path / "a.onnx").write_bytes(b"earlier")
         with pytest.raises(qwt2.Qwt2Error, match="^Undecided cannot be exported: ") as error:
-            export_onnx(Undecided(), tmp_path / "a.onnx", tiny.images(2))
+            write_onnx(Undecided(), tmp_path / "a.onnx", tiny.images(2))
         assert "\n" not in str(error.value)
         assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
         assert (tmp_path / "a.onnx").read_bytes() == b"earlier"
@@ -357,7 +357,7 @@ class TestRefusals:
         monkeypatch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space left"):
             if write == "export":
-                export_onnx(small(), tmp_path / "a.onnx", tiny.images(2))
+                write_onnx(small(), tmp_path / "a.onnx", tiny.images(2))
             else:
                 rewrite_onnx(path, folded, tmp_path / "a.onnx")
         monkeypatch.undo()
@@ -389,7 +389,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("change", ["fewer layers", "other shapes", "other bits"])
     def test_rewriting_a_file_of_another_structure(self, change, tmp_path):
-        template = export_onnx(small(), tmp_path / "template.onnx", tiny.images(2))
+        template = write_onnx(small(), tmp_path / "template.onnx", tiny.images(2))
         other = small(4) if change == "other bits" else copy.deepcopy(small())
         if change == "fewer layers":  # every number it stores is in the file, which holds more
             other.set_module("0", nn.Identity())
@@ -406,7 +406,7 @@ def test_exporter_exports_a_structure_once(tmp_path, monkeypatch):
     from qwt2.onnx import templates
 
     exports = []
-    monkeypatch.setattr(templates, "export_onnx", lambda *args, **names: (exports.append(1), export_onnx(*args, **names))[1])
+    monkeypatch.setattr(templates, "write_onnx", lambda *args, **names: (exports.append(1), write_onnx(*args, **names))[1])
     exporter = Exporter(tiny.images(2))
     models = small(), small(seed=1), small(4), small(4, seed=1)
     paths = [exporter.export(model, tmp_path / f"{i}.onnx") for i, model in enumerate(models)]

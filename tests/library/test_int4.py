@@ -14,7 +14,7 @@ from torch import nn
 import qwt2
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
-from qwt2.onnx.export import export_onnx
+from qwt2.onnx.export import write_onnx
 from qwt2.onnx.file import load_onnx, save_onnx, with_batch_size
 from qwt2.onnx.int4 import pack_int4, widen_int4
 from qwt2.quantization.info import quantized_layers
@@ -67,8 +67,8 @@ def test_the_loaded_model_is_the_int8_model_byte_for_byte(name, bits, method, tm
 @pytest.mark.parametrize("flip", [False, True])
 def test_files_are_about_half_as_large(bits, flip, tmp_path):
     folded = linear(bits, flip=flip)
-    wide = export_onnx(folded, tmp_path / "int8.onnx", tiny.images(2))
-    narrow = export_onnx(folded, tmp_path / "int4.onnx", tiny.images(2), weight_storage="int4")
+    wide = write_onnx(folded, tmp_path / "int8.onnx", tiny.images(2))
+    narrow = write_onnx(folded, tmp_path / "int4.onnx", tiny.images(2), weight_storage="int4")
     assert 0.5 <= narrow.stat().st_size / wide.stat().st_size < 0.53
     assert load_onnx(narrow).SerializeToString(deterministic=True) == wide.read_bytes()
     weights = [t for t in onnx.load(narrow).graph.initializer if t.name.endswith(".weight")]
@@ -108,7 +108,7 @@ def test_weights_of_more_bits_stay_int8(tmp_path):
 
 def test_a_model_without_low_bit_weights_is_refused(tmp_path):
     with pytest.raises(Qwt2Error, match="no weight has codes of at most 4 bits"):
-        export_onnx(linear(8, 16), tmp_path / "a.onnx", tiny.images(2), weight_storage="int4")
+        write_onnx(linear(8, 16), tmp_path / "a.onnx", tiny.images(2), weight_storage="int4")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,13 +120,13 @@ def test_a_model_without_low_bit_weights_is_refused(tmp_path):
 )
 def test_unknown_formats_are_refused(options, message, tmp_path):
     with pytest.raises(Qwt2Error, match=message):
-        export_onnx(linear(4, 16), tmp_path / "a.onnx", tiny.images(2), **options)
+        write_onnx(linear(4, 16), tmp_path / "a.onnx", tiny.images(2), **options)
 
 
 def test_tensorrt_takes_no_int4_weights(tmp_path):
     folded = qwt2.fold(tiny.quantized("vit", 4, 8, "tensorrt"))
     with pytest.raises(Qwt2Error, match="target 'tensorrt' needs weight storage 'int8'"):
-        export_onnx(folded, tmp_path / "a.onnx", tiny.images(2), weight_storage="int4")
+        write_onnx(folded, tmp_path / "a.onnx", tiny.images(2), weight_storage="int4")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ import qwt2
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules
-from qwt2.onnx.export import export_onnx
+from qwt2.onnx.export import write_onnx
 from qwt2.onnx.file import load_onnx
 from qwt2.onnx.templates import rewrite_onnx
 from qwt2.onnx.tensorrt_rules import MAX_OPSET, check
@@ -41,7 +41,7 @@ def exported(network: str, bits: int) -> tuple[torch.nn.Module, Path]:
         sign[0] = -1
         layer.set_compensation(layer.alpha * sign, layer.beta)
     folded = qwt2.fold(qmodel)
-    return folded, export_onnx(folded, Path(_FILES.name) / f"{network}-{bits}.onnx", tiny.images(2))
+    return folded, write_onnx(folded, Path(_FILES.name) / f"{network}-{bits}.onnx", tiny.images(2))
 
 
 @pytest.mark.parametrize("network, bits", [pytest.param(*pair, marks=pytest.mark.xdist_group(f"export-{pair[0]}")) for pair in PAIRS])
@@ -93,7 +93,7 @@ def test_files_of_other_recipes_are_refused(tmp_path):
     info = folded.quantization
     info.request = replace(info.request, target="tensorrt")  # which it was not quantized for
     with pytest.raises(Qwt2Error, match="target 'tensorrt': .*zero point.*leave that module in float"):
-        export_onnx(folded, tmp_path / "a.onnx", tiny.images(2))
+        write_onnx(folded, tmp_path / "a.onnx", tiny.images(2))
     assert list(tmp_path.iterdir()) == []
 
 
