@@ -116,7 +116,7 @@ class Evaluation:
         rows = []
         for method in self.exported:
             found = [dict(self.measured[method, engine, seed].figures) for seed in self.seeds]
-            for figures, simulated in zip(found, self.simulated_figures(method)):
+            for figures, simulated in zip(found, self.simulated_figures(method, self.cfg["ptq"]["method"])):
                 figures |= {
                     delta: figures[metric] - simulated[metric]
                     for metric, delta in self.task.DELTAS.items()
@@ -190,7 +190,8 @@ class Evaluation:
     def write_pictures(self, path: Path) -> None:
         """What fp32, plain PTQ and each compensation predict, side by side."""
         headings = {"ptq": heading(""), **{name: heading(name) for name in self.compensations}}
-        quantized = {text: self.cell.quantized(self.cfg["ptq"]["method"], name, self.seeds[0]) for name, text in headings.items()}
+        ptq, seed = self.cfg["ptq"]["method"], self.seeds[0]
+        quantized = {text: self.cell.quantized(ptq, name, seed) for name, text in headings.items()}
         self.task.write_pictures(path, {"fp32": self.cell.predictions} | quantized)
 
     def layers(self) -> list[dict]:

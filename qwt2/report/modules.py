@@ -133,13 +133,14 @@ def _sqnr() -> alt.LayerChart:
         *(alt.Tooltip(f"{name}:Q", title=f"SQNR {name}, dB", format=".2f") for name in ("before", "after")),
         alt.Tooltip("gate:N", title="gate"),
     ]
+    better = compensations.colour(compensations.SUBJECT)
     x = alt.X("before:Q", title="SQNR of the output, dB", scale=alt.Scale(zero=False))
     span = _base().mark_rule(strokeWidth=2, opacity=0.5).encode(
         x=x, x2="after:Q", tooltip=tooltip,
-        color=alt.condition("datum.after >= datum.before", alt.value(compensations.colour(compensations.SUBJECT)), alt.value(WORSE_COLOUR)),
+        color=alt.condition("datum.after >= datum.before", alt.value(better), alt.value(WORSE_COLOUR)),
     )  # fmt: skip
     states = ["before", "after", "rejected by the gate"]
-    colours = alt.Scale(domain=states, range=[BEFORE_COLOUR, compensations.colour(compensations.SUBJECT), WORSE_COLOUR])
+    colours = alt.Scale(domain=states, range=[BEFORE_COLOUR, better, WORSE_COLOUR])
     shapes = alt.Scale(domain=states, range=["circle", "circle", "cross"])
     legend = alt.Legend(title=None, orient="top")
     ends = (
