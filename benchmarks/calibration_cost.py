@@ -1,8 +1,9 @@
 """What compensating a network costs: this library against an implementation that stores every output of a block.
 
 deit_small with random weights at 224 x 224, W4A4; the other implementation (`Stored`) is an oracle of the tests too,
-which finds the same parameters. Each measurement has a process of its own. `peak_rss_mb` is the process' peak as the system
-tells it, with libraries, network and images in it; `added_mb` is what the work itself added to what was resident before it.
+which finds the same parameters. Each measurement has a process of its own. `peak_rss_mb` is the process' peak as the
+system tells it, with libraries, network and images in it; `added_mb` is what the work itself added to what was resident
+before it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""An implementation of QwT and CWAC that stores everything: what the benchmarks compare with, and an oracle of the tests."""
+"""QwT and CWAC with everything stored: what the benchmarks compare with, and an oracle of the tests."""
 
 from contextlib import nullcontext
 
@@ -11,11 +11,12 @@ from qwt2.quantization.layers import full_precision
 
 
 class Stored:
-    """QwT and CWAC as published code goes about it: of each block, every image's outputs are kept, full-precision and
-    quantized, and the normal equations are solved by an explicit inverse.
+    """QwT and CWAC as published code goes about it.
 
-    For networks whose blocks are a chain, each reading nothing but the output of the one before. What is fitted is kept
-    in ``fitted``, by name: (W, b) or (alpha, beta); alpha and beta are applied to ``qmodel`` too.
+    Of each block, every image's outputs are kept, full-precision and quantized, and the normal equations are solved
+    by an explicit inverse. For networks whose blocks are a chain, each reading nothing but the output of the one
+    before. What is fitted is kept in ``fitted``, by name: (W, b) or (alpha, beta); alpha and beta are applied to
+    ``qmodel`` too.
     """
 
     def __init__(self, qmodel: GraphModel, batches):

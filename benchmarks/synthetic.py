@@ -46,14 +46,18 @@ def _fitted(before: float, after: float, reason: str = "") -> dict:
 
 # What `python -m qwt2` writes.
 MODEL_REPORT = {
-    "model": "mine:make", "method": "repq", "compensation": "cwac", "precision": {"weight_bits": 4, "activation_bits": 4},
+    "model": "mine:make", "method": "repq", "compensation": "cwac",
+    "precision": {"weight_bits": 4, "activation_bits": 4},
     "calibration_images": ["a.png", "b.png"], "file_bytes": 23_000_000,
     "float_modules": {"rnn": "GRU stays in float"},
     "modules": [
         _module("patch_embed", "layer", **_fitted(40.0, 41.0)),
         _module("blocks.0.matmul1", "product"),
         _module("blocks.0.fc1", "layer", **_fitted(15.0, 18.5)),
-        _module("blocks.0.fc2", "layer", **_fitted(14.0, 14.0, "no gain on held-out images: 9.00 dB without, 8.90 dB with it")),
+        _module(
+            "blocks.0.fc2", "layer",
+            **_fitted(14.0, 14.0, "no gain on held-out images: 9.00 dB without, 8.90 dB with it"),
+        ),
     ],
     "engines": {
         "openvino": {
@@ -76,7 +80,9 @@ CONFIG = {
 
 
 def figure(model, precision, method, engine, metric, value, std=None, n=1):
-    return Row("classification", "digits", model, precision, method, engine, metric, value, std, METRICS[metric].unit, n)
+    return Row(
+        "classification", "digits", model, precision, method, engine, metric, value, std, METRICS[metric].unit, n
+    )
 
 
 def cell_rows(model: str, precision: str) -> list[Row]:
@@ -220,7 +226,7 @@ def write_out(out: Path, models=tuple(MODELS), precisions=PRECISIONS) -> None:
 
 
 def write_cells(count: int, tables: int = 3) -> None:
-    """Finished cells of sweeps in the current folder, the last one failed; the first ``tables`` have their tables too."""
+    """Finished cells of sweeps in the current folder, the last one failed; the first ``tables`` have tables too."""
     from hydra import compose, initialize_config_dir
 
     from pipeline.sweeps.cells import by_method, cell_config

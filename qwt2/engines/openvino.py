@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -68,7 +70,8 @@ def quantize_added_twice(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _quantize_again(addition: ir.Node, position: int) -> None:
-    value, name = addition.inputs[position], addition.outputs[0].name
+    value: Any = addition.inputs[position]
+    name = addition.outputs[0].name
     parameters = value.producer().inputs[1:]
     quantize = make("QuantizeLinear", [value, *parameters], f"{name}/codes_{position}")
     dequantize = make("DequantizeLinear", [quantize.outputs[0], *parameters], f"{name}/again_{position}")
@@ -76,16 +79,16 @@ def _quantize_again(addition: ir.Node, position: int) -> None:
     addition.replace_input_with(position, dequantize.outputs[0])
 
 
-def _is_convolution(value: ir.Value) -> bool:
+def _is_convolution(value: ir.Value | None) -> bool:
     """Whether a tensor is a convolution's output that nothing else reads, perhaps activated or clipped."""
-    node = value.producer()
-    if node is None or len(value.uses()) > 1:
+    node = None if value is None else value.producer()
+    if value is None or node is None or len(value.uses()) > 1:
         return False
     return node.op_type == "Conv" or (node.op_type in _FUSED and _is_convolution(node.inputs[0]))
 
 
-def _is_quantized_convolution(value: ir.Value) -> bool:
+def _is_quantized_convolution(value: ir.Value | None) -> bool:
     """Whether a tensor is such an output behind a quantizer."""
-    dequantize = maker(value, "DequantizeLinear")
+    dequantize: Any = None if value is None else maker(value, "DequantizeLinear")
     quantize = None if dequantize is None else dequantize.inputs[0].producer()
     return quantize is not None and _is_convolution(quantize.inputs[0])
