@@ -70,7 +70,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     """
     task = task_of(cfg.model)
     name = cfg.data.name
-    datasets = {known: DATASETS.get(known) for known in DATASETS.names() if DATASETS.get(known).TASK == task}
+    datasets = {known: DATASETS.get(known) for known in DATASETS.names() if task == DATASETS.get(known).TASK}
     if name not in datasets:
         raise Qwt2Error(f"data.name is {name!r}; for {task}, choose one of {', '.join(datasets)}")
     schema = OmegaConf.structured(

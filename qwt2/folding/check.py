@@ -31,8 +31,8 @@ def check_folded(qmodel: GraphModel, folded: GraphModel) -> None:
             expected, found = module(*arguments), folded.get_submodule(name)(*arguments)
             if (steps := _steps(module, expected, found)) > MAX_STEPS:
                 raise Qwt2Error(
-                    f"{name}: its folded form differs by {steps:.1f} output steps from the simulation, which is a defect "
-                    "of this library; leave the module in float with quantize(exclude=[...])"
+                    f"{name}: its folded form differs by {steps:.1f} output steps from the simulation, which is a "
+                    "defect of this library; leave the module in float with quantize(exclude=[...])"
                 )
 
 
