@@ -1,4 +1,4 @@
-"""Export of folded models: the file is written, run on an engine, and kept only if it computes what the model computes."""
+"""Export of folded models: the file is run on an engine, and kept only if it computes what the model computes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,13 +94,13 @@ def _check_file(folded: nn.Module, file: Path, inputs: Inputs, name: str) -> Non
     if steps > _MAX_STEPS or close < _FAR_DB:
         where = f"{module} differs by {steps:.1f} output steps" if steps > _MAX_STEPS else "no single module differs"
         raise Qwt2Error(
-            f"{name}: on {engine}, the file's outputs are only {close:.1f} dB from the model's ({where}); it was not kept, "
-            "export with check=False to look at it"
+            f"{name}: on {engine}, the file's outputs are only {close:.1f} dB from the model's ({where}); it was not "
+            "kept, export with check=False to look at it"
         )
 
 
 def _installed(target: str) -> str:
-    packages = {name: getattr(ENGINES.get(name), "package", None) for name in _OTHERS}
+    packages: dict[str, Any] = {name: getattr(ENGINES.get(name), "package", None) for name in _OTHERS}
     candidates = _ENGINES.get(target, _OTHERS)
     return next(n for n in candidates if packages[n] is None or importlib.util.find_spec(packages[n]) is not None)
 
