@@ -35,21 +35,42 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--weight-bits", type=int, default=8)
     p.add_argument("--activation-bits", type=int, default=8)
     p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
+    p.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="modules or patterns that stay in float")
+    p.add_argument(
+        "--target-sqnr", type=float, metavar="DB",
+        help="raise the most expensive modules to 8 bits, then leave them in float, until the outputs reach this SQNR",
+    )  # fmt: skip
     p.add_argument("--target", default="portable", help="what the file is for: portable (CPU), openvino or tensorrt")
     p.add_argument("--opset", type=int, default=20, help="version of ONNX's operators in the file: 18 to 20")
     p.add_argument("--weight-storage", default="int8", help="int8, or int4 for weights of at most 4 bits")
     p.add_argument("--calibration-images", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--seed", type=int, default=0, help="of the choice of images")
-    p.add_argument("--image-size", type=int, help="square; default: the model's own, or 224")
+    p.add_argument(
+        "--image-size", type=_size, help="224, or 224x320 (height x width); default: the model's own, or 224"
+    )
+    p.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of the images that a factory's model takes")
+    p.add_argument(
+        "--mean", nargs="+", type=float, help="of each channel, in [0, 1]; default: the model's own, or ImageNet's"
+    )
+    p.add_argument("--std", nargs="+", type=float, help="likewise")
+    p.add_argument("--device", default="cpu", help="cpu or cuda: where the model is calibrated")
     p.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    p.add_argument("--engines", nargs="*", default=["onnxruntime", "openvino"], help="to check the file on")
+    p.add_argument(
+        "--engines", nargs="*", default=["onnxruntime", "openvino"], help="to check the file on, also as a,b"
+    )  # fmt: skip
     return p
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see :func:`parser`."""
     arguments = parser().parse_args(argv)
+    arguments.engines = [name for entry in arguments.engines for name in entry.split(",") if name]
     guarded(lambda: run(arguments))
 
 
@@ -66,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwt2.folding.fold import fold
     from qwt2.io import write_json, write_text
     from qwt2.onnx.export import check_format
+    from qwt2.quantization.allocation import allocate
     from qwt2.quantization.precision import Precision
     from qwt2.quantization.quantize import quantize
     from qwt2.report.page import render_model
@@ -76,24 +98,37 @@ def run(arguments: argparse.Namespace) -> None:
         check_engine(engine)
     if arguments.compensation != "none":
         COMPENSATIONS.get(arguments.compensation)
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise Qwt2Error(f"--device {arguments.device}: PyTorch sees no GPU here; leave the option out")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, settings = _build(arguments)
-    batches = list(_batches(files, settings, arguments.batch_size))
-    progress = _Progress(3 + len(arguments.engines))
+    model.to(arguments.device)
+    batches = [batch.to(arguments.device) for batch in _batches(files, settings, arguments.batch_size)]
+    progress = _Progress(3 + len(arguments.engines) + bool(arguments.target_sqnr))
+    bits: dict[str, Any] = {"precision": precision, "exclude": arguments.exclude}
+    moves: list[str] = []
+    if arguments.target_sqnr:
+        progress.start("allocate")
+        allocation = allocate(
+            model, batches, arguments.method, precision, arguments.target, sqnr_db=arguments.target_sqnr,
+            exclude=arguments.exclude,
+        )  # fmt: skip
+        bits, moves = allocation.settings, list(allocation.moves)
     progress.start("quantize")
-    qmodel = quantize(model, batches, arguments.method, precision, arguments.target)
+    qmodel = quantize(model, batches, arguments.method, target=arguments.target, **bits)
     fits = []
     if arguments.compensation != "none":
         progress.start("compensate")
         fits = compensate(qmodel, batches, arguments.compensation).modules
     progress.start("fold and export")
-    folded = fold(qmodel)
+    folded, model = fold(qmodel).cpu(), model.cpu()
+    batches = [batches[0].cpu()]
     export_onnx(folded, arguments.output, batches[0][:1], arguments.weight_storage, arguments.opset)
     engines, mismatches = _check_engines(arguments, model, folded, batches[0][:CHECKED_IMAGES], progress)
     report = {
         "model": arguments.model, "method": arguments.method, "compensation": arguments.compensation,
-        "precision": vars(precision), "calibration_images": [str(file) for file in files],
+        "precision": vars(precision), "allocation": moves, "calibration_images": [str(file) for file in files],
         "file_bytes": arguments.output.stat().st_size, "quantized_layers": qmodel.quantization.layers,
         "quantized_products": qmodel.quantization.matmuls, "float_modules": qmodel.quantization.float_modules,
         "float_macs": qmodel.quantization.float_macs, "total_macs": qmodel.quantization.total_macs,
@@ -166,14 +201,14 @@ def _build(arguments: argparse.Namespace) -> tuple["nn.Module", dict[str, Any]]:
     from qwt2.classification.models import build_model, call_factory, load_weights
     from qwt2.data.transforms import IMAGENET, transform_config
 
-    size = {"input_size": (3, arguments.image_size, arguments.image_size)} if arguments.image_size else {}
+    size = {"input_size": (3, *arguments.image_size)} if arguments.image_size else {}
     if ":" in arguments.model:
         if arguments.pretrained:
             raise Qwt2Error("--pretrained is for timm's models; let the factory load its weights, or give --checkpoint")
         model = call_factory(arguments.model)
         if arguments.checkpoint:
             load_weights(model, arguments.checkpoint)
-        return model.eval(), IMAGENET | size
+        return model.eval(), _normalized(IMAGENET | size, arguments)
     if not (arguments.checkpoint or arguments.pretrained):
         raise Qwt2Error("a timm model needs weights: give --checkpoint FILE or --pretrained")
     cfg = {
@@ -181,7 +216,19 @@ def _build(arguments: argparse.Namespace) -> tuple["nn.Module", dict[str, Any]]:
         "pretrained": arguments.pretrained, "checkpoint": arguments.checkpoint,
     }  # fmt: skip
     model = build_model(cfg)
-    return model, transform_config(cfg) | size
+    return model, _normalized(transform_config(cfg) | size, arguments)
+
+
+def _normalized(settings: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the transform with the mean, standard deviation and channels that were asked for."""
+    channels = settings["input_size"][0] if ":" not in arguments.model else arguments.channels
+    found = {**settings, "input_size": (channels, *settings["input_size"][1:])}
+    for name in ("mean", "std"):
+        given = getattr(arguments, name) or ([sum(found[name]) / len(found[name])] if channels == 1 else found[name])
+        if len(given) not in (1, channels):
+            raise Qwt2Error(f"--{name} gives {len(given)} values for {channels} channels; give one for each, or one")
+        found[name] = tuple(given) * (channels // len(given))
+    return found
 
 
 def _batches(files: list[Path], settings: dict[str, Any], batch_size: int) -> Iterator["torch.Tensor"]:
@@ -191,10 +238,13 @@ def _batches(files: list[Path], settings: dict[str, Any], batch_size: int) -> It
     with extra("timm"):
         from timm.data import create_transform
 
-    from qwt2.data.imagefolder import read_rgb
+    from qwt2.data.imagefolder import read_image
 
     transform = create_transform(**settings, is_training=False)
-    images = torch.stack([transform(read_rgb(file)) for file in tqdm(files, "images", disable=None, leave=False)])
+    mode = "L" if settings["input_size"][0] == 1 else "RGB"
+    images = torch.stack(
+        [transform(read_image(file, mode)) for file in tqdm(files, "images", disable=None, leave=False)]
+    )
     yield from images.split(batch_size)
 
 
@@ -238,6 +288,8 @@ def _print_summary(output: Path, report_path: Path, report: dict[str, Any]) -> N
     for name, reason in report["float_modules"].items():
         share = 100 * report["float_macs"].get(name, 0) / report["total_macs"]
         print(f"in float: {name or 'the model itself'} ({reason}), {share:.1f} % of the multiply-accumulates")
+    for move in report["allocation"]:
+        print(f"allocated: {move}")
     for name, figures in report["engines"].items():
         print(f"{name}: logits SQNR {figures['logits_sqnr_db']:.1f} dB against fp32 on {figures['images']} images; "
               f"modules within {figures['mismatch_steps']:.2f} steps of the simulation")  # fmt: skip

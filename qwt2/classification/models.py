@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -161,10 +162,17 @@ def _check_pretrained(cfg: Mapping[str, Any]) -> None:
         )
 
 
+# What torch.compile and data parallel training put in front of names.
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
+
+
 def read_state(path: Path) -> dict[str, "torch.Tensor"]:
     """The state dict in a weight file (see `load_weights`)."""
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
+    content = load_tensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
+    return {_PREFIXES.sub("", name): value for name, value in content.items()}
+
+
+def _read_torch_file(path: Path) -> Mapping[str, "torch.Tensor"]:
     import pickle
 
     import torch
@@ -182,7 +190,7 @@ def read_state(path: Path) -> dict[str, "torch.Tensor"]:
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise Qwt2Error(f"{path} holds no state dict (bare, or under 'state_dict' or 'model')")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    return content
 
 
 def _published_names_filter(model: "nn.Module") -> Any:

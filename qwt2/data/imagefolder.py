@@ -82,7 +82,7 @@ class ImageFolderDataset(Dataset):
         """See :meth:`qwt2.data.dataset.Dataset.images`."""
         files = self._index[split]["files"]
         paths = [self._root / split / files[index] for index in indices]
-        return np.stack([self._transform(read_rgb(path)).numpy() for path in paths])
+        return np.stack([self._transform(read_image(path)).numpy() for path in paths])
 
 
 def write_index(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
@@ -122,11 +122,11 @@ def write_index(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
     write_json(Path(folder) / "index.json", index)
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """Decode an image of any colour mode (CMYK, grayscale, palette, ...) as RGB; `Qwt2Error` names a bad file."""
+def read_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """Decode an image of any colour mode (CMYK, grayscale, palette, ...) as RGB or "L"; `Qwt2Error` names a bad one."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return image.convert(mode)
     except FileNotFoundError as error:
         raise Qwt2Error(f"{path} does not exist any more; prepare the data again (dvc repro --force data)") from error
     # Pillow's decoders report damage as any of these.
@@ -167,7 +167,7 @@ def _undecodable(folder: Path, files: list[str], skip: bool) -> set[str]:
     corrupt = set()
     for file in tqdm(files, f"check {folder.name}", unit="image", disable=None):
         try:
-            read_rgb(folder / file)
+            read_image(folder / file)
         except Qwt2Error:
             if not skip:
                 raise

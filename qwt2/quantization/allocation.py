@@ -63,6 +63,7 @@ def allocate(
     bit_operations: int | None = None,
     sqnr_db: float | None = None,
     agreement: float | None = None,
+    exclude: Iterable[str] = (),
 ) -> Allocation:
     """Choose bit widths per module, by what each costs at the network's output (:func:`qwt2.sensitivity`).
 
@@ -80,6 +81,7 @@ def allocate(
         weight_bytes: budget for the weights of all modules that can be quantized.
         bit_operations: budget for multiply-accumulates times weight bits times activation bits, for one image.
         sqnr_db: least SQNR of the centred outputs, dB.
+        exclude: names or patterns of modules that stay in float in any case.
         agreement: least percentage of images with the same largest output, for classifiers.
 
     Raises:
@@ -94,9 +96,11 @@ def allocate(
     precision, high = replace(precision, first_last_bits=None), replace(high, first_last_bits=None)
     batches = list(model_inputs(model, calibration))
     captured = capture(model, batches[0])
-    low_costs = sensitivity(captured, batches, method, precision, target)
-    high_costs = {cost.module: cost for cost in sensitivity(captured, batches, method, high, target)}
-    search = _Search(low_costs, high_costs, precision, high)
+    excluded = tuple(exclude)
+    low_costs, high_costs = (
+        sensitivity(captured, batches, method, bits, target, exclude=excluded) for bits in (precision, high)
+    )
+    search = _Search(low_costs, {cost.module: cost for cost in high_costs}, precision, high, excluded)
     [(goal, wanted)] = given.items()
     if goal in _MEASURES:
         return search.down_to_target(captured, batches, method, target, goal, wanted)
@@ -111,12 +115,14 @@ class _Search:
         low: what each module costs at ``precision``, the most expensive one first.
         high: module -> what it costs at ``to``.
         precision, to: bit widths to start from, and of what turns out to be expensive.
+        exclude: what stays in float in any case.
     """
 
     low: list[ModuleCost]
     high: dict[str, ModuleCost]
     precision: Precision
     to: Precision
+    exclude: tuple[str, ...]
 
     def under_budget(self, goal: str, budget: float) -> Allocation:
         """Raise modules in the order of error taken away per byte or bit-operation, as long as the budget lasts."""
@@ -175,7 +181,7 @@ class _Search:
             for goal in ("weight_bytes", "bit_operations")
         )
         bits = {name: own for name, own in chosen.items() if own is not None}
-        excluded = tuple(name for name, own in chosen.items() if own is None)
+        excluded = (*self.exclude, *(name for name, own in chosen.items() if own is None))
         return Allocation(self.precision, bits, excluded, tuple(moves), bytes_, operations)
 
 

@@ -168,3 +168,45 @@ def test_the_factory_s_model_is_the_one_that_is_quantized(folder):
     with torch.no_grad():
         exact = vit()(torch.zeros(1, 3, 32, 32)).numpy()
     assert np.abs(logits - exact).max() < 0.2 * np.abs(exact).max()
+
+
+def test_what_is_left_in_float_and_raised_to_8_bits(folder, capsys):
+    """Excluded by pattern, allocated to a target; sizes, normalization and engines as a user may write them."""
+    command(
+        "mine:make", "--image-size", "32x32", "--mean", "0.5", "--std", "0.25", "--weight-bits", "3", "--exclude",
+        "blocks.0.mlp", "--target-sqnr", "25", "--engines", "onnxruntime,openvino",
+    )  # fmt: skip
+    report = json.loads((folder / "out.json").read_text())
+    assert {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= report["float_modules"].keys()
+    assert report["allocation"] and all(move.endswith((" to W8A8", " to float")) for move in report["allocation"])
+    assert report["engines"].keys() == {"onnxruntime", "openvino"}
+    assert "allocated: " in capsys.readouterr().out
+
+
+def test_one_channel_and_a_compiled_checkpoint(folder):
+    (folder / "grey.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "def make():\n    return nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 15 * 12, 5))\n"
+    )
+    import grey
+
+    state = {f"_orig_mod.{name}": tensor for name, tensor in grey.make().state_dict().items()}  # as torch.compile names them
+    save_file(state, folder / "compiled.safetensors")
+    command("grey:make", "--image-size", "32x26", "--channels", "1", "--checkpoint", "compiled.safetensors")
+    assert qwt2.load_engine("out.onnx")(np.zeros((2, 1, 32, 26), np.float32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--device", "cuda"), "PyTorch sees no GPU here"),
+        (("--mean", "0.5", "0.5"), "--mean gives 2 values for 3 channels"),
+        (("--exclude", "blcks"), "exclude: 'blcks' matches no module"),
+    ],
+)
+def test_options_that_do_not_fit(folder, capsys, options, message):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as error:
+        command("mine:make", "--image-size", "32", *options)
+    assert error.value.code == 2 and message in capsys.readouterr().err
