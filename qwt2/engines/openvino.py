@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -64,31 +62,31 @@ def quantize_added_twice(model: onnx.ModelProto) -> onnx.ModelProto:
     changed = ir.from_proto(model)
     for addition in [node for node in changed.graph if node.op_type == "Add"]:
         for position, value in enumerate(addition.inputs):
-            if _is_quantized_convolution(value):
-                _quantize_again(addition, position)
+            dequantize = maker(value, "DequantizeLinear")
+            if dequantize is not None and _is_behind_convolution(dequantize):
+                _quantize_again(addition, position, dequantize)
     return ir.to_proto(changed)
 
 
-def _quantize_again(addition: ir.Node, position: int) -> None:
-    value: Any = addition.inputs[position]
-    name = addition.outputs[0].name
-    parameters = value.producer().inputs[1:]
-    quantize = make("QuantizeLinear", [value, *parameters], f"{name}/codes_{position}")
-    dequantize = make("DequantizeLinear", [quantize.outputs[0], *parameters], f"{name}/again_{position}")
-    addition.prepend([quantize, dequantize])
-    addition.replace_input_with(position, dequantize.outputs[0])
+def _quantize_again(addition: ir.Node, position: int, dequantize: ir.Node) -> None:
+    """Put a quantizer with the parameters of ``dequantize`` between it and the addition."""
+    name, parameters = addition.outputs[0].name, dequantize.inputs[1:]
+    codes = make("QuantizeLinear", [dequantize.outputs[0], *parameters], f"{name}/codes_{position}")
+    again = make("DequantizeLinear", [codes.outputs[0], *parameters], f"{name}/again_{position}")
+    addition.prepend([codes, again])
+    addition.replace_input_with(position, again.outputs[0])
 
 
 def _is_convolution(value: ir.Value | None) -> bool:
     """Whether a tensor is a convolution's output that nothing else reads, perhaps activated or clipped."""
-    node = None if value is None else value.producer()
-    if value is None or node is None or len(value.uses()) > 1:
+    node = None if value is None or len(value.uses()) > 1 else value.producer()
+    if node is None:
         return False
     return node.op_type == "Conv" or (node.op_type in _FUSED and _is_convolution(node.inputs[0]))
 
 
-def _is_quantized_convolution(value: ir.Value | None) -> bool:
-    """Whether a tensor is such an output behind a quantizer."""
-    dequantize: Any = None if value is None else maker(value, "DequantizeLinear")
-    quantize = None if dequantize is None else dequantize.inputs[0].producer()
+def _is_behind_convolution(dequantize: ir.Node) -> bool:
+    """Whether a quantizer, of which this is the end, reads such an output."""
+    codes = dequantize.inputs[0]
+    quantize = None if codes is None else codes.producer()
     return quantize is not None and _is_convolution(quantize.inputs[0])
