@@ -76,8 +76,8 @@ def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str
     name = " ".join(victim.cmdline()[-3:])
     victim.send_signal(signal.SIGKILL)
     process.wait()
-    # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice,
-    # seconds on a busy machine, and DVC takes the lock of a process that is still listed for held.
+    # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice. That
+    # takes seconds on a busy machine, and DVC takes the lock of a process that is still listed for held.
     psutil.wait_procs([victim], timeout=60)
     return f"{name} killed after {after:.1f} s"
 

@@ -1,4 +1,4 @@
-"""QwT and CWAC with everything stored: what the benchmarks compare with, and an oracle of the tests."""
+"""QwT and CWAC implemented by storing everything: what the benchmarks compare with, and an oracle of the tests."""
 
 from contextlib import nullcontext
 
@@ -12,6 +12,9 @@ from qwt2.quantization.layers import full_precision
 
 class Stored:
     """QwT and CWAC as published code goes about it.
+
+    Of each block, every image's outputs are kept, full-precision and quantized. The normal equations are solved by an
+    explicit inverse.
 
     Of each block, every image's outputs are kept, full-precision and quantized, and the normal equations are solved
     by an explicit inverse. For networks whose blocks are a chain, each reading nothing but the output of the one

@@ -226,7 +226,10 @@ def write_out(out: Path, models=tuple(MODELS), precisions=PRECISIONS) -> None:
 
 
 def write_cells(count: int, tables: int = 3) -> None:
-    """Finished cells of sweeps in the current folder, the last one failed; the first ``tables`` have tables too."""
+    """Finished cells of sweeps in the current folder.
+
+    The last one failed; the first ``tables`` have their tables too.
+    """
     from hydra import compose, initialize_config_dir
 
     from pipeline.sweeps.cells import by_method, cell_config

@@ -61,12 +61,12 @@ class Coco:
 
     @staticmethod
     def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
-        """Prepare the dataset; see :mod:`qwt2.data`."""
+        """See :func:`write_coco`."""
         write_coco(cfg, folder)
 
     @staticmethod
     def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Scenes:
-        """Open the prepared dataset; see :mod:`qwt2.data`."""
+        """The annotations that were stored, with the images where they are."""
         return stored_scenes(folder, _root(cfg))
 
 

@@ -52,12 +52,12 @@ class Digits:
 
     @staticmethod
     def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
-        """Prepare the dataset; see :mod:`qwt2.data`."""
+        """See :func:`write_digits`."""
         write_digits(cfg, folder)
 
     @staticmethod
     def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Dataset:
-        """Open the prepared dataset; see :mod:`qwt2.data`."""
+        """The images that were stored."""
         return DigitsDataset(folder)
 
 

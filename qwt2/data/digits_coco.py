@@ -47,12 +47,12 @@ class DigitsCoco:
 
     @staticmethod
     def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
-        """Prepare the dataset; see :mod:`qwt2.data`."""
+        """See :func:`write_digits_coco`."""
         write_digits_coco(cfg, folder)
 
     @staticmethod
     def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Scenes:
-        """Open the prepared dataset; see :mod:`qwt2.data`."""
+        """The scenes that were stored."""
         return stored_scenes(folder, Path(folder))
 
 

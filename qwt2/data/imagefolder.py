@@ -35,7 +35,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 @DATASETS.register("imagefolder")
 @dataclass
 class ImageFolder:
-    """Keys of its configuration: `path`, images of each split to draw by `seed`, what to do with damaged ones."""
+    """Keys of its configuration.
+
+    `path`, how many images of each split to draw by `seed`, and what to do with damaged ones.
+    """
 
     TASK: ClassVar[str] = "classification"
     name: str
@@ -48,14 +51,14 @@ class ImageFolder:
 
     @staticmethod
     def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
-        """Prepare the dataset; see :mod:`qwt2.data`."""
+        """See :func:`write_index`."""
         write_index(cfg, folder)
 
     @staticmethod
     def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Dataset:
-        """Open the prepared dataset; see :mod:`qwt2.data`."""
+        """The images of the stored index, transformed as the model expects them."""
         if model is None:
-            raise Qwt2Error("a folder of images needs the model's configuration, for the transform; give model=")
+            raise Qwt2Error("imagefolder: every model has its own input transform; give open_dataset the model too")
         return ImageFolderDataset(cfg, folder, model)
 
 

@@ -214,7 +214,8 @@ def _gain_sentence(compared: list[Comparison]) -> str:
     best = max(hard, key=lambda item: item.gain)
     return (
         f"{label(SUBJECT)} raises top-1 in {len(gained)} of the {len(hard)} cells where plain PTQ loses "
-        f"{HARD_LOSS:.0f} points or more, by {mean:.1f} points on average; most on {_cell(best)}: {_top1_change(best)}."
+        f"{HARD_LOSS:.0f} points or more, by {mean:.1f} points on average; "
+        f"most on {_cell(best)}: {_top1_change(best)}."
     )
 
 

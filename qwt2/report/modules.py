@@ -135,11 +135,20 @@ def _sqnr() -> alt.LayerChart:
     ]
     better = compensations.colour(compensations.SUBJECT)
     x = alt.X("before:Q", title="SQNR of the output, dB", scale=alt.Scale(zero=False))
-    better = compensations.colour(compensations.SUBJECT)
-    span = _base().mark_rule(strokeWidth=2, opacity=0.5).encode(
-        x=x, x2="after:Q", tooltip=tooltip,
-        color=alt.condition("datum.after >= datum.before", alt.value(better), alt.value(WORSE_COLOUR)),
-    )  # fmt: skip
+    span = (
+        _base()
+        .mark_rule(strokeWidth=2, opacity=0.5)
+        .encode(
+            x=x,
+            x2="after:Q",
+            tooltip=tooltip,
+            color=alt.condition(
+                "datum.after >= datum.before",
+                alt.value(compensations.colour(compensations.SUBJECT)),
+                alt.value(WORSE_COLOUR),
+            ),
+        )
+    )
     states = ["before", "after", "rejected by the gate"]
     colours = alt.Scale(domain=states, range=[BEFORE_COLOUR, better, WORSE_COLOUR])
     shapes = alt.Scale(domain=states, range=["circle", "circle", "cross"])
