@@ -113,6 +113,12 @@ def test_file_gone_after_indexing_is_named(cfg, root, tmp_path):
         next(open_dataset(cfg, tmp_path / "out", MODEL).batches("val", 2))
 
 
+def test_opening_without_a_model_is_refused(cfg, tmp_path):
+    write_dataset(cfg, tmp_path / "out")
+    with pytest.raises(Qwt2Error, match="give open_dataset the model too"):
+        open_dataset(cfg, tmp_path / "out")
+
+
 def _remove(folder):
     import shutil
 
