@@ -14,7 +14,7 @@ PYTHON ?= python3.11
 repro: $(STAMP)
 	dvc repro
 
-# The same without detection: its cells, and a report of them alone.
+# The same without detection: the cells of classifiers, and a report of only these.
 repro-classification: $(STAMP)
 	dvc repro $$(python -m pipeline.stages.resolve classification)
 	python -m pipeline.stages.report classification

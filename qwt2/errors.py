@@ -11,7 +11,7 @@ _REPAIRABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 class Qwt2Error(Exception):
     """A problem with the input, named in one sentence together with what to do about it.
 
-    Whoever runs the library from the command line prints the sentence alone and exits with code 2
+    Whoever runs the library from the command line prints only the sentence and exits with code 2
     (:func:`guarded`); any other exception is a defect in the library and keeps its traceback.
     """
 

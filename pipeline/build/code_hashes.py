@@ -75,7 +75,7 @@ def _files(name: str) -> Iterator[Path]:
 
 @while_unchanged  # every cell of a sweep asks
 def _imports(path: Path) -> set[str]:
-    """Names of all that a file may import, except for type annotations alone: modules, and what is in them."""
+    """Names of all that a file may import, except only for type annotations: modules, and what is in them."""
     found: set[str] = set()
     package = ".".join(path.relative_to(ROOT).parent.parts)
     for node in _run_time_nodes(ast.parse(path.read_bytes(), path)):

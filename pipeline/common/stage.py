@@ -30,7 +30,7 @@ class Cell:
     """Where the stages find and put the files of one cell.
 
     Attributes:
-        name: of the cell, `<model>-<precision>` in the grid, or of the model alone in stage `baseline`.
+        name: of the cell, `<model>-<precision>` in the grid, or only of the model in stage `baseline`.
         data: folder that holds one folder a dataset.
         baseline: folder of the full-precision model.
         out: folder that holds one folder a stage.
@@ -130,7 +130,7 @@ def config_path(stage: str, cell: str = "") -> Path:
 
 
 def set_threads(count: int) -> None:
-    """Limit every numeric library to `count` threads; of those already imported, torch alone obeys."""
+    """Limit every numeric library to `count` threads; of those already imported, only torch obeys."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(count)
     if "torch" in sys.modules:

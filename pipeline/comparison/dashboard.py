@@ -1,6 +1,6 @@
 """Command: a page on this machine to compare the runs of the grid and of all sweeps (`make dashboard`).
 
-Serves on loopback alone, loads nothing from elsewhere and reports to nobody. Reload the page to see new runs.
+Serves only on loopback, loads nothing from elsewhere and reports to nobody. Reload the page to see new runs.
 """
 
 import argparse

@@ -30,8 +30,8 @@ class Measured:
 
     Attributes:
         figures: its accuracy.
-        mismatches: module -> how far it is from the simulation; of the first seed alone.
-        operations: what runs in integers and in float; of plain PTQ at the first seed alone.
+        mismatches: module -> how far it is from the simulation; only of the first seed.
+        operations: what runs in integers and in float; only of plain PTQ at the first seed.
     """
 
     figures: Figures

@@ -123,7 +123,7 @@ def by_method(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
 
 
 def sentence(error: Exception) -> str:
-    """What is shown of an error; a defect's class is named, as its words alone may mean nothing."""
+    """What is shown of an error; a defect's class is named, as its words may mean nothing without it."""
     text = (str(error).strip() or "no message").splitlines()[0]
     return text if isinstance(error, Qwt2Error) else f"{type(error).__name__}: {text} (traceback in the cell's log.txt)"
 

@@ -2,7 +2,7 @@
 
     python -m pipeline.sweeps.experiment -m model=vit_micro,swin_micro precision=w3a3,w4a4 compensation=qwt,cwac seed=0,1,2
 
-What DVC built is reused, finished cells are skipped, and a cell that fails leaves the others alone.
+What DVC built is reused, finished cells are skipped, and a cell that fails does not stop the others.
 """
 
 import os

@@ -85,7 +85,7 @@ def only_runner(sweep: str) -> Iterator[None]:
         except BlockingIOError as error:
             raise Qwt2Error(f"sweep {sweep} is running already; wait for it, or name this one with sweep=NAME") from error
         for record in (SWEEPS / sweep / "jobs").glob("*.json"):
-            record.unlink()  # the table tells of this run of the sweep alone; the cells themselves remain
+            record.unlink()  # the table tells only of this run of the sweep; the cells themselves remain
         yield
 
 

@@ -72,7 +72,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def tensors(inputs: Any) -> dict[str, Any]:
-    """The inputs by name; an image tensor alone is called "images"."""
+    """The inputs by name; a single image tensor is called "images"."""
     return inputs if isinstance(inputs, dict) else {"images": inputs}
 
 

@@ -14,7 +14,7 @@ from qwt2.capture.batch import Inputs, call
 from qwt2.capture.graph import GraphModel
 from qwt2.errors import Qwt2Error
 
-# Rounding alone keeps far more of float32's 24 bits.
+# Mere rounding keeps far more of float32's 24 bits.
 SAME_DB = 60.0
 
 

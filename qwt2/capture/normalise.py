@@ -208,7 +208,7 @@ def weights_to_linear(model: GraphModel) -> None:
 
 
 def _added_bias(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
-    """A constant of one value per output channel that alone is added to a product, and the addition."""
+    """A constant of one value per output channel that is all that is added to a product, and the addition."""
     [reader] = node.users if len(node.users) == 1 else [None]
     if reader is None or reader.target is not aten.add.Tensor or reader.kwargs:
         return None, node
@@ -397,7 +397,7 @@ _OPERATIONS = {
 
 
 def fold_batchnorms(model: GraphModel) -> None:
-    """Fold every BatchNorm that alone reads a layer's output into that layer, at all of the layer's calls."""
+    """Fold every BatchNorm that is the only reader of a layer's output into that layer, at all its calls."""
     for name, calls in model.calls((nn.Linear, nn.Conv2d)).items():
         layer = model.get_submodule(name)
         found = [_only_norm(node, isinstance(layer, nn.Linear)) for node in calls]

@@ -35,7 +35,7 @@ def layers(model: GraphModel) -> list[str]:
 
 
 def norm_consumers(model: GraphModel) -> dict[str, list[str]]:
-    """LayerNorm -> the Linears that alone read its output, its last axis intact, and read nothing else."""
+    """LayerNorm -> the Linears that are the only readers of its output, last axis intact, and read nothing else."""
     order, found, linears = layers(model), {}, model.calls(nn.Linear)
     for norm, calls in model.calls(nn.LayerNorm).items():
         readers = [reader for call in calls for reader in _readers(call, _keeps_last_axis)]
@@ -76,7 +76,7 @@ def residual_sums(model: GraphModel) -> dict[str, tuple[str | None, str | None]]
 
 
 def kernel_poolings(model: GraphModel) -> list[str]:
-    """Poolings that alone read what a convolution's kernel computes: its output or a residual sum, activated or not."""
+    """Poolings that are the only readers of a convolution's output or of a residual sum, activated or not."""
     residual = residual_sums(model)
     found = []
     for name, calls in model.calls(Pooling).items():

@@ -151,7 +151,7 @@ def _check_pretrained(cfg: Mapping[str, Any]) -> None:
 
     try:
         pretrained = timm.get_pretrained_cfg(cfg["timm"])
-    except RuntimeError as error:  # a tag (after the dot) that the architecture has not
+    except RuntimeError as error:  # a tag (after the dot) that the architecture does not have
         raise Qwt2Error(f"timm does not know {cfg['timm']}: {_first_line(error)}") from error
     if pretrained is None or not pretrained.has_weights:
         raise Qwt2Error(f"timm has no pretrained weights of {cfg['timm']}; set model.checkpoint to a weight file")

@@ -63,7 +63,7 @@ def compensate(
 
 
 def _temporary_folder(parent: str | None) -> AbstractContextManager[str | None]:
-    """A folder of this run alone, so that runs can share ``parent`` and an error leaves nothing behind."""
+    """A folder only of this run, so that runs can share ``parent`` and an error leaves nothing behind."""
     if parent is None:
         return nullcontext()
     if not Path(parent).is_dir():

@@ -78,7 +78,7 @@ class Moments:
         return self.var_q > CONSTANT_CHANNEL * (self.mean_q.square() + self.var_q)
 
     def squared_error(self, alpha: Tensor | float = 1.0, beta: Tensor | float = 0.0) -> Tensor:
-        """Mean of (alpha q + beta - f)^2 per channel, (C,), from the moments alone."""
+        """Mean of (alpha q + beta - f)^2 per channel, (C,), from the moments."""
         offset = alpha * self.mean_q + beta - self.mean_f
         spread = alpha**2 * self.var_q - 2 * alpha * self.cov + self.var_f
         return spread.clamp(min=0) + offset.square()

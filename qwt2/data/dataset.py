@@ -16,7 +16,7 @@ class Dataset(ABC):
     """Labelled images in the splits `train` and `val`, normalised as the model expects them.
 
     A subclass says what the labels are and loads images by index; the order of everything below follows
-    from its arguments alone. NumPy is the base, so that stages which run no torch need not import it.
+    only from its arguments. NumPy is the base, so that stages which run no torch need not import it.
     """
 
     classes: list[str]

@@ -74,7 +74,7 @@ def build_detector(cfg: Mapping[str, Any], seed: int = 0) -> nn.Module:
 def load_detector(detector: nn.Module, path: str | os.PathLike) -> None:
     """Load weights into `detector`, in place; every name and shape must fit.
 
-    `path` is a safetensors file or a torch file of tensors alone, in mmdet's names or in those of
+    `path` is a safetensors file or a torch file that only holds tensors, in mmdet's names or in those of
     Swin-Transformer-Object-Detection, which are converted (:func:`convert_swin`).
 
     Raises `Qwt2Error` naming the file and what does not fit.

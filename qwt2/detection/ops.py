@@ -38,7 +38,7 @@ def ensure_operators() -> str:
 
 
 class _Bridge(ModuleType):
-    """Stands for mmcv's extension module; operators it has not can be imported, and refuse to run."""
+    """Stands for mmcv's extension module; operators it does not have can be imported, and refuse to run."""
 
     def __init__(self, name: str):
         super().__init__(name)

@@ -115,7 +115,7 @@ def running_on(network: Detector, runs: Mapping[str, Run], size: tuple[int, int]
 
 @contextmanager
 def without_masks(detector: nn.Module) -> Iterator[None]:
-    """A detector that finds boxes alone inside the `with` block; their masks take it half of its time."""
+    """A detector that finds only boxes inside the `with` block; their masks take it half of its time."""
     masks = detector.roi_head.mask_head
     detector.roi_head.mask_head = None
     try:

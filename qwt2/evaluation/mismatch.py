@@ -1,6 +1,6 @@
 """How far apart two executions of the same integer module are, in output steps (LSB).
 
-Whole-network outputs of low-bit models differ by rounding alone: a value that falls on the other
+Whole-network outputs of low-bit models differ by rounding: a value that falls on the other
 side of a rounding boundary changes everything after it. Modules are therefore compared one by one,
 each fed with the same recorded input. A step is the scale of the quantizer at the module's output,
 or, where there is none, 1/255 of the output's range.

@@ -128,7 +128,7 @@ class Results:
         return self._by_key.get((model, precision, method, engine, metric))
 
     def of_task(self, task: str) -> "Results":
-        """The rows of one task alone."""
+        """The rows of one task."""
         return Results(row for row in self.rows if row.task == task)
 
     def fp32_top1(self, model: str) -> Row | None:

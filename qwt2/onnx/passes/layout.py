@@ -65,7 +65,7 @@ def _is_reshaped_layer(node: ir.Node | None) -> bool:
 
 
 def _move_below(node: ir.Node, kinds: tuple[str, ...]) -> None:
-    """Move a node that moves values below the nodes of these kinds that alone read it, as far as it goes.
+    """Move a node that moves values below the nodes of these kinds that are its only readers, as far as it goes.
 
     Args:
         kinds: operations that compute value by value, if their other inputs are single numbers.
