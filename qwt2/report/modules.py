@@ -142,11 +142,7 @@ def _sqnr() -> alt.LayerChart:
             x=x,
             x2="after:Q",
             tooltip=tooltip,
-            color=alt.condition(
-                "datum.after >= datum.before",
-                alt.value(compensations.colour(compensations.SUBJECT)),
-                alt.value(WORSE_COLOUR),
-            ),
+            color=alt.condition("datum.after >= datum.before", alt.value(better), alt.value(WORSE_COLOUR)),
         )
     )
     states = ["before", "after", "rejected by the gate"]
