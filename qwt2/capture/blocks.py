@@ -64,10 +64,15 @@ def check_blocks(model: GraphModel, blocks: Iterable[str]) -> list[str]:
 
 
 def ends(model: GraphModel, block: str) -> tuple[fx.Node, fx.Node] | None:
-    """The node whose value goes into a block, and the one whose value comes out; ``None`` if these are not one each."""
+    """The node whose value goes into a block, and the one whose value comes out; ``None`` if these are not one each.
+
+    Beside the activation something else may go in that has not the shape of what comes out (a mask, positions).
+    """
     inside = {node for node in model.graph.nodes if belongs(node, block)}
     entering = {s: None for node in inside for s in node.all_input_nodes if s not in inside and _is_activation(s)}
     leaving = [node for node in inside if _is_activation(node) and any(user not in inside for user in node.users)]
+    if len(entering) > 1 and len(leaving) == 1:
+        entering = {node: None for node in entering if node.meta["shape"] == leaving[0].meta["shape"]}
     calls = {call for node in inside for call in node.meta["call"].split("/") if call.partition("@")[0] == block}
     return (next(iter(entering)), leaving[0]) if len(entering) == len(leaving) == len(calls) == 1 else None
 

@@ -90,7 +90,9 @@ def compute_constants(model: GraphModel) -> None:
             values[node] = model.evaluate(node, values)
     for node in [n for n in values if n.op != "get_attr" and any(user not in values for user in n.users)]:
         if isinstance(values[node], Tensor) and _is_worth_storing(node, values):
-            replace(node, model.add_constant(node, values[node]))
+            stored = model.add_constant(node, values[node])
+            values[stored] = values[node]  # others may follow from it
+            replace(node, stored)
 
 
 def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:

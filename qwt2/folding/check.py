@@ -12,6 +12,7 @@ from qwt2.quantization.quantizers import UniformQuantizer
 
 # In output steps. A value between two codes may be rounded either way.
 MAX_STEPS = 1 + 1e-3
+_RESOLVED = 2.0**-20  # of the largest value, after a sum
 _BEYOND = 0.05  # of a range, so that clipping is compared too
 
 
@@ -55,8 +56,11 @@ def _values(quantizer: UniformQuantizer, shape: tuple[int, ...], generator: torc
 
 
 def _steps(module: nn.Module, expected: Tensor, found: Tensor) -> float:
-    """The largest difference in output steps; of an output in float, in 1/255 of its range."""
-    step = (expected.max() - expected.min()) / 255
+    """The largest difference in output steps; of an output in float, in 1/255 of its range.
+
+    Where that is less than float32 resolves (an input that is constant, a large bias), in what it resolves.
+    """
+    step = torch.maximum((expected.max() - expected.min()) / 255, expected.abs().max() * _RESOLVED)
     if isinstance(module, QuantizedLayer) and module.output_quantizer is not None:
         step = module.output_quantizer.scale
     difference = (found - expected).abs().max()

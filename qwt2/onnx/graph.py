@@ -66,10 +66,11 @@ def quantizer_before(dequantize: ir.Node) -> list[ir.Node]:
 def grid(quantizer: Sequence[ir.Node]) -> tuple[tuple[bytes, ...], ...]:
     """The numbers that a quantizer's nodes compute with; equal for quantizers that give equal values."""
 
-    def numbers(node: ir.Node) -> tuple[bytes, ...]:
-        return tuple(constant(value).tobytes() for value in node.inputs[1:] if value is not None)
+    def number(value: ir.Value) -> bytes:
+        stored = constant(value)
+        return str(value.name).encode() if stored is None else stored.tobytes()  # an activation's bounds may be computed
 
-    return tuple(map(numbers, quantizer))
+    return tuple(tuple(number(value) for value in node.inputs[1:] if value is not None) for node in quantizer)
 
 
 def make(kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes) -> ir.Node:

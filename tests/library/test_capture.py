@@ -855,3 +855,38 @@ def test_openvino_quantizes_what_a_pooling_alone_reads_of_a_convolution(adds, ac
         codes = seen[0] / quantizer.scale
         assert torch.allclose(codes, codes.round(), atol=1e-3) and codes.unique().numel() <= 256
         assert torch.allclose(outputs(qwt2.fold(qmodel), images(4)), outputs(qmodel, images(4)), atol=1e-4)
+
+
+class Masked(nn.Module):
+    """Blocks that read a mask beside what they work on, as text encoders do."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x, mask):
+            return x + self.fc2((self.fc1(x) * mask).relu())
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.layers = nn.ModuleList([self.Block(), self.Block()])
+
+    def forward(self, ids, mask):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x, mask[..., None].float())
+        return x
+
+
+def test_blocks_that_read_a_mask_beside_their_activation():
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {"ids": torch.randint(20, (4, 6), generator=generator), "mask": torch.ones(4, 6, dtype=torch.int64)} for _ in range(2)
+    ]
+    qmodel = qwt2.quantize(Masked(), batches, "minmax", qwt2.Precision(3, 4, None))
+    assert qmodel.quantization.blocks == ["layers.0", "layers.1"]
+    fits = qwt2.compensate(qmodel, batches, "qwt", dtype="float32").modules
+    assert [fit.module for fit in fits] == ["layers.0", "layers.1"]
+    assert all(fit.kept and fit.sqnr_after_db > fit.sqnr_before_db for fit in fits)

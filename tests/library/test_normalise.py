@@ -534,3 +534,21 @@ def test_normalising_twice_changes_nothing():
         rewrite(graph)
     graph.prune()
     assert str(graph.graph) == before and len(graph.calls(Product)) == 6
+
+
+def test_constants_that_follow_from_other_constants():
+    """Both are read by operations on activations, so both are stored, and the second follows from the first."""
+
+    class Chained(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.arange(4.0))
+
+        def forward(self, x):
+            a = self.p * 2
+            return (x + a) * (a + 1)
+
+    x = random(5, 3, 4)
+    graph = pass_after_pass(Chained(), x)
+    assert_same(graph, Chained(), x)
+    assert len([node for node in graph.graph.nodes if node.op == "call_function"]) == 2

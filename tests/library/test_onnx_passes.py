@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
@@ -469,3 +470,28 @@ def test_numbers_with_which_shared_quantizers_would_differ_are_refused(tmp_path)
         other.get_submodule(gone).scale *= 2
         with pytest.raises(Qwt2Error, match=f"{gone} and {kept} differ"):
             rewrite_onnx(path, other, tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU])
+def test_clamps_between_convolutions_that_several_layers_read(activation, tmp_path):
+    """The exporter computes the bounds of some clamps, so that they are no stored numbers."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.activation = nn.Conv2d(3, 8, 3, padding=1), activation()
+            self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.activation(3 * self.stem(x))
+            return self.activation(self.left(x)) + self.right(x)
+
+    torch.manual_seed(0)
+    qmodel = qwt2.quantize(Branches(), batches(), "minmax")
+    folded = qwt2.fold(qmodel)
+    path = qwt2.export_onnx(folded, tmp_path / "a.onnx", images(2))
+    with torch.no_grad():
+        expected = folded(images(4)).numpy()
+    for engine in ("onnxruntime", "openvino", "torch_int8"):
+        found = qwt2.load_engine(path, engine)(images(4).numpy())
+        assert np.square(found - expected).sum() <= 1e-3 * np.square(expected).sum()
