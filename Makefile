@@ -38,6 +38,7 @@ benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.calibration_cost
 	python -m benchmarks.experiments
 	$(PEERS)/bin/python -m benchmarks.peers
+	$(PEERS)/bin/python -m benchmarks.zoo
 
 # A page on this machine that compares all runs.
 dashboard: $(STAMP)

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.comparison.publish", description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep", action="append", help="publish the runs of this sweep alone ('grid' for DVC's); repeatable")
+    parser.add_argument("--sweep", action="append", help="publish only the runs of this sweep ('grid' for DVC's); repeatable")
     parser.add_argument("--project", default="qwt2")
     parser.add_argument("--entity", help="team or user on the server; your default one if not given")
     parser.add_argument("--report", action="store_true", help="make the page of comparisons instead of publishing")

@@ -66,7 +66,7 @@ def check_blocks(model: GraphModel, blocks: Iterable[str]) -> list[str]:
 def ends(model: GraphModel, block: str) -> tuple[fx.Node, fx.Node] | None:
     """The node whose value goes into a block, and the one whose value comes out; ``None`` if these are not one each.
 
-    Beside the activation something else may go in that has not the shape of what comes out (a mask, positions).
+    Beside the activation something of another shape than what comes out may go in (a mask, positions).
     """
     inside = {node for node in model.graph.nodes if belongs(node, block)}
     entering = {s: None for node in inside for s in node.all_input_nodes if s not in inside and _is_activation(s)}

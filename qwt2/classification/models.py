@@ -132,7 +132,7 @@ def fit_weights(model: "nn.Module", state: Mapping[str, "torch.Tensor"], path: s
 
     own = model.state_dict()
     problems = [f"lacks {name}" for name in own if name not in state]
-    problems += [f"has {name}, which the model has not" for name in state if name not in own]
+    problems += [f"has {name}, which the model does not have" for name in state if name not in own]
     problems += [
         f"has {name} of shape {tuple(state[name].shape)} where the model needs {tuple(own[name].shape)}"
         for name in own
@@ -183,7 +183,7 @@ def _read_torch_file(path: Path) -> Mapping[str, "torch.Tensor"]:
         raise Qwt2Error(f"{path} does not exist; correct model.checkpoint") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
         raise Qwt2Error(
-            f"{path} is not a safetensors file nor a torch file that holds weights alone ({_first_line(error)})"
+            f"{path} is not a safetensors file nor a torch file that holds only weights ({_first_line(error)})"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

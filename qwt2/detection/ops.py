@@ -101,7 +101,7 @@ def _refuse_max_pooling(pool_mode: int) -> None:
 def _missing(name: str):
     def refuse(*args, **kwargs):
         raise Qwt2Error(
-            f"this detector needs mmcv's operator {name}, which mmcv-lite has not; install a compiled mmcv 2.1"
+            f"this detector needs mmcv's operator {name}, which mmcv-lite does not have; install a compiled mmcv 2.1"
         )
 
     return refuse

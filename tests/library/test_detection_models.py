@@ -124,7 +124,7 @@ def test_operators_that_only_a_compiled_mmcv_has_are_named_when_called():
 
     with pytest.raises(Qwt2Error, match="needs a compiled mmcv; use pool_mode='avg'"):
         RoIAlign(output_size=2, pool_mode="max")(torch.zeros(1, 1, 8, 8), torch.zeros(1, 5))
-    with pytest.raises(Qwt2Error, match="mmcv's operator sigmoid_focal_loss_forward, which mmcv-lite has not"):
+    with pytest.raises(Qwt2Error, match="mmcv's operator sigmoid_focal_loss_forward, which mmcv-lite does not have"):
         sigmoid_focal_loss(torch.zeros(2, 3, requires_grad=True), torch.zeros(2, dtype=torch.long))
 
 

@@ -90,7 +90,7 @@ def test_weights_for_other_classes_are_refused(tmp_path):
     "change, message",
     [
         (lambda s: s.pop("norm.weight"), "lacks norm.weight; use"),
-        (lambda s: s.update(extra=torch.zeros(1)), "has extra, which the model has not; use"),
+        (lambda s: s.update(extra=torch.zeros(1)), "has extra, which the model does not have; use"),
         (lambda s: s.update({"norm.weight": torch.zeros(3)}), r"norm.weight of shape \(3,\) where the model needs \(12,\)"),
         (lambda s: (s.pop("norm.weight"), s.pop("norm.bias")), r"\(and 1 more differences\)"),
     ],
@@ -119,7 +119,7 @@ class Evil:
         ("w.pth", None, "w.pth does not exist"),
         ("w.pth", b"nonsense", "not a safetensors file nor a torch file"),
         ("w.pth", {"epoch": 3}, "holds no state dict"),
-        ("w.pth", {"model": Evil()}, "not a safetensors file nor a torch file that holds weights alone"),
+        ("w.pth", {"model": Evil()}, "not a safetensors file nor a torch file that holds only weights"),
     ],
 )
 def test_unreadable_weight_files_are_named(name, content, message, tmp_path, capfd):

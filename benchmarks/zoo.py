@@ -1,0 +1,295 @@
+"""Models that nobody here wrote: the smallest member of each of timm's families, torchvision's and transformers'.
+
+Weights are random. A row tells whether a model comes through quantization, CWAC, folding and export to files that run
+on both engines, what stays in float, how close the outputs are, and what it takes. Each model has a process of its own.
+
+SQNR is that of outputs about their mean over the images, on images that were not calibrated on, as networks of random
+weights give almost the same outputs for all images. Costs of compensations are multiply-accumulates in float forward
+passes of the calibration set.
+
+`python -m benchmarks.zoo [NAME ...]` continues what this machine's file has.
+"""
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks.table import machine_file, versions_text
+from pipeline.common.resources import PeakMemory
+from qwt2 import compensate, export_onnx, fold, load_engine, quantize
+from qwt2.capture.batch import first
+from qwt2.capture.check import outputs_of
+from qwt2.capture.export import capture
+from qwt2.errors import Qwt2Error
+from qwt2.evaluation import machine
+from qwt2.io import write_csv
+
+LIMIT_SECONDS = 600
+CALIBRATION, TEST, BATCH = 16, 8, 4
+ENGINES = ("onnxruntime", "openvino")
+FIGURES = (
+    "source", "family", "model", "parameters", "outcome", "reason", "same_db", "layers", "products", "blocks",
+    "integer_macs_percent", "float_modules", "ptq_db", "cwac_db", "qwt_db", "onnxruntime_db", "openvino_db",
+    "cwac_passes", "qwt_passes", "seconds", "float_passes", "peak_memory_mb",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models; default: all that have no row yet")
+    parser.add_argument("--largest", type=float, default=60, help="million parameters of the largest that is taken")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child process measures
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measured(arguments.one)))
+        return
+    described = machine.describe()
+    facts = {"cpu": described["cpu"], "versions": versions_text(described)}
+    output = machine_file("zoo")
+    rows = {row["model"]: row for row in _read(output)}
+    for source, family, name, parameters in tqdm(list(members()), desc="models"):
+        if name in arguments.names or (not arguments.names and name not in rows):
+            row = {"source": source, "family": family, "model": name, "parameters": parameters}
+            small = parameters <= arguments.largest * 1e6
+            row |= in_a_process(name) if small else {"outcome": "not taken", "reason": "too large"}
+            rows[name] = {**dict.fromkeys(FIGURES, ""), **row, **facts}
+            write_csv(output, list(rows.values()))
+
+
+def in_a_process(name: str) -> dict[str, Any]:
+    """What a model's own process measured, or how that ended."""
+    command = [sys.executable, "-m", "benchmarks.zoo", "--one", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"outcome": "not done", "reason": f"not done in {LIMIT_SECONDS} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        errors = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"outcome": "crashed", "reason": errors[-1][:200]}
+    return json.loads(lines[-1])
+
+
+def measured(name: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model, images = BUILDERS[name]() if name in BUILDERS else _timm(name)
+    model = with_signal(model.eval())
+    parts = [_slice(images, start, start + BATCH) for start in range(0, CALIBRATION, BATCH)]
+    test = _slice(images, CALIBRATION, CALIBRATION + TEST)
+    started = time.process_time()
+    try:
+        with PeakMemory() as memory:
+            found = through(model, parts, test)
+    except Qwt2Error as error:
+        return {"outcome": "refused", "reason": str(error)[:300]}
+    seconds = time.process_time() - started
+    return found | {
+        "outcome": "through", "seconds": round(seconds, 1), "peak_memory_mb": round(memory.megabytes),
+        "float_passes": round(seconds / _seconds(lambda: [outputs_of(model, part) for part in parts]), 1),
+    }  # fmt: skip
+
+
+def through(model: nn.Module, parts: list[Any], test: Any) -> dict[str, Any]:
+    """The whole way of one model."""
+    captured = capture(model, first(parts[0], 2))
+    exact = _floats(outputs_of(model, test))
+    same = min(map(_error_db, exact, _floats(outputs_of(captured, test))))
+    one_pass = _work(lambda: [outputs_of(captured, part) for part in parts])
+    qmodel = quantize(captured, parts, "percentile")
+    info, figures = qmodel.quantization, {}
+    macs = info.total_macs or 1
+    figures["ptq_db"] = _centred_db(exact, _floats(outputs_of(qmodel, test)))
+    if info.blocks:
+        work = _work(lambda: compensate(qmodel, parts, "qwt"))
+        figures |= {
+            "qwt_passes": round(work / one_pass, 2),
+            "qwt_db": _centred_db(exact, _floats(outputs_of(qmodel, test))),
+        }
+        qmodel = quantize(captured, parts, "percentile")
+    work = _work(lambda: compensate(qmodel, parts, "cwac"))
+    figures |= {
+        "cwac_passes": round(work / one_pass, 2),
+        "cwac_db": _centred_db(exact, _floats(outputs_of(qmodel, test))),
+    }
+    folded = fold(qmodel)
+    simulated = _floats(outputs_of(folded, test))
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_onnx(folded, Path(folder) / "model.onnx", first(test, 2))
+        for engine in ENGINES:
+            figures[f"{engine}_db"] = round(min(map(_error_db, simulated, _on(path, engine, test))), 1)
+    return figures | {
+        "same_db": "exact" if math.isinf(same) else round(same), "layers": len(info.layers),
+        "products": len(info.matmuls), "blocks": len(info.blocks),
+        "integer_macs_percent": round(100 * (1 - sum(info.float_macs.values()) / macs), 2),
+        "float_modules": "; ".join(f"{name}: {reason}" for name, reason in info.float_modules.items())[:500],
+    }  # fmt: skip
+
+
+def _on(path: Path, engine: str, inputs: Any) -> list[Tensor]:
+    feeds = {n: t.numpy() for n, t in inputs.items()} if isinstance(inputs, dict) else inputs.numpy()
+    outputs = load_engine(path, engine)(feeds)
+    arrays = outputs.values() if isinstance(outputs, dict) else [outputs]
+    return [torch.from_numpy(np.asarray(array)) for array in arrays if array.dtype.kind == "f"]
+
+
+def _floats(outputs: list[Any]) -> list[Tensor]:
+    return [y for y in outputs if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def _work(action: Callable[[], Any]) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    started = time.process_time()
+    action()
+    return time.process_time() - started
+
+
+def _error_db(exact: Tensor, found: Tensor) -> float:
+    error = (exact.double() - found.double()).square().sum()
+    return math.inf if not error else float(10 * torch.log10(exact.double().square().sum() / error))
+
+
+def _centred_db(exact: list[Tensor], found: list[Tensor]) -> float:
+    pairs = [(e.double(), f.double()) for e, f in zip(exact, found)]
+    signal = sum(float((e - e.mean(0)).square().sum()) for e, _ in pairs)
+    error = sum(float((f - e).square().sum()) for e, f in pairs)
+    return round(10 * math.log10(signal / error), 2) if signal and error else math.inf
+
+
+def _slice(inputs: Any, start: int, stop: int) -> Any:
+    return {n: t[start:stop] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[start:stop]
+
+
+def smooth(channels: int, height: int, width: int) -> Tensor:
+    """Images of a few large blobs, with some noise on them."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(CALIBRATION + TEST, channels, 7, 7, generator=generator)
+    noise = torch.randn(CALIBRATION + TEST, channels, height, width, generator=generator)
+    return nn.functional.interpolate(coarse, (height, width), mode="bicubic") + 0.1 * noise
+
+
+def with_signal(model: nn.Module) -> nn.Module:
+    """The model with norms and heads that pass something on: many start at zero."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if not parameter.detach().any():
+            parameter.data.normal_(0, 0.02 if parameter.dim() > 1 else 0.1, generator=generator)
+    return model
+
+
+def members() -> Iterator[tuple[str, str, str, int]]:
+    """(source, family, name, parameters) of every model."""
+    for family, name, parameters in smallest():
+        yield "timm", family, name, parameters
+    for name, build in BUILDERS.items():
+        source = "torchvision" if name in TORCHVISION else "transformers"
+        yield source, name, name, sum(p.numel() for p in build()[0].parameters())
+
+
+def smallest() -> Iterator[tuple[str, str, int]]:
+    """(family, name, parameters) of the smallest member of each of timm's families that can be built."""
+    import timm
+    from timm.models._registry import _module_to_models
+
+    for family, names in sorted(_module_to_models.items()):
+        sizes = {}
+        for name in names:
+            try:
+                with torch.device("meta"):
+                    sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+            except Exception:  # what needs weights or another package
+                continue
+        if sizes:
+            yield family, *min(sizes.items(), key=lambda item: (item[1], item[0]))
+
+
+def _timm(name: str) -> tuple[nn.Module, Tensor]:
+    import timm
+
+    model = timm.create_model(name)
+    return model, smooth(*model.default_cfg["input_size"])
+
+
+# Name -> size of the images.
+TORCHVISION = {
+    "alexnet": 224, "convnext_tiny": 224, "densenet121": 224, "efficientnet_b0": 224, "googlenet": 224,
+    "inception_v3": 299, "maxvit_t": 224, "mnasnet0_5": 224, "mobilenet_v2": 224, "mobilenet_v3_small": 224,
+    "regnet_y_400mf": 224, "resnet18": 224, "shufflenet_v2_x0_5": 224, "squeezenet1_1": 224, "swin_v2_t": 256,
+    "vit_b_16": 224,
+}  # fmt: skip
+
+
+def _torchvision(name: str) -> Callable[[], tuple[nn.Module, Tensor]]:
+    def build() -> tuple[nn.Module, Tensor]:
+        from torchvision import models
+
+        extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        return getattr(models, name)(weights=None, **extra), smooth(3, TORCHVISION[name], TORCHVISION[name])
+
+    return build
+
+
+# Name -> class of the configuration, of the model, and what is smaller than in the configuration's own defaults.
+_VISION = {"num_hidden_layers": 4, "image_size": 224}
+_TEXT = {"num_hidden_layers": 4, "vocab_size": 4000}
+TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "hf_vit": ("ViTConfig", "ViTForImageClassification", {**_VISION, "num_labels": 10}),
+    "hf_dinov2": ("Dinov2Config", "Dinov2ForImageClassification", {**_VISION, "patch_size": 16, "num_labels": 10}),
+    "hf_swin": ("SwinConfig", "SwinForImageClassification", {"depths": [2, 2, 2, 2], "num_labels": 10}),
+    "hf_clip_vision": ("CLIPVisionConfig", "CLIPVisionModel", _VISION),
+    "hf_clip_text": ("CLIPTextConfig", "CLIPTextModel", {**_TEXT, "eos_token_id": 3999}),
+    "hf_siglip_vision": ("SiglipVisionConfig", "SiglipVisionModel", _VISION),
+    "hf_segformer": ("SegformerConfig", "SegformerForSemanticSegmentation", {}),
+    "hf_bert": ("BertConfig", "BertForSequenceClassification", {**_TEXT, "num_labels": 4}),
+    "hf_gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_layer": 4, "vocab_size": 4000, "use_cache": False}),
+    "hf_rt_detr": ("RTDetrConfig", "RTDetrForObjectDetection", {"use_timm_backbone": False, "decoder_layers": 2}),
+}
+
+
+def _transformers(name: str) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
+    def build() -> tuple[nn.Module, dict[str, Tensor]]:
+        import transformers
+
+        config, kind, smaller = TRANSFORMERS[name]
+        model = getattr(transformers, kind)(getattr(transformers, config)(**smaller))
+        if "vocab_size" not in smaller:
+            return model, {"pixel_values": smooth(3, 224, 224)}
+        ids = torch.randint(smaller["vocab_size"], (CALIBRATION + TEST, 32), generator=torch.Generator().manual_seed(0))
+        return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    return build
+
+
+BUILDERS = {name: _torchvision(name) for name in TORCHVISION} | {name: _transformers(name) for name in TRANSFORMERS}
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()
