@@ -116,11 +116,13 @@ def run(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         bits, moves = allocation.settings, list(allocation.moves)
     progress.start("quantize")
-    qmodel = quantize(model, batches, arguments.method, target=arguments.target, **bits)
+    qmodel = quantize(
+        model, batches, arguments.method, target=arguments.target, progress=progress.inside, **bits
+    )  # fmt: skip
     fits = []
     if arguments.compensation != "none":
         progress.start("compensate")
-        fits = compensate(qmodel, batches, arguments.compensation).modules
+        fits = compensate(qmodel, batches, arguments.compensation, progress=progress.inside).modules
     progress.start("fold and export")
     folded, model = fold(qmodel).cpu(), model.cpu()
     batches = [batches[0].cpu()]
@@ -160,13 +162,20 @@ class _Progress:
     def __init__(self, steps: int):
         from tqdm import tqdm
 
-        self._bar, self._started = tqdm(total=steps, disable=None, leave=False), False
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        self._bar, self._done, self._started = tqdm(total=steps, disable=None, leave=False, bar_format=layout), 0, False
 
     def start(self, step: str) -> None:
         """The step before is done, this one begins."""
-        self._bar.update(int(self._started))
+        self._done += self._started
+        self._bar.n = self._done
         self._bar.set_description(step)
         self._started = True
+
+    def inside(self, done: int, modules: int) -> None:
+        """Of the present step, so many modules are done."""
+        self._bar.n = self._done + done / modules
+        self._bar.refresh()
 
     def close(self) -> None:
         self._bar.close()

@@ -20,12 +20,12 @@ from qwt2.errors import Qwt2Error
 from qwt2.quantization.checks import check_batches
 from qwt2.quantization.info import quantization_info
 from qwt2.quantization.methods import PTQ_METHODS
-from qwt2.quantization.walk import Walk
+from qwt2.quantization.walk import Progress, Walk
 
 
 def compensate(
     qmodel: GraphModel, calibration: Iterable[Any], method: str = "cwac", offload_dir: str | None = None,
-    memory_limit: int = 0, **options: Any,
+    memory_limit: int = 0, progress: Progress | None = None, **options: Any,
 ) -> CompensationReport:  # fmt: skip
     """Compensate a quantized model's error, in place.
 
@@ -40,6 +40,7 @@ def compensate(
         offload_dir: existing folder for these values, which go into a temporary folder inside it;
             ``None`` keeps them in memory.
         memory_limit: bytes per network that stay in memory before the folder is used.
+        progress: called with the number of modules that are compensated and of all, for progress bars.
         options: settings of the method (:class:`qwt2.compensation.methods.cwac.CWAC`,
             :class:`qwt2.compensation.methods.qwt.QwT`).
 
@@ -57,7 +58,7 @@ def compensate(
     batches = list(model_inputs(qmodel, calibration))
     check_batches(batches, info.input_shape, qmodel)
     with torch.no_grad(), _temporary_folder(offload_dir) as folder:
-        walk = Walk(qmodel, batches, folder, memory_limit)
+        walk = Walk(qmodel, batches, folder, memory_limit, progress)
         modules = compensation.fit(walk, PTQ_METHODS.get(info.method).recipe)
     return CompensationReport(method, modules, time.perf_counter() - started)
 

@@ -34,7 +34,7 @@ from qwt2.quantization.precision import Precision
 from qwt2.quantization.quantizers import Quantizer
 from qwt2.quantization.request import Request
 from qwt2.quantization.targets import Target
-from qwt2.quantization.walk import Walk
+from qwt2.quantization.walk import Progress, Walk
 
 
 def quantize(
@@ -48,6 +48,7 @@ def quantize(
     parts: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     bits: Mapping[str, Precision] | None = None,
+    progress: Progress | None = None,
 ) -> GraphModel:
     """Quantize every Linear, Conv2d and attention product of a model after training.
 
@@ -72,6 +73,7 @@ def quantize(
             all that the module holds.
         bits: bit widths of modules of their own, by name or pattern; a later entry wins over an earlier one, and all
             win over ``precision``, its bits of first and last layers included.
+        progress: called with the number of modules that are calibrated and of all, for progress bars.
 
     Returns:
         A new model in evaluation mode, called as the model is, with an attribute ``quantization``
@@ -96,7 +98,7 @@ def quantize(
                 "layers whose BatchNorms have variances near 0, or fold these by hand"
             )
     with torch.no_grad():
-        PTQ_METHODS.get(method)().fit(Walk(qmodel, [inputs]), layout.recipe)
+        PTQ_METHODS.get(method)().fit(Walk(qmodel, [inputs], progress=progress), layout.recipe)
     return qmodel
 
 

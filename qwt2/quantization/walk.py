@@ -21,6 +21,8 @@ from qwt2.quantization.activation_store import ActivationStore, size_of
 from qwt2.quantization.layers import QuantizedModule
 from qwt2.quantization.malloc import give_back_after
 
+# Is told how many of how many modules are done.
+Progress = Callable[[int, int], None]
 # How much more may be alive at the place where the walk waits than at the one before.
 GROWTH = 2.0
 
@@ -33,16 +35,27 @@ class Walk:
         batches: the calibration set.
         offload_dir: existing folder for what is alive; ``None`` keeps it in memory.
         memory_limit: bytes that each of the two networks keeps in memory before it uses the folder.
+        progress: called behind each module, with the number of modules that are done and of all.
     """
 
-    def __init__(self, model: GraphModel, batches: list[Inputs], offload_dir: str | None = None, memory_limit: int = 0):
-        self.model, self.batches = model, batches
+    def __init__(
+        self,
+        model: GraphModel,
+        batches: list[Inputs],
+        offload_dir: str | None = None,
+        memory_limit: int = 0,
+        progress: Progress | None = None,
+    ):
+        self.model, self.batches, self.progress = model, batches, progress
         self._store = lambda name: ActivationStore(offload_dir, name, memory_limit)
 
     def visits(self, kind: type[nn.Module]) -> Iterator[Visit]:
         """The model's modules of a kind in the order of their first calls; each waits in front of its module."""
-        for name, calls in self.model.calls(kind).items():
+        modules = self.model.calls(kind)
+        for number, (name, calls) in enumerate(modules.items(), 1):
             yield Visit(self, name, calls)
+            if self.progress is not None:
+                self.progress(number, len(modules))
 
     @cached_property
     def routes(self) -> list[Route]:

@@ -412,3 +412,15 @@ class Branching(nn.Module):
 def test_a_model_that_decides_by_the_values_of_its_images_is_refused_with_its_line():
     with pytest.raises(qwt2.Qwt2Error, match=r"Branching cannot be captured: .*test_walk\.py:\d+.*branches on the values"):
         qwt2.quantize(tiny.randomize(Branching()), [tiny.images(2) + 5], "minmax")
+
+
+def test_progress_is_told_behind_each_module():
+    model, batches = tiny.captured(tiny.BUILDERS["vit"]), tiny.batches()
+    told: list[tuple[int, int]] = []
+    qmodel = qwt2.quantize(model, batches, progress=lambda *now: told.append(now))
+    modules = len(qmodel.quantization.layers) + len(qmodel.quantization.matmuls)
+    assert told == [(number, modules) for number in range(1, modules + 1)]
+    told.clear()
+    qwt2.compensate(qmodel, batches, "cwac", progress=lambda *now: told.append(now))
+    layers = len(qmodel.quantization.layers)
+    assert told == [(number, layers) for number in range(1, layers + 1)]
