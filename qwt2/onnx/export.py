@@ -117,7 +117,7 @@ def _output_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Collect no garbage: the exporter's millions of objects live until its end; searching takes a fifth of its time."""
+    """Collect no garbage: the exporter's millions of objects live until its end; the search is a fifth of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

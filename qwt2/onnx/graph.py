@@ -68,7 +68,8 @@ def grid(quantizer: Sequence[ir.Node]) -> tuple[tuple[bytes, ...], ...]:
 
     def number(value: ir.Value) -> bytes:
         stored = constant(value)
-        return str(value.name).encode() if stored is None else stored.tobytes()  # an activation's bounds may be computed
+        # An activation's bounds may be computed.
+        return str(value.name).encode() if stored is None else stored.tobytes()
 
     return tuple(tuple(number(value) for value in node.inputs[1:] if value is not None) for node in quantizer)
 
