@@ -21,7 +21,7 @@ from qwt2.quantization.layers import (
     QuantizedMatmul,
     QuantizedPooling,
 )
-from qwt2.quantization.quantizers import UniformQuantizer
+from qwt2.quantization.quantizers import Quantizer, UniformQuantizer
 
 
 @torch.library.custom_op("qwt2::quantize_dequantize", mutates_args=())
@@ -50,7 +50,7 @@ def quantize_dequantize(
         return torch.clamp(x, low, high)
     info = torch.iinfo(zero_point.dtype)
     zero = zero_point.to(x.dtype)
-    ends = (info.min, info.max) if lowest is None else (lowest.to(x.dtype), highest.to(x.dtype))
+    ends = (info.min, info.max) if lowest is None or highest is None else (lowest.to(x.dtype), highest.to(x.dtype))
     codes = torch.clamp(torch.round(x / scale) + zero, *ends)
     return (codes - zero) * scale
 
@@ -79,8 +79,9 @@ def _(codes, scale, zero_point, axis):
 class QuantizeDequantize(nn.Module):
     """An activation quantizer with one scale, on 8-bit codes."""
 
-    def __init__(self, quantizer: UniformQuantizer):
+    def __init__(self, quantizer: Quantizer):
         super().__init__()
+        assert isinstance(quantizer, UniformQuantizer)  # folding refuses others
         grid, self.rounds = quantizer.grid, quantizer.rounds
         scale, zero_point = quantizer.scale.clone(), quantizer.zero_point
         self.register_buffer("scale", scale)
@@ -121,9 +122,8 @@ class IntegerLayer(nn.Module):
         self.register_buffer("bias", bias_codes)
         self.register_buffer("bias_scale", self.input.scale * weight_scale)
         self.register_buffer("bias_zero_point", torch.zeros_like(bias_codes))
-        self.output = nn.Identity()
-        if layer.output_quantizer is not None:
-            self.output = QuantizeDequantize(layer.output_quantizer)
+        output = layer.output_quantizer
+        self.output = nn.Identity() if output is None else QuantizeDequantize(output)
 
 
 class IntegerLinear(IntegerLayer):

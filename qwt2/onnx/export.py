@@ -86,6 +86,7 @@ def write_onnx(
                 f"{type(folded).__name__} cannot be exported: {reason}; torch.export must be able to trace its "
                 "forward, which excludes branches on the values of tensors"
             ) from error
+    assert program is not None  # with dynamo=True
     model = program.model
     model.graph.meta[FIRST_NAMES] = _first_names(folded)
     rewrite(model.graph, target)
