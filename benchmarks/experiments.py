@@ -1,6 +1,7 @@
 """What sweeps, publishing and the page of all runs take: the targets of `used by` on this machine.
 
-* 24 cells of micro models, with Hydra's basic launcher and with processes (`hydra/launcher=local`), from the same baselines;
+* 24 cells of micro models, with Hydra's basic launcher and with processes (`hydra/launcher=local`), from the same
+  baselines;
 * publishing 100 runs to W&B offline;
 * the page of 1,000 runs, from the browser's request until table and plots are drawn (needs chromium).
 """
@@ -46,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
 def sweeps(parent: Path) -> list[dict]:
     """The same cells with both launchers, each in a folder of its own: a finished cell is not run twice."""
     if not Path("out/baseline/swin_micro").is_dir() or not Path("out/baseline/vit_micro").is_dir():
-        raise Qwt2Error("out/baseline lacks vit_micro or swin_micro; run `make repro` first, whose baselines the sweeps use")
+        raise Qwt2Error(
+            "out/baseline lacks vit_micro or swin_micro; run `make repro` first, whose baselines the sweeps use"
+        )
     seconds = {}
     for launcher in ("basic", "local"):
         folder = parent / launcher

@@ -1,10 +1,11 @@
 """int8 files of this library against those of ONNX Runtime's `quantize_static` and of NNCF, interleaved in one run.
 
-Files for OpenVINO are quantized with target="openvino". Random weights, and calibration on crops of two real photographs:
-neither latency nor the distance from the float model's logits needs trained weights, and accuracy is not claimed here.
-Latency is taken with one thread, on batches of 1 and 8.
+Files for OpenVINO are quantized with target="openvino". Weights are random, and calibration takes crops of two real
+photographs: neither latency nor the distance from the float model's logits needs trained weights, and accuracy is not
+claimed here. Latency is taken with one thread, on batches of 1 and 8.
 
-`python -m benchmarks.peers MODEL ...` measures some of the models, and keeps what this machine's file has of the others.
+`python -m benchmarks.peers MODEL ...` measures some of the models, and keeps what this machine's file has of the
+others.
 """
 
 import argparse
@@ -105,7 +106,11 @@ class Comparison:
         qmodels = {"ptq": ptq}
         for compensation in ("cwac", "qwt"):
             qmodels[compensation] = copy.deepcopy(ptq)
-            self.measured(engine, compensation, lambda: compensate(qmodels[compensation], batches, compensation))
+            self.measured(
+                engine,
+                compensation,
+                lambda: compensate(qmodels[compensation], batches, compensation),  # noqa: B023 - called at once
+            )
             costs = self.costs[engine, compensation]
             for key, base in self.costs[engine, "ptq"].items():  # on top of plain PTQ's
                 costs[key] = costs[key] + base if key == "seconds" else max(costs[key], base)
@@ -141,8 +146,9 @@ class Comparison:
         prepared = self.folder / "prepared.onnx"
         quant_pre_process(self.path("onnxruntime", "fp32"), prepared, skip_symbolic_shape=True)
         quantize_static(
-            prepared, self.path("onnxruntime", "quantize_static"), Reader(self.calibration), quant_format=QuantFormat.QDQ,
-            per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            prepared, self.path("onnxruntime", "quantize_static"), Reader(self.calibration),
+            quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
 
     def nncf(self) -> None:
@@ -211,7 +217,9 @@ class Comparison:
             return lambda images: next(iter(model({"images": images}).values()))
 
         own = ["fp32", "ptq", "cwac_unfolded", "cwac", "qwt"]
-        runs = [("onnxruntime", variant) for variant in [*own, "quantize_static"]] + [("openvino", variant) for variant in own]
+        runs = [("onnxruntime", variant) for variant in [*own, "quantize_static"]] + [
+            ("openvino", variant) for variant in own
+        ]
         kinds = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}
         compilers = {(engine, variant): partial(compiled, kinds[engine], engine, variant) for engine, variant in runs}
         fixed = with_batch_size(onnx.load(self.path("openvino", "fp32")), batch).SerializeToString()
@@ -230,12 +238,14 @@ def openvino_default(source: bytes | Path, shape: list[int], options: dict) -> C
     core = openvino.Core()
     model = core.read_model(source)
     model.reshape(shape)
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", **options})
+    compiled = core.compile_model(
+        model, "CPU", {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", **options}
+    )
     return lambda images: next(iter(compiled(images).values()))
 
 
 class Affine(nn.Module):
-    """alpha * y + beta a channel, then whatever quantized the output before: CWAC left as an operation."""
+    """alpha * y + beta per channel, then whatever quantized the output before: CWAC left as an operation."""
 
     def __init__(self, alpha: torch.Tensor, beta: torch.Tensor, dims: int, output: nn.Module):
         super().__init__()
@@ -261,8 +271,8 @@ def unfolded(ptq: nn.Module, compensated: nn.Module) -> nn.Module:
 def random_model(name: str) -> nn.Module:
     """A timm model with random weights and, unlike timm's own initialization, random biases and scales of the norms.
 
-    No trained model has zeros there, and they mislead: NNCF's conversion drops additions of zero, and resnet50's residual
-    branches would end in layers whose weights are all zero.
+    No trained model has zeros there, and they mislead: NNCF's conversion drops additions of zero, and resnet50's
+    residual branches would end in layers whose weights are all zero.
     """
     model = timm.create_model(name, pretrained=False).eval()
     with torch.no_grad():

@@ -75,7 +75,8 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if HEADER not in metadata:
                 raise Qwt2Error(f"{path} holds no quantized model; write one with qwt2.save_quantized")
-            return json.loads(metadata[HEADER]), {name: file.get_tensor(name) for name in file.keys()}
+            # The file is no dictionary.
+            return json.loads(metadata[HEADER]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise Qwt2Error(f"{path} does not exist; run the stage that writes it, or correct the path") from None
     except SafetensorError as error:

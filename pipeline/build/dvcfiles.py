@@ -37,7 +37,9 @@ def _locked_stages(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         recorded = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
-        complete = text.endswith("\n") and all(HASH.fullmatch(out["md5"]) for stage in recorded.values() for out in stage.get("outs", []))
+        complete = text.endswith("\n") and all(
+            HASH.fullmatch(out["md5"]) for stage in recorded.values() for out in stage.get("outs", [])
+        )
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         complete = False
     if not complete:

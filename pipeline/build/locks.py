@@ -1,9 +1,9 @@
 """DVC's locks that nobody holds any more.
 
-DVC notes in a file which process reads and writes which path, and lets go of the entries of processes that do not exist.
-A killed process that nobody has waited for still exists (in a container whose first process reaps none, for good), and
-one killed while it wrote the file leaves half of it. Either way DVC asks for the file to be removed by hand, with the
-locks of processes that still run.
+DVC notes in a file which process reads and writes which path, and lets go of the entries of processes that do not
+exist. A killed process that nobody has waited for still exists (in a container whose first process reaps none, for
+good), and one killed while it wrote the file leaves half of it. Either way DVC asks for the file to be removed by hand,
+with the locks of processes that still run.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Command: re-hash everything that DVC and the sweeps stored, and say what is damaged (`make verify`).
 
-DVC trusts its cache and dvc.lock; this does not. `--repair` deletes what is damaged, and nothing else: `make repro` (or the
-sweep, run again) then makes that anew from what is left.
+DVC trusts its cache and dvc.lock; this does not. `--repair` deletes what is damaged, and nothing else: `make repro` (or
+the sweep, run again) then makes that anew from what is left.
 """
 
 import argparse
@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     remedies = " and ".join(dict.fromkeys(f"`{damage.remedy}`" for damage in found))
     if not options.repair:
-        raise Qwt2Error(f"{len(found)} damaged; delete them with `python -m pipeline.build.verify --repair`, then run {remedies}")
+        raise Qwt2Error(
+            f"{len(found)} damaged; delete them with `python -m pipeline.build.verify --repair`, then run {remedies}"
+        )
     for damage in found:
         repair(damage)
     print(f"{len(found)} deleted; now run {remedies}")

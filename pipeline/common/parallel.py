@@ -15,8 +15,8 @@ def each(
 ) -> list[Any]:
     """`[work(item) for item in items]`, in forked processes if `workers` is above 1.
 
-    If given, `then(item)` follows `work(item)` as a piece of its own, perhaps in another process: few items in two pieces
-    each keep the workers busy for longer. Results are those of `work`.
+    If given, `then(item)` follows `work(item)` as a piece of its own, perhaps in another process: few items in two
+    pieces each keep the workers busy for longer. Results are those of `work`.
 
     Forking shares what the stage has imported and loaded, which would take a new process seconds. It needs
     single-threaded numeric libraries (`threads: 1`); results do not depend on the number of workers. What is done is

@@ -25,7 +25,7 @@ from qwt2.report.findings import ENGINES
 from qwt2.report.results import format_number, method_order, precision_order
 
 HOST = "127.0.0.1"
-# Shown figure -> its name in the run, heading. `gain` is the difference to plain PTQ, {accuracy} the headline of the task.
+# Shown figure -> its name in the run, heading. `gain` is the difference to plain PTQ, {accuracy} the task's headline.
 FIGURES = {
     "accuracy": ("torch/{accuracy}", "top-1 or box AP %"),
     "segm_ap": ("torch/segm_ap", "mask AP %"),
@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.comparison.dashboard", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.comparison.dashboard", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--port", type=int, default=8050)
     return parser
 
@@ -183,7 +185,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dag.AgGrid:
     return dag.AgGrid(
         id="runs", rowData=list(rows), getRowId="params.data.id",
         columnDefs=[
-            {"field": field, "headerName": heading, "width": _width(heading, [] if options else [row[field] for row in rows])} | options
+            {
+                "field": field, "headerName": heading,
+                "width": _width(heading, [] if options else [row[field] for row in rows]),
+            } | options
             for field, heading, options in columns
         ],
         defaultColDef={"sortable": True, "resizable": True, "floatingFilter": True, "filter": "agTextColumnFilter"},
@@ -207,8 +212,10 @@ def accuracy_against_bits(rows: Iterable[Mapping[str, Any]]) -> go.Figure:
 
 
 def accuracy_against_latency(rows: Iterable[Mapping[str, Any]], engine: str) -> go.Figure:
-    """Accuracy on an engine against milliseconds a call."""
-    return _scatter(rows, f"{engine}_ms", f"{engine}_accuracy", f"latency on {ENGINES[engine]}, ms", FIGURES["accuracy"][1])
+    """Accuracy on an engine against milliseconds per call."""
+    return _scatter(
+        rows, f"{engine}_ms", f"{engine}_accuracy", f"latency on {ENGINES[engine]}, ms", FIGURES["accuracy"][1]
+    )
 
 
 def _scatter(rows: Iterable[Mapping[str, Any]], x: str, y: str, x_title: str, y_title: str) -> go.Figure:
@@ -244,7 +251,8 @@ def comparison(first: Run, second: Run) -> html.Div:
         html.Div([_html_table("figures", ["figure", *names], figures),
                   html.H2("Configuration, where it differs"),
                   _html_table("differences", ["key", *names], differences)]),
-        html.Div([html.H2("SQNR of each module's output after compensation, dB"), _layer_chart((first, second), names)]),
+        html.Div([html.H2("SQNR of each module's output after compensation, dB"),
+                  _layer_chart((first, second), names)]),
     ], className="compare")  # fmt: skip
 
 
@@ -260,7 +268,9 @@ def _shown(value: Any) -> str:
 
 
 def _layer_chart(runs: Sequence[Run], names: Sequence[str]) -> Any:
-    figure = go.Figure(layout={"xaxis_title": "SQNR, dB", "margin": {"t": 10}, "legend": {"orientation": "h", "y": 1.05}})
+    figure = go.Figure(
+        layout={"xaxis_title": "SQNR, dB", "margin": {"t": 10}, "legend": {"orientation": "h", "y": 1.05}}
+    )
     figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     longest = 0
     for run, name in zip(runs, names):

@@ -28,7 +28,9 @@ def _shown(row: Row | None) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print what differs, and end with code 1 if anything does."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.comparison.differences", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.comparison.differences", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     options = parser.parse_args(arguments)

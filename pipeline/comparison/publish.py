@@ -1,8 +1,8 @@
 """Command: publish finished runs to Weights & Biases (`python -m pipeline.comparison.publish [--sweep NAME ...]`).
 
 Reads results that are there; nothing is computed. Offline unless there is an API key and the server answers, or
-WANDB_MODE says otherwise; `wandb sync wandb/offline-run-*` sends what was published offline. A run's id is a hash of its
-configuration, so publishing again replaces and never doubles. `--report` makes a page of comparisons on the server.
+WANDB_MODE says otherwise; `wandb sync wandb/offline-run-*` sends what was published offline. A run's id is a hash of
+its configuration, so publishing again replaces and never doubles. `--report` makes a page of comparisons on the server.
 """
 
 import argparse
@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.comparison.publish", description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep", action="append", help="publish only the runs of this sweep ('grid' for DVC's); repeatable")
+    parser.add_argument(
+        "--sweep", action="append", help="publish only the runs of this sweep ('grid' for DVC's); repeatable"
+    )
     parser.add_argument("--project", default="qwt2")
     parser.add_argument("--entity", help="team or user on the server; your default one if not given")
     parser.add_argument("--report", action="store_true", help="make the page of comparisons instead of publishing")
@@ -114,7 +116,8 @@ def publish(runs: list[Run], mode: str, project: str, entity: str | None = None)
 
     Raises Qwt2Error if the server refuses.
     """
-    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # below HOME otherwise, which need not exist; offline tables stay there
+    # Below HOME otherwise, which need not exist; offline tables stay there.
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         os.environ.setdefault(name, str(FOLDER.resolve() / "cache"))
     import wandb
 
@@ -129,7 +132,9 @@ def publish(runs: list[Run], mode: str, project: str, entity: str | None = None)
         try:
             _publish_one(run, mode, project, entity)
         except wandb.errors.Error as error:
-            raise Qwt2Error(f"W&B refused run {run.name}: {str(error).splitlines()[0]}; WANDB_MODE=offline needs no server") from error
+            raise Qwt2Error(
+                f"W&B refused run {run.name}: {str(error).splitlines()[0]}; WANDB_MODE=offline needs no server"
+            ) from error
         except PermissionError as error:  # W&B's own, which has no errno
             raise Qwt2Error(f"W&B cannot write run {run.name} below {FOLDER}/; give access, then run again") from error
         published[run.id] = state
@@ -144,7 +149,15 @@ def _offline_folders(run_id: str) -> list[Path]:
 
 def _content_digest(run: Run) -> str:
     """Of all that is published, so that a re-measured run is published again."""
-    content = [run.sweeps, run.figures, run.ptq, run.fp32, run.config, run.artifacts, [layer.record for layer in run.layers()]]
+    content = [
+        run.sweeps,
+        run.figures,
+        run.ptq,
+        run.fp32,
+        run.config,
+        run.artifacts,
+        [layer.record for layer in run.layers()],
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,14 +166,15 @@ def _publish_one(run: Run, mode: str, project: str, entity: str | None) -> None:
 
     FOLDER.mkdir(exist_ok=True)
     published = wandb.init(
-        project=project, entity=entity, id=run.id, name=run.name, mode=mode, resume="allow" if mode == "online" else None,
+        project=project, entity=entity, id=run.id, name=run.name, mode=mode,
+        resume="allow" if mode == "online" else None,
         group=run.sweeps[0] if run.sweeps else None, job_type="evaluate", tags=tags(run), config=config(run),
         reinit="create_new",
         settings=wandb.Settings(
             silent=True, console="off", init_timeout=30, finish_timeout=60, finish_timeout_raises=True,
             x_graphql_retry_max=3, x_file_stream_retry_max=3, x_file_transfer_retry_max=3,
             x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, disable_git=True,
-            x_save_requirements=False,  # of this process, not of the run; and listing them takes longer than all the rest
+            x_save_requirements=False,  # this process's, not the run's; and listing them takes longer than all else
         ),
     )  # fmt: skip
     try:
@@ -179,7 +193,7 @@ def _publish_one(run: Run, mode: str, project: str, entity: str | None) -> None:
 
 
 def tags(run: Run) -> list[str]:
-    """Model, precision, method, and every sweep that the run belongs to. W&B allows 64 characters a tag."""
+    """Model, precision, method, and every sweep that the run belongs to. W&B allows 64 characters per tag."""
     return [tag[:64] for tag in dict.fromkeys((run.model, run.precision, run.method, *run.sweeps))]
 
 
@@ -188,7 +202,7 @@ def config(run: Run) -> dict[str, Any]:
 
 
 def summary(run: Run) -> dict[str, float]:
-    """Every figure of the run as ``<engine>/<metric>``; with it plain PTQ's and the full-precision network's accuracy."""
+    """Every figure of the run as ``<engine>/<metric>``, with the accuracy of plain PTQ and of the float network."""
     simulated = f"torch/{run.headline}"
     beside = {f"fp32/{run.headline}": run.fp32[simulated]}
     if simulated in run.ptq:
@@ -207,7 +221,9 @@ def report(project: str, entity: str | None, runs: list[Run]) -> Any:
         panel
         for name in headlines
         for panel in (
-            wr.ScatterPlot(f"{name} against bits", x=wr.Config("precision.weight_bits"), y=wr.SummaryMetric(f"torch/{name}")),
+            wr.ScatterPlot(
+                f"{name} against bits", x=wr.Config("precision.weight_bits"), y=wr.SummaryMetric(f"torch/{name}")
+            ),
             wr.BarPlot(f"{name} by method", metrics=[wr.SummaryMetric(f"torch/{name}")], groupby=wr.Config("method")),
             wr.ScatterPlot(
                 f"{name}: gain over plain PTQ", x=wr.SummaryMetric(f"ptq/{name}"), y=wr.SummaryMetric(f"torch/{name}")

@@ -25,7 +25,11 @@ COSTS_END = "<!-- costs:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
-    """Replace what stands between the result markers of `readme` by the table of `summary`; Qwt2Error without markers."""
+    """Replace what stands between the result markers of `readme` by the table of `summary`.
+
+    Raises:
+        Qwt2Error: there are no markers.
+    """
     replace_between(readme, BEGIN, END, table(Results(read_rows(summary)).of_task("classification")))
 
 
@@ -53,13 +57,21 @@ def update_costs(readme: Path, benchmarks: Path) -> None:
 def costs_table(rows: list[dict[str, str]]) -> str:
     """Markdown: a row per step, with the multiples that the implementation which stores everything takes."""
     stored = {row["method"]: row for row in rows if row["implementation"] == "stored"}
-    lines = [["Step", "Seconds", "CPU seconds", "MB added", "stored ÷ this, CPU seconds", "stored ÷ this, MB"], ["---", *["---:"] * 5]]
+    lines = [
+        ["Step", "Seconds", "CPU seconds", "MB added", "stored ÷ this, CPU seconds", "stored ÷ this, MB"],
+        ["---", *["---:"] * 5],
+    ]
     for row in (row for row in rows if row["implementation"] == "qwt2"):
         other = stored.get(row["method"])
-        times = [_MISSING if other is None else f"{float(other[key]) / float(row[key]):.1f}" for key in ("cpu_seconds", "added_mb")]
+        times = [
+            _MISSING if other is None else f"{float(other[key]) / float(row[key]):.1f}"
+            for key in ("cpu_seconds", "added_mb")
+        ]
         lines.append([row["method"], row["seconds"], row["cpu_seconds"], row["added_mb"], *times])
     first = rows[0]
-    facts = f"{first['model']}, {first['precision']}, {first['images']} images; {first['cpu']}, {first['threads']} threads"
+    facts = (
+        f"{first['model']}, {first['precision']}, {first['images']} images; {first['cpu']}, {first['threads']} threads"
+    )
     return f"{facts}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -92,7 +104,7 @@ def peers_table(rows: list[dict[str, str]]) -> str:
         own = cells[engine, model, batch, "cwac"]
 
         def other(variant: str, column: str) -> float | None:
-            row = cells.get((engine, model, batch, variant))
+            row = cells.get((engine, model, batch, variant))  # noqa: B023 - only called in this round
             return float(row[column]) if row else None
 
         times = [other(variant, "latency_ratio_to_ptq") for variant in ratios]
@@ -100,7 +112,10 @@ def peers_table(rows: list[dict[str, str]]) -> str:
         lines.append(
             [ENGINES[engine], model, batch, f"{float(own['latency_ms']):.1f}"]
             + [_MISSING if value is None else f"{value / base:.2f}" for value in times]
-            + [_MISSING if value is None else f"{value:.1f}" for value in (other(v, "logits_sqnr_db") for v in accuracies)]
+            + [
+                _MISSING if value is None else f"{value:.1f}"
+                for value in (other(v, "logits_sqnr_db") for v in accuracies)
+            ]
         )
     facts = f"{rows[0]['cpu']} ({rows[0]['instruction_sets']}), {rows[0]['threads']} thread; {rows[0]['versions']}"
     return f"{facts}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -143,7 +158,9 @@ def detection_table(results: Results) -> str:
         cells += [_both(line.box.get(name), line.mask.get(name)) for name in results.compensations]
         cells.append(f"{line.recovered(SUBJECT):.0%}" if SUBJECT in line.box and line.loss >= 1 else _MISSING)
         for metric, form in (("engine_bbox_ap_delta", "{:+.1f}"), ("latency_ratio_to_ptq", "{:.2f}")):
-            found = [results.get(line.model, line.precision, f"{line.ptq}+{SUBJECT}", engine, metric) for engine in ENGINES]
+            found = [
+                results.get(line.model, line.precision, f"{line.ptq}+{SUBJECT}", engine, metric) for engine in ENGINES
+            ]
             cells += [form.format(row.value) if row else _MISSING for row in found]
         table.append([f"{line.model} ({line.ptq})", line.precision.upper(), *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)

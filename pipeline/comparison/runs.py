@@ -1,7 +1,7 @@
 """Finished work as one list of runs, wherever it was made: the grid of DVC, and the cells of all sweeps.
 
-A run is one method at one precision on one model. A cell of the grid holds several (plain PTQ, each compensation, on each
-PTQ method), means over its calibration seeds; a cell of a sweep is one.
+A run is one method at one precision on one model. A cell of the grid holds several (plain PTQ, each compensation, on
+each PTQ method), means over its calibration seeds; a cell of a sweep is one.
 """
 
 import copy
@@ -83,7 +83,9 @@ def all_runs() -> list[Run]:
     """Every run there is, by name; of a sweep's cells those that failed too. Qwt2Error if there is none."""
     runs = [*grid_runs(), *sweep_runs()]
     if not runs:
-        raise Qwt2Error("there are no results yet; run `make repro` or `python -m pipeline.sweeps.experiment experiment=quick`")
+        raise Qwt2Error(
+            "there are no results yet; run `make repro` or `python -m pipeline.sweeps.experiment experiment=quick`"
+        )
     return sorted(runs, key=lambda run: (run.name, run.id))
 
 
@@ -123,8 +125,12 @@ def _grid_cell(model: str, precision: str, fp32: dict[str, float]) -> Iterator[R
 
 
 def _artifacts(cell: str, method: Method) -> dict[str, dict[str, Any]]:
-    """Size and hash of the files that engines run, one a calibration seed."""
-    files = sorted((OUT / "quantize" / cell).glob(f"{method.compensation or 'ptq'}-seed*.onnx")) if not method.is_published else []
+    """Size and hash of the files that engines run, one per calibration seed."""
+    files = (
+        sorted((OUT / "quantize" / cell).glob(f"{method.compensation or 'ptq'}-seed*.onnx"))
+        if not method.is_published
+        else []
+    )
     return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 
@@ -144,7 +150,9 @@ def _cell_run(folder: Path, record: dict[str, Any], sweeps: tuple[str, ...]) -> 
     about = (config["model"]["name"], config["precision"]["name"])
     if record["status"] == "failed":
         label = "+".join([config["ptq"]["method"], *config["compensation"]])
-        return Run(folder.name, sweeps, *about, label, "failed", config, (folder / "config.yaml",), error=record["error"])
+        return Run(
+            folder.name, sweeps, *about, label, "failed", config, (folder / "config.yaml",), error=record["error"]
+        )
     method, figures = record["method"], record["figures"]
     return Run(
         folder.name, sweeps, *about, method, "finished", config, (folder / "config.yaml",),

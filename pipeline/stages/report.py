@@ -40,7 +40,7 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
 
 
 def accuracies(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Simulated accuracy by model, precision and method: few enough figures for `dvc metrics diff` and `dvc exp show`."""
+    """Simulated accuracy by model, precision and method, few figures for `dvc metrics diff` and `dvc exp show`."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in sorted(rows, key=lambda row: row.key):
         if (row.engine, row.metric) == ("torch", HEADLINE[row.task]):
@@ -64,7 +64,9 @@ def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[
 
     `models` holds the ``task`` and ``dataset`` of every model.
     """
-    rows = [row for model, facts in models.items() for row in baseline_rows(out, model, facts["task"], facts["dataset"])]
+    rows = [
+        row for model, facts in models.items() for row in baseline_rows(out, model, facts["task"], facts["dataset"])
+    ]
     return rows + [
         row for model, precision in cells for row in cell_rows(out, model, precision, models[model]["dataset"])
     ]
@@ -79,7 +81,8 @@ def baseline_rows(out: Path, model: str, task: str, dataset: str) -> list[Row]:
         raise Qwt2Error(f"{path} has no {' and no '.join(sorted(missing))}; run `dvc repro -f baseline@{model}`.")
     return [
         Row(task, dataset, model, "fp32", "fp32", "torch", name, metrics[name], None, METRICS[name].unit, 1)
-        for name in metrics if name in METRICS
+        for name in metrics
+        if name in METRICS
     ]
 
 

@@ -100,7 +100,7 @@ def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, An
         rows = read_rows(cell.folder("evaluate") / "rows.csv")
         results = {"method": own_method(rows), "figures": by_method(rows)}
         results |= {"artifacts": _hashes(cell.out, "quantize"), "outputs": _hashes(cell.out, "evaluate")}
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other cells of the sweep go on
+    except Exception as error:  # whatever it is, the other cells of the sweep go on
         LOG.debug("failed", exc_info=error)
         _remove(cell, CHAIN)
         return {"status": "failed", "error": sentence(error)}

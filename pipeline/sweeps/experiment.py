@@ -1,6 +1,7 @@
-"""Command: one cell, or a sweep of cells (`-m`), through the whole chain; see conf/cell.yaml and conf/experiment/.
+r"""Command: one cell, or a sweep of cells (`-m`), through the whole chain; see conf/cell.yaml and conf/experiment/.
 
-    python -m pipeline.sweeps.experiment -m model=vit_micro,swin_micro precision=w3a3,w4a4 compensation=qwt,cwac seed=0,1,2
+    python -m pipeline.sweeps.experiment -m model=vit_micro,swin_micro precision=w3a3,w4a4 \
+        compensation=qwt,cwac seed=0,1,2
 
 What DVC built is reused, finished cells are skipped, and a cell that fails does not stop the others.
 """
@@ -45,7 +46,10 @@ def main(arguments: list[str]) -> None:
         raise Qwt2Error(records[0]["error"])
     print(write_table(name))
     counts = Counter(record["status"] for record in records)
-    print(f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; table: {SWEEPS / name}/table.csv")
+    print(
+        f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; "
+        f"table: {SWEEPS / name}/table.csv"
+    )
     if counts["failed"]:
         raise SystemExit(1)
 
@@ -67,7 +71,9 @@ def _hydra(arguments: list[str]) -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="cell")(run_job)()
     except BrokenExecutor as error:  # of the launcher that runs cells in processes
-        raise Qwt2Error("a process that ran cells was killed (out of memory?); run again, finished cells are kept") from error
+        raise Qwt2Error(
+            "a process that ran cells was killed (out of memory?); run again, finished cells are kept"
+        ) from error
     except RuntimeError as error:
         if "Unknown plugin class" not in str(error):
             raise
@@ -79,7 +85,9 @@ def _hydra(arguments: list[str]) -> None:
         if "Config group override" not in str(error):
             raise
         group = next((text.partition("=")[0] for text in arguments if text.endswith("=null")), "a group")
-        raise Qwt2Error(f"'{group}' is a group of configurations: give the name of one, or set its keys one by one") from error
+        raise Qwt2Error(
+            f"'{group}' is a group of configurations: give the name of one, or set its keys one by one"
+        ) from error
 
 
 def processes(threads: int) -> int:

@@ -1,7 +1,7 @@
 """Sweeps: which cells one command asked for, how each of them went, and the table of their figures.
 
-    out/sweeps/<name>/jobs/    one record a cell that was asked for
-    out/sweeps/<name>/table.csv
+* out/sweeps/<name>/jobs/: one record per cell that was asked for;
+* out/sweeps/<name>/table.csv: the figures.
 """
 
 import fcntl
@@ -48,7 +48,7 @@ def run_job(composed: DictConfig) -> float | None:
         done = run_cell(cfg, keep_models=composed.keep_models)
         record |= {"status": done["status"], "error": done.get("error")}
         value = None if record["error"] else objective(done, composed.objective)
-    except Exception as error:  # noqa: BLE001 - the other cells of the sweep go on
+    except Exception as error:  # the other cells of the sweep go on
         record |= {"status": "failed", "error": sentence(error)}
     job = HydraConfig.get()
     overrides = dict(text.split("=", 1) for text in job.overrides.task)
@@ -83,7 +83,9 @@ def only_runner(sweep: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Qwt2Error(f"sweep {sweep} is running already; wait for it, or name this one with sweep=NAME") from error
+            raise Qwt2Error(
+                f"sweep {sweep} is running already; wait for it, or name this one with sweep=NAME"
+            ) from error
         for record in (SWEEPS / sweep / "jobs").glob("*.json"):
             record.unlink()  # the table tells only of this run of the sweep; the cells themselves remain
         yield
@@ -121,7 +123,7 @@ def jobs(sweep: str) -> list[dict[str, Any]]:
 
 
 def write_table(sweep: str) -> str:
-    """Write a sweep's table, one row a cell, and return it as text."""
+    """Write a sweep's table, one row per cell, and return it as text."""
     rows = [job_row(record) for record in jobs(sweep)]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     write_csv(SWEEPS / sweep / TABLE, rows, columns)

@@ -129,7 +129,7 @@ class Task(ABC):
         """One for every file of an exported model, by its name in `Cell.onnx`."""
         return {"": FileExporter(inputs)}
 
-    def load_for_engines(self) -> None:
+    def load_for_engines(self) -> None:  # noqa: B027 - a task may have nothing to load
         """Load what the processes that run engines share."""
 
     def files(self) -> list[str]:
@@ -148,7 +148,7 @@ class Task(ABC):
     def latency_input(self, batch_size: int) -> np.ndarray:
         """What a file in `TIMED` is called with."""
 
-    def write_pictures(self, path: Path, predictions: Mapping[str, Path]) -> None:
+    def write_pictures(self, path: Path, predictions: Mapping[str, Path]) -> None:  # noqa: B027 - or to draw
         """Draw stored predictions, by heading, side by side, where they can be looked at."""
 
 

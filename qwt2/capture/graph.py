@@ -120,6 +120,8 @@ class GraphModel(nn.Module):
         title: name of the model's class, for messages.
     """
 
+    quantization: Any  # of a quantized model: qwt2.quantization.info.QuantizationInfo
+
     def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor], signature: Signature, title: str):
         super().__init__()
         self.graph, self.title = graph, title

@@ -35,10 +35,13 @@ class OpenVinoSession:
             "PERFORMANCE_HINT": "LATENCY",
         }
         core = openvino.Core()
-        self.compiled = core.compile_model(core.read_model(quantize_added_twice(model).SerializeToString()), "CPU", options)
+        self.compiled = core.compile_model(
+            core.read_model(quantize_added_twice(model).SerializeToString()), "CPU", options
+        )
         self.outputs = [output.any_name for output in self.compiled.outputs]
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See :class:`qwt2.engines.Session`."""
         return dict(zip(self.outputs, self.compiled(feeds).values()))
 
     def operations(self) -> list[Operation]:

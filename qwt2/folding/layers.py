@@ -21,7 +21,7 @@ from qwt2.quantization.layers import (
     QuantizedMatmul,
     QuantizedPooling,
 )
-from qwt2.quantization.quantizers import UniformQuantizer
+from qwt2.quantization.quantizers import Quantizer, UniformQuantizer
 
 
 @torch.library.custom_op("qwt2::quantize_dequantize", mutates_args=())
@@ -42,14 +42,15 @@ def quantize_dequantize(
         zero_point: uint8 or int8, (); its type is the type of the codes.
         lowest, highest: as the zero point; codes of fewer bits are 8-bit codes that are clipped to these. ``None``: all
             256 codes are in use, and the saturation of their type is the clipping.
-        low, high: float32, (). With these, it gives what an engine gives that leaves out the rounding of this pair: ``x``,
-            clipped. What the exported file has in its place, :func:`qwt2.onnx.passes.quantizers.fuse_additions` decides.
+        low, high: float32, (). With these, it gives what an engine gives that leaves out the rounding of this pair:
+            ``x``, clipped. :func:`qwt2.onnx.passes.quantizers.fuse_additions` decides what the exported file has in its
+            place.
     """
     if low is not None:
         return torch.clamp(x, low, high)
     info = torch.iinfo(zero_point.dtype)
     zero = zero_point.to(x.dtype)
-    ends = (info.min, info.max) if lowest is None else (lowest.to(x.dtype), highest.to(x.dtype))
+    ends = (info.min, info.max) if lowest is None or highest is None else (lowest.to(x.dtype), highest.to(x.dtype))
     codes = torch.clamp(torch.round(x / scale) + zero, *ends)
     return (codes - zero) * scale
 
@@ -61,7 +62,7 @@ def _(x, scale, zero_point, lowest, highest, low, high):
 
 @torch.library.custom_op("qwt2::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """(codes - zero_point) * scale, both with one value an entry of ``axis``; float32.
+    """(codes - zero_point) * scale, both with one value per entry of ``axis``; float32.
 
     ONNX Runtime's integer kernels are only chosen where the zero point, though zero, is spelled out.
     """
@@ -78,8 +79,9 @@ def _(codes, scale, zero_point, axis):
 class QuantizeDequantize(nn.Module):
     """An activation quantizer with one scale, on 8-bit codes."""
 
-    def __init__(self, quantizer: UniformQuantizer):
+    def __init__(self, quantizer: Quantizer):
         super().__init__()
+        assert isinstance(quantizer, UniformQuantizer)  # folding refuses others
         grid, self.rounds = quantizer.grid, quantizer.rounds
         scale, zero_point = quantizer.scale.clone(), quantizer.zero_point
         self.register_buffer("scale", scale)
@@ -87,8 +89,8 @@ class QuantizeDequantize(nn.Module):
             # The same values as with unsigned codes and a zero point, which integer kernels would have to correct for.
             self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8))
         else:
-            # ONNX Runtime runs a layer in integers whose output has codes of the type of its input's. Of pairs that clip
-            # nothing it changes the type itself, of others not, so all of these have one.
+            # ONNX Runtime runs a layer in integers whose output has codes of the type of its input's. Of pairs that
+            # clip nothing it changes the type itself, of others not, so all of these have one.
             self.register_buffer("zero_point", (zero_point - grid.qmin).round().to(torch.uint8))
         ends = (0, grid.qmax - grid.qmin) if grid.bits < 8 else (None, None)
         for name, code in zip(("lowest", "highest"), ends):
@@ -97,6 +99,7 @@ class QuantizeDequantize(nn.Module):
             self.register_buffer(name, None if self.rounds else (code - zero_point) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The values, rounded to the grid or only clipped to its range."""
         return quantize_dequantize(x, self.scale, self.zero_point, self.lowest, self.highest, self.low, self.high)
 
 
@@ -119,9 +122,8 @@ class IntegerLayer(nn.Module):
         self.register_buffer("bias", bias_codes)
         self.register_buffer("bias_scale", self.input.scale * weight_scale)
         self.register_buffer("bias_zero_point", torch.zeros_like(bias_codes))
-        self.output = nn.Identity()
-        if layer.output_quantizer is not None:
-            self.output = QuantizeDequantize(layer.output_quantizer)
+        output = layer.output_quantizer
+        self.output = nn.Identity() if output is None else QuantizeDequantize(output)
 
 
 class IntegerLinear(IntegerLayer):
@@ -131,6 +133,7 @@ class IntegerLinear(IntegerLayer):
         super().__init__(layer, codes.t().contiguous(), weight_scale, bias_codes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's output (..., C_out), from its float input (..., C_in)."""
         weight = dequantize(self.weight, self.weight_scale, self.weight_zero_point, 1)
         bias = dequantize(self.bias, self.bias_scale, self.bias_zero_point, 0)
         # Engines fuse the integer bias into a two-dimensional product only.
@@ -147,6 +150,7 @@ class IntegerConv2d(IntegerLayer):
         self.dilation, self.groups = layer.dilation, layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's output (N, C_out, H', W'), from its float input (N, C_in, H, W)."""
         weight = dequantize(self.weight, self.weight_scale, self.weight_zero_point, 0)
         bias = dequantize(self.bias, self.bias_scale, self.bias_zero_point, 0)
         y = F.conv2d(self.input(x), weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -161,6 +165,7 @@ class IntegerMatmul(nn.Module):
         self.a, self.b = QuantizeDequantize(matmul.a_quantizer), QuantizeDequantize(matmul.b_quantizer)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product of the two operands, each rounded to its grid."""
         return self.a(a) @ self.b(b)
 
 
@@ -170,9 +175,12 @@ class IntegerAdd(nn.Module):
     def __init__(self, addition: QuantizedAdd):
         super().__init__()
         operands = (addition.a_quantizer, addition.b_quantizer)
-        self.a, self.b = (nn.Identity() if quantizer is None else QuantizeDequantize(quantizer) for quantizer in operands)
+        self.a, self.b = (
+            nn.Identity() if quantizer is None else QuantizeDequantize(quantizer) for quantizer in operands
+        )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The sum of the two operands, rounded to their grids where they have quantizers."""
         return self.a(a) + self.b(b)
 
 
@@ -184,6 +192,7 @@ class IntegerPooling(nn.Module):
         self.input, self.pooling = QuantizeDequantize(pooling.input_quantizer), pooling.pooling
 
     def forward(self, x: Tensor) -> Tensor:
+        """The pooled values, of the input rounded to its grid."""
         return self.pooling(self.input(x))
 
 
@@ -200,6 +209,7 @@ class WidenedCompensation(nn.Module):
         self.register_buffer("bias", compensation.bias)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block's output ``y``, compensated by a linear function of its input ``x``."""
         weight = self.weight.to(x.dtype)
         if weight.dim() == 2:
             return y + F.linear(x, weight, self.bias)

@@ -86,6 +86,7 @@ def write_onnx(
                 f"{type(folded).__name__} cannot be exported: {reason}; torch.export must be able to trace its "
                 "forward, which excludes branches on the values of tensors"
             ) from error
+    assert program is not None  # with dynamo=True
     model = program.model
     model.graph.meta[FIRST_NAMES] = _first_names(folded)
     rewrite(model.graph, target)
@@ -117,7 +118,7 @@ def _output_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Collect no garbage: the exporter's millions of objects live until its end; searching takes a fifth of its time."""
+    """Collect no garbage: the exporter's millions of objects live until its end; the search is a fifth of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -19,6 +19,13 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
+def stored(value: ir.Value | None) -> np.ndarray:
+    """As :func:`constant`, of a value that is known to be one."""
+    array = constant(value)
+    assert array is not None, value
+    return array
+
+
 def sizes(value: ir.Value) -> list[int]:
     """A value's sizes, 0 where one depends on the number of images; empty where they are not known."""
     return [size if isinstance(size, int) else 0 for size in value.shape or ()]
@@ -67,8 +74,9 @@ def grid(quantizer: Sequence[ir.Node]) -> tuple[tuple[bytes, ...], ...]:
     """The numbers that a quantizer's nodes compute with; equal for quantizers that give equal values."""
 
     def number(value: ir.Value) -> bytes:
-        stored = constant(value)
-        return str(value.name).encode() if stored is None else stored.tobytes()  # an activation's bounds may be computed
+        array = constant(value)
+        # An activation's bounds may be computed.
+        return str(value.name).encode() if array is None else array.tobytes()
 
     return tuple(tuple(number(value) for value in node.inputs[1:] if value is not None) for node in quantizer)
 
@@ -78,8 +86,8 @@ def make(kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes) 
     return ir.node(kind, inputs, attributes, name=name, outputs=[ir.val(name)])
 
 
-def make_constant(name: str, array: np.ndarray) -> ir.Node:
-    """A Constant node."""
+def make_constant(name: str, array: np.ndarray | np.generic) -> ir.Node:
+    """A Constant node that holds an array or a single number."""
     return make("Constant", [], name, value=ir.tensor(np.asarray(array)))
 
 
@@ -95,8 +103,8 @@ def store(value: ir.Value, array: np.ndarray) -> None:
     value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
 
 
-def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Store an array under a new name."""
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
+    """Store an array or a single number under a new name."""
     value = ir.Value(name=name)
     store(value, np.asarray(array))
     graph.register_initializer(value)

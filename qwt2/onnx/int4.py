@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwt2.errors import Qwt2Error
-from qwt2.onnx.graph import constant, store
+from qwt2.onnx.graph import store, stored
 from qwt2.onnx.metadata import INT4_KEY
 
 OPSET = 21  # the first whose DequantizeLinear takes INT4
@@ -35,7 +35,7 @@ def pack_int4(model: ir.Model) -> None:
     shifts = {}
     for dequantize in _weights(model.graph, ir.DataType.INT8):
         codes, scale, zero_point = dequantize.inputs
-        values, scales, axis = constant(codes), constant(scale), dequantize.attributes.get_int("axis")
+        values, scales, axis = stored(codes), stored(scale), dequantize.attributes.get_int("axis")
         shift = _shift(values)
         sign = _signs(values >> shift, axis)
         small = (values >> shift) * _along(sign, axis, values.ndim)
@@ -58,16 +58,16 @@ def widen_int4(model: ir.Model) -> None:
 
     A model without INT4 storage stays as it is.
     """
-    stored = json.loads(model.metadata_props.pop(INT4_KEY, "{}"))
+    packed = json.loads(model.metadata_props.pop(INT4_KEY, "{}"))
     for dequantize in _weights(model.graph, ir.DataType.INT4):
         codes, scale, zero_point = dequantize.inputs
-        small, scales = constant(codes).astype(np.int8), constant(scale)
-        power = 2 ** stored["shifts"][codes.name]
+        small, scales = stored(codes).astype(np.int8), stored(scale)
+        power = 2 ** packed["shifts"][codes.name]
         sign = _along(np.sign(scales).astype(np.int8), dequantize.attributes.get_int("axis"), small.ndim)
         store(codes, (small * sign * np.int8(power)).astype(np.int8))
         store(scale, np.abs(scales) / np.float32(power))
         store(zero_point, np.zeros(scales.shape, np.int8))
-    model.opset_imports[""] = stored.get("opset", model.opset_imports[""])
+    model.opset_imports[""] = packed.get("opset", model.opset_imports[""])
 
 
 def _weights(graph: ir.Graph, kind: ir.DataType) -> list[ir.Node]:

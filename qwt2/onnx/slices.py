@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,7 +34,9 @@ def slice_modules(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> t
     modules = _Modules(model)
     recorded = {name: ir.val(name, ir.DataType.FLOAT, array.shape) for name, array in inputs.items()}
     stored: dict[ir.Value, ir.Value] = {}
-    nodes, outputs, slices = [], [], {}
+    nodes: list[ir.Node] = []
+    outputs: list[ir.Value] = []
+    slices: dict[str, Slice] = {}
     for module in sorted({name.rpartition(".")[0] for name in inputs}):
         piece, epilogue, aliases = modules.piece(module, recorded)
         nodes += _isolated(piece + epilogue, module, aliases, stored)
@@ -52,10 +55,11 @@ class Slice:
 
     Attributes:
         output: name of the slice's output tensor.
+        epilogue: kind and constants of each node that follows; ``None`` for an end that a Clip does not have.
         scale: of the module's own output quantizer, if it has one.
     """
 
-    def __init__(self, output: str, epilogue: list[tuple[str, list[np.ndarray]]], scale: float | None):
+    def __init__(self, output: str, epilogue: list[tuple[str, list[Any]]], scale: float | None):
         self.output, self.epilogue, self.scale = output, epilogue, scale
 
     def expected(self, y: np.ndarray) -> np.ndarray:
@@ -79,7 +83,7 @@ class Slice:
         for kind, constants in reversed(self.epilogue):
             if kind == "DequantizeLinear":
                 return float(constants[0])
-        return self.scale or max(float(expected.max() - expected.min()) / 255, np.finfo(np.float32).tiny)
+        return self.scale or max(float(expected.max() - expected.min()) / 255, float(np.finfo(np.float32).tiny))
 
 
 class _Modules:
@@ -167,7 +171,7 @@ def _epilogue(value: ir.Value) -> list[ir.Node]:
     return []
 
 
-def _describe(node: ir.Node) -> tuple[str, list[np.ndarray]]:
+def _describe(node: ir.Node) -> tuple[str, list[np.ndarray | None]]:
     return node.op_type, [constant(value) for value in node.inputs[1:]]
 
 
@@ -183,8 +187,8 @@ def _isolated(
 
     def own(value: ir.Value) -> ir.Value:
         value = aliases.get(value, value)
-        if constant(value) is not None:
-            stored.setdefault(value, ir.val(value.name, const_value=ir.tensor(constant(value), name=value.name)))
+        if (array := constant(value)) is not None:
+            stored.setdefault(value, ir.val(value.name, const_value=ir.tensor(array, name=value.name)))
         return made.get(value) or stored.get(value) or value
 
     copies = []

@@ -125,7 +125,7 @@ def _weight_axis(product: ir.Node, weight: ir.Node) -> Iterator[str]:
     if codes is None or scale is None or not scale.ndim:
         return
     axis = weight.attributes.get_int("axis", 1)
-    wanted = 0 if product.op_type == "Conv" or product.attributes.get_int("transB", 0) else codes.ndim - 1
+    wanted = 0 if product.op_type == "Conv" or product.attributes.get_int("transB", 0) != 0 else codes.ndim - 1
     if axis != wanted:
         yield f"has a weight with one scale per entry of axis {axis}, its output channels are axis {wanted}"
 

@@ -87,7 +87,7 @@ class QuantizationInfo:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "QuantizationInfo":
+    def from_dict(cls, values: dict[str, Any]) -> QuantizationInfo:
         """From what :meth:`to_dict` gave."""
         shape = values["input_shape"]
         shape = {n: tuple(s) for n, s in shape.items()} if isinstance(shape, dict) else tuple(shape)
@@ -95,6 +95,11 @@ class QuantizationInfo:
 
 
 def quantization_info(qmodel: nn.Module) -> QuantizationInfo:
+    """What was quantized in a model, and how.
+
+    Raises:
+        Qwt2Error: the model was not made by :func:`qwt2.quantize`.
+    """
     info = getattr(qmodel, "quantization", None)
     if info is None:
         raise Qwt2Error(f"{type(qmodel).__name__} is not a quantized model; call qwt2.quantize on it first")

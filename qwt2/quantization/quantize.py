@@ -80,8 +80,9 @@ def quantize(
         (:class:`qwt2.quantization.info.QuantizationInfo`).
 
     Raises:
-        Qwt2Error: unknown method or target, a name or pattern that matches nothing, an empty calibration set, values that are not finite
-            (the module is named), a model that cannot be captured, or one without quantizable layers.
+        Qwt2Error: unknown method or target, a name or pattern that matches nothing, an empty calibration set, values
+            that are not finite (the module is named), a model that cannot be captured, or one without quantizable
+            layers.
     """
     request = Request(method, target, precision, _names(blocks), _names(parts), tuple(exclude), dict(bits or {}))
     layout = Layout.of(method, target, precision)  # a wrong name must not cost the work that follows
@@ -94,8 +95,8 @@ def quantize(
     with full_precision(qmodel):
         if not same_outputs(exact, outputs_of(qmodel, inputs)):
             raise Qwt2Error(
-                f"{qmodel.title} computes something else with its BatchNorms folded and its quantizers off; exclude the "
-                "layers whose BatchNorms have variances near 0, or fold these by hand"
+                f"{qmodel.title} computes something else with its BatchNorms folded and its quantizers off; exclude "
+                "the layers whose BatchNorms have variances near 0, or fold these by hand"
             )
     with torch.no_grad():
         PTQ_METHODS.get(method)().fit(Walk(qmodel, [inputs], progress=progress), layout.recipe)

@@ -19,8 +19,10 @@ def strip_notes(graph: ir.Graph) -> None:
         node.metadata_props.clear()
         node.doc_string = None
     outputs = (value for node in graph for value in node.outputs)
-    for noted in (*graph.inputs, *graph.initializers.values(), *graph.initializers.tensors(), *outputs):
-        noted.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values(), *outputs):
+        value.metadata_props.clear()
+    for tensor in graph.initializers.tensors():
+        tensor.metadata_props.clear()
 
 
 def use_first_names(graph: ir.Graph) -> None:

@@ -9,11 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import onnx_ir as ir
 
-from qwt2.onnx.graph import add_initializer, constant, copy_node, make, maker, only_reader, readers, sizes, take_over
+from qwt2.onnx.graph import (
+    add_initializer,
+    constant,
+    copy_node,
+    make,
+    maker,
+    only_reader,
+    readers,
+    sizes,
+    stored,
+    take_over,
+)
 from qwt2.onnx.names import part_name, stored_values
 
 
@@ -51,22 +63,26 @@ class _Projection:
 
     def split(self, graph: ir.Graph) -> None:
         """Put a layer, a reshape and a transpose per piece where the transpose is."""
-        stored = [*self.weight.inputs, *self.bias.inputs]
-        parts = [self._store_part(graph, number, stored) for number in range(len(self.pieces))]
+        whole = [*self.weight.inputs, *self.bias.inputs]
+        parts = [self._store_part(graph, number, whole) for number in range(len(self.pieces))]
         # Not in the layer's place: what the shape is computed from may come behind the layer.
         self.transpose.prepend([node for number, part in enumerate(parts) for node in self._part(number, part)])
         selecting = [node for piece in self.pieces for node in piece]
         graph.remove([self.gemm, self.weight, self.bias, *self.reshapes, self.transpose, *selecting], safe=True)
-        for value in stored:
+        for value in whole:
             del graph.initializers[value.name]
 
-    def _store_part(self, graph: ir.Graph, number: int, stored: list[ir.Value]) -> dict[ir.Value, ir.Value]:
+    def _store_part(self, graph: ir.Graph, number: int, whole: list[ir.Value]) -> dict[ir.Value, ir.Value]:
         """Store one piece's share of the layer's tensors; whole -> part."""
-        names = {value: part_name(value.name, number, len(self.pieces)) for value in stored}
-        arrays = {name: stored_values(name, {value.name: constant(value)}) for value, name in names.items()}
-        return {value: add_initializer(graph, name, arrays[name]) for value, name in names.items()}
+        parts: dict[ir.Value, ir.Value] = {}
+        for value in whole:
+            name = part_name(value.name, number, len(self.pieces))
+            array = stored_values(name, {value.name: stored(value)})
+            assert array is not None, name  # it is a part's
+            parts[value] = add_initializer(graph, name, array)
+        return parts
 
-    def _part(self, number: int, stored: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
+    def _part(self, number: int, parts: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
         """One piece's layer, reshape and transpose, which makes what the piece was."""
 
         def own(name: str) -> str:
@@ -75,8 +91,8 @@ class _Projection:
         counted, last = self.order[0], self.reshapes[-1]
         lengths = [length for axis, length in enumerate(self.lengths) if axis != counted]
         order = [axis - (axis > counted) for axis in self.order[1:]]
-        weight = copy_node(self.weight, [stored[value] for value in self.weight.inputs], own)
-        bias = copy_node(self.bias, [stored[value] for value in self.bias.inputs], own)
+        weight = copy_node(self.weight, [parts[value] for value in self.weight.inputs], own)
+        bias = copy_node(self.bias, [parts[value] for value in self.bias.inputs], own)
         layer = copy_node(self.gemm, [self.gemm.inputs[0], *weight.outputs, *bias.outputs], own)
         shape = make("Concat", lengths, own(last.inputs[1].name), axis=0)
         reshape = copy_node(last, [*layer.outputs, *shape.outputs], own)
@@ -90,8 +106,8 @@ def _projection(gemm: ir.Node) -> _Projection | None:
     weight, bias = (maker(value, "DequantizeLinear") for value in gemm.inputs[1:])
     if not _has_own_constants(weight) or not _has_own_constants(bias):
         return None
-    reshapes, node = [], gemm
-    while (node := only_reader(node.outputs[0])) is not None and node.op_type == "Reshape":
+    reshapes: list[ir.Node] = []
+    while (node := only_reader((reshapes or [gemm])[-1].outputs[0])) is not None and node.op_type == "Reshape":
         reshapes.append(node)
     if node is None or node.op_type != "Transpose" or not reshapes or node.outputs[0].is_graph_output():
         return None
@@ -107,7 +123,7 @@ def _projection(gemm: ir.Node) -> _Projection | None:
     return _Projection(gemm, weight, bias, reshapes, node, list(joined.inputs), order, pieces)
 
 
-def _has_own_constants(dequantize: ir.Node | None) -> bool:
+def _has_own_constants(dequantize: ir.Node | None) -> TypeGuard[ir.Node]:
     """Whether a node dequantizes what is stored for it only."""
     if dequantize is None or not all(value.is_initializer() for value in dequantize.inputs):
         return False
@@ -130,13 +146,14 @@ def _selected(node: ir.Node) -> tuple[int | None, list[ir.Node]]:
     """Which index of its input's first axis a node selects (with a Squeeze behind a Slice)."""
     if node.op_type == "Gather":
         index = constant(node.inputs[1])
-        is_single = node.attributes.get_int("axis", 0) == 0 and index is not None and index.ndim == 0
-        return (index.item(), [node]) if is_single else (None, [])
+        if index is None or index.ndim or node.attributes.get_int("axis", 0) != 0:
+            return None, []
+        return index.item(), [node]
     if node.op_type != "Slice" or len(node.inputs) < 4:
         return None, []
-    ends = [constant(value) for value in node.inputs[1:4]]
+    ends = [end for end in map(constant, node.inputs[1:4]) if end is not None and end.size == 1]
     squeeze = only_reader(node.outputs[0])
-    if squeeze is None or squeeze.op_type != "Squeeze" or any(value is None or value.size != 1 for value in ends):
+    if squeeze is None or squeeze.op_type != "Squeeze" or len(ends) != 3:
         return None, []
     start, end, axis = (value.item() for value in ends)
     squeezed = constant(squeeze.inputs[1]) if len(squeeze.inputs) > 1 else None

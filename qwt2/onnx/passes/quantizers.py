@@ -43,7 +43,7 @@ def _quantize_before(pooling: ir.Node, quantizer: list[ir.Node]) -> None:
     """Put a copy of a quantizer in front of a pooling."""
     name, value = f"{POOLED}{pooling.outputs[0].name}", pooling.inputs[0]
     for number, node in enumerate(quantizer):
-        copy = copy_node(node, [value, *node.inputs[1:]], lambda _, number=number: f"{name}/{number}")
+        copy = copy_node(node, [value, *node.inputs[1:]], lambda _: f"{name}/{number}")  # noqa: B023 - called at once
         pooling.prepend(copy)
         value = copy.outputs[0]
     pooling.replace_input_with(0, value)

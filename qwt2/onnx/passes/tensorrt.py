@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qwt2.onnx.graph import add_initializer, constant, forget, maker, readers, store, take_over
+from qwt2.onnx.graph import add_initializer, forget, maker, readers, store, stored, take_over
 
 
 def clip_values(graph: ir.Graph) -> None:
@@ -17,7 +17,7 @@ def clip_values(graph: ir.Graph) -> None:
     for clip in list(graph):
         quantize = maker(clip.inputs[0], "QuantizeLinear") if clip.op_type == "Clip" else None
         if quantize is not None:
-            lowest, highest = (int(constant(value)) for value in clip.inputs[1:])
+            lowest, highest = (int(stored(value)) for value in clip.inputs[1:])
             _set_end(clip, 1, quantize, "low", lowest)
             _set_end(clip, 2, quantize, "high", highest)
             _sign_codes(quantize.inputs[2], lowest, highest)
@@ -29,13 +29,13 @@ def _set_end(clip: ir.Node, position: int, quantize: ir.Node, end: str, code: in
     scale, zero_point = quantize.inputs[1:]
     name, graph = f"{scale.name.removesuffix('scale')}{end}", clip.graph
     if name not in graph.initializers:
-        add_initializer(graph, name, np.float32((code - int(constant(zero_point))) * constant(scale)))
+        add_initializer(graph, name, np.float32((code - int(stored(zero_point))) * stored(scale)))
     clip.replace_input_with(position, graph.initializers[name])
 
 
 def _sign_codes(zero_point: ir.Value, lowest: int, highest: int) -> None:
     is_shared = any(reader.op_type == "DequantizeLinear" for reader in readers(zero_point))
-    if is_shared and 2 * int(constant(zero_point)) == lowest + highest + 1:
+    if is_shared and 2 * int(stored(zero_point)) == lowest + highest + 1:
         store(zero_point, np.array(0, np.int8))
 
 
@@ -53,12 +53,11 @@ def _clip_before(quantize: ir.Node, clip: ir.Node) -> None:
 
 def make_biases_float(graph: ir.Graph) -> None:
     """Store biases as the float values of their codes, under their names: TensorRT dequantizes int8 only."""
-    stored = [value for value in graph.initializers.values() if value.dtype == ir.DataType.INT32]
-    for value in stored:
+    for value in [value for value in graph.initializers.values() if value.dtype == ir.DataType.INT32]:
         dequantizers = [node for node in readers(value) if node.op_type == "DequantizeLinear"]
         if not dequantizers or dequantizers[0].inputs[0] is not value:  # a zero point
             continue
-        store(value, constant(value).astype(np.float32) * constant(dequantizers[0].inputs[1]))
+        store(value, stored(value).astype(np.float32) * stored(dequantizers[0].inputs[1]))
         for node in dequantizers:  # a layer may run several times
             node.outputs[0].replace_all_uses_with(value)
         graph.remove(dequantizers, safe=True)

@@ -103,7 +103,9 @@ def move_codes(graph: ir.Graph) -> None:
     """
     for dequantize in list(graph):
         chain = quantizer_before(dequantize) if dequantize.op_type == "DequantizeLinear" else []
-        moves, root = _moves(graph, chain[0].inputs[0]) if chain else ([], None)
+        if not chain:
+            continue
+        moves, root = _moves(graph, chain[0].inputs[0])
         if any(map(_moves_far, moves)):
             _quantize_before(dequantize, chain, moves, root)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qwt2.onnx.graph import add_initializer, constant, maker, store
+from qwt2.onnx.graph import add_initializer, constant, maker, store, stored
 
 FOLDED = "zero_point/folded"  # the zero point of dequantizers whose own went into biases
 _MOVES = ("Flatten", "Reshape", "Transpose")
@@ -57,17 +57,17 @@ class _Layer:
 
     def bias_without(self, zero_point: int) -> np.ndarray:
         """The bias codes, int64, that a layer needs which reads codes without their zero point."""
-        weight = constant(self.weight)
+        weight = stored(self.weight)
         others = tuple(axis for axis in range(weight.ndim) if axis != self.axis)
-        return constant(self.bias).astype(np.int64) - zero_point * weight.sum(others, dtype=np.int64)
+        return stored(self.bias).astype(np.int64) - zero_point * weight.sum(others, dtype=np.int64)
 
 
 def _zero_point(dequantize: ir.Node) -> int:
     """Of an activation's dequantizer; 0 of anything else."""
     if dequantize.op_type != "DequantizeLinear" or constant(dequantize.inputs[0]) is not None:
         return 0
-    stored = constant(dequantize.inputs[2])
-    return int(stored) if stored is not None and stored.ndim == 0 and stored.dtype == np.uint8 else 0
+    code = constant(dequantize.inputs[2])
+    return int(code) if code is not None and code.ndim == 0 and code.dtype == np.uint8 else 0
 
 
 def _layers(value: ir.Value) -> list[_Layer]:
@@ -94,7 +94,7 @@ def _layer(node: ir.Node) -> _Layer | None:
     if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or any(node.attributes.get_ints("pads", ())):
         return None
     weight, bias = (maker(value, "DequantizeLinear") for value in node.inputs[1:3])
-    if any(made is None or constant(made.inputs[0]) is None for made in (weight, bias)):
+    if weight is None or constant(weight.inputs[0]) is None or bias is None or constant(bias.inputs[0]) is None:
         return None
     if len(bias.outputs[0].uses()) > 1 or len(bias.inputs[0].uses()) > 1:
         return None
