@@ -128,7 +128,7 @@ def test_the_library_needs_no_extra():
     core = {re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]}
     extras = ["timm", "torchvision", "PIL", "onnxruntime", "openvino", "tvm", "mmdet", "mmengine", "mmcv", "pycocotools",
               "scipy", "altair", "vl_convert", "jinja2", "sklearn", "pandas", "hydra", "dvc", "wandb", "yaml", "psutil"]  # fmt: skip
-    assert core == {"torch", "numpy", "onnx", "onnxscript", "safetensors", "tqdm"}
+    assert core == {"torch", "numpy", "onnx", "onnx-ir", "onnxscript", "safetensors", "tqdm"}
     code = f"""
 import sys
 for name in {extras}:
