@@ -22,6 +22,8 @@ PEERS_BEGIN = "<!-- peers:begin (written by `make readme`) -->"
 PEERS_END = "<!-- peers:end -->"
 COSTS_BEGIN = "<!-- costs:begin (written by `make readme`) -->"
 COSTS_END = "<!-- costs:end -->"
+ZOO_BEGIN = "<!-- zoo:begin (written by `make readme`) -->"
+ZOO_END = "<!-- zoo:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
@@ -52,6 +54,40 @@ def update_costs(readme: Path, benchmarks: Path) -> None:
     files = sorted(benchmarks.glob("calibration-cost-*.csv"))
     if files:
         replace_between(readme, COSTS_BEGIN, COSTS_END, "\n\n".join(costs_table(read_dicts(file)) for file in files))
+
+
+def update_zoo(readme: Path, benchmarks: Path) -> None:
+    """The same for models that nobody here wrote."""
+    files = sorted(benchmarks.glob("zoo-*.csv"))
+    if files:
+        replace_between(readme, ZOO_BEGIN, ZOO_END, "\n\n".join(zoo_table(read_dicts(file)) for file in files))
+
+
+# Heading -> column of the zoo's rows.
+_ZOO = {
+    "Outcome": "outcome", "Graph against model, dB": "same_db", "Layers": "layers", "Products": "products",
+    "MACs in integers, %": "integer_macs_percent", "PTQ, dB": "ptq_db", "CWAC, dB": "cwac_db", "QwT, dB": "qwt_db",
+    "ONNX Runtime against simulation, dB": "onnxruntime_db", "OpenVINO against simulation, dB": "openvino_db",
+    "CWAC, float passes": "cwac_passes", "QwT, float passes": "qwt_passes",
+}  # fmt: skip
+
+
+def zoo_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: how many models of each source came through, then a row per model, with the reason where it did not."""
+    lines = [["Family", "Model", *_ZOO], ["---", "---", "---", *["---:"] * (len(_ZOO) - 1)]]
+    for row in sorted(rows, key=lambda row: (row["source"], row["family"])):
+        figures = [row[column] or _MISSING for column in _ZOO.values()]
+        figures[0] += f": {row['reason']}" if row["reason"] else ""
+        lines.append([f"{row['source']}: {row['family']}", row["model"], *figures])
+    counts = [
+        f"{source}: {sum(r['outcome'] == 'through' for r in own)} of {len(own)}"
+        for source in sorted({row["source"] for row in rows})
+        for own in [[row for row in rows if row["source"] == source and row["outcome"] != "not taken"]]
+    ]
+    shares = [float(row["integer_macs_percent"]) for row in rows if row["integer_macs_percent"]]
+    mean = f"; on average {sum(shares) / len(shares):.1f} % of the multiply-accumulates in integers" if shares else ""
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"Through, of those taken: {', '.join(counts)}{mean}. {rows[0]['cpu']}; {rows[0]['versions']}\n\n{text}"
 
 
 def costs_table(rows: list[dict[str, str]]) -> str:
@@ -182,6 +218,7 @@ def main() -> None:
     update_detection(page, RESULTS / "summary.csv")
     update_peers(page, RESULTS / "benchmarks")
     update_costs(page, RESULTS / "benchmarks")
+    update_zoo(page, RESULTS / "benchmarks")
 
 
 if __name__ == "__main__":

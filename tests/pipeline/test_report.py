@@ -481,3 +481,21 @@ def test_committed_readme_shows_the_committed_results(tmp_path):
     assert f"{readme.BEGIN}\n{classification}\n{readme.END}" in text
     detection = readme.detection_table(results.of_task("detection"))
     assert f"{readme.DETECTION_BEGIN}\n{detection}\n{readme.DETECTION_END}" in text
+
+
+def test_the_zoo_s_table_counts_what_came_through(tmp_path):
+    def row(source: str, model: str, outcome: str, **figures: str) -> dict[str, str]:
+        columns = dict.fromkeys((*readme._ZOO.values(), "reason", "cpu", "versions"), "")
+        return {**columns, "source": source, "family": "f", "model": model, "outcome": outcome, **figures}
+
+    rows = [
+        row("timm", "a", "through", integer_macs_percent="90.0", ptq_db="30.1"),
+        row("timm", "b", "refused", reason="it is random"),
+        row("timm", "c", "not taken", reason="too large"),
+        row("torchvision", "d", "through", integer_macs_percent="100.0"),
+    ]
+    text = readme.zoo_table(rows)
+    assert text.startswith("Through, of those taken: timm: 1 of 2, torchvision: 1 of 1; on average 95.0 %")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
+    assert "| timm: f | b | refused: it is random |" in text and "| timm: f | a | through | – |" in text
