@@ -7,7 +7,8 @@ SQNR is that of outputs about their mean over the images, on images that were no
 weights give almost the same outputs for all images. Costs of compensations are multiply-accumulates in float forward
 passes of the calibration set.
 
-`python -m benchmarks.zoo [NAME ...]` continues what this machine's file has.
+`python -m benchmarks.zoo [NAME ...]` continues what this machine has, small models first. With `--capture`, models
+are only captured and compared with their graphs, which takes seconds each.
 """
 
 import argparse
@@ -32,14 +33,18 @@ from tqdm import tqdm
 from benchmarks.table import machine_file, versions_text
 from pipeline.common.resources import PeakMemory
 from qwt2 import compensate, export_onnx, fold, load_engine, quantize
+from qwt2.capture import wiring
 from qwt2.capture.batch import first
+from qwt2.capture.blocks import find_blocks
 from qwt2.capture.check import outputs_of
 from qwt2.capture.export import capture
+from qwt2.capture.graph import Product
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation import machine
 from qwt2.io import write_csv
 
 LIMIT_SECONDS = 600
+CAPTURED = "captured"
 CALIBRATION, TEST, BATCH = 16, 8, 4
 ENGINES = ("onnxruntime", "openvino")
 FIGURES = (
@@ -53,27 +58,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="models; default: all that have no row yet")
     parser.add_argument("--largest", type=float, default=60, help="million parameters of the largest that is taken")
+    parser.add_argument("--capture", action="store_true", help="compare graphs with models, and no more")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child process measures
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measured(arguments.one)))
+        print(json.dumps(measured(arguments.one, arguments.capture)))
         return
     described = machine.describe()
     facts = {"cpu": described["cpu"], "versions": versions_text(described)}
     output = machine_file("zoo")
     rows = {row["model"]: row for row in _read(output)}
-    for source, family, name, parameters in tqdm(list(members()), desc="models"):
-        if name in arguments.names or (not arguments.names and name not in rows):
+    for source, family, name, parameters in tqdm(sorted(members(), key=lambda member: member[3]), desc="models"):
+        left = name not in rows or (rows[name]["outcome"] == CAPTURED and not arguments.capture)
+        if name in arguments.names or (not arguments.names and left):
             row = {"source": source, "family": family, "model": name, "parameters": parameters}
             small = parameters <= arguments.largest * 1e6
-            row |= in_a_process(name) if small else {"outcome": "not taken", "reason": "too large"}
+            options = ["--capture"] if arguments.capture else []
+            row |= in_a_process(name, options) if small else {"outcome": "not taken", "reason": "too large"}
             rows[name] = {**dict.fromkeys(FIGURES, ""), **row, **facts}
             write_csv(output, list(rows.values()))
 
 
-def in_a_process(name: str) -> dict[str, Any]:
+def in_a_process(name: str, options: list[str]) -> dict[str, Any]:
     """What a model's own process measured, or how that ended."""
-    command = [sys.executable, "-m", "benchmarks.zoo", "--one", name]
+    command = [sys.executable, "-m", "benchmarks.zoo", "--one", name, *options]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -85,7 +93,7 @@ def in_a_process(name: str) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def measured(name: str) -> dict[str, Any]:
+def measured(name: str, only_capture: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -96,13 +104,26 @@ def measured(name: str) -> dict[str, Any]:
     started = time.process_time()
     try:
         with PeakMemory() as memory:
-            found = through(model, parts, test)
+            found = captured_like(model, parts, test) if only_capture else through(model, parts, test)
     except Qwt2Error as error:
         return {"outcome": "refused", "reason": str(error)[:300]}
     seconds = time.process_time() - started
     return found | {
-        "outcome": "through", "seconds": round(seconds, 1), "peak_memory_mb": round(memory.megabytes),
+        "outcome": CAPTURED if only_capture else "through",
+        "seconds": round(seconds, 1),
+        "peak_memory_mb": round(memory.megabytes),
         "float_passes": round(seconds / _seconds(lambda: [outputs_of(model, part) for part in parts]), 1),
+    }  # fmt: skip
+
+
+def captured_like(model: nn.Module, parts: list[Any], test: Any) -> dict[str, Any]:
+    """How close a model's graph is to it."""
+    graph = capture(model, first(parts[0], 2))
+    pairs = zip(_floats(outputs_of(model, test)), _floats(outputs_of(graph, test)), strict=True)
+    same = min(_error_db(exact, found) for exact, found in pairs)
+    return {
+        "same_db": "exact" if math.isinf(same) else round(same), "layers": len(wiring.layers(graph)),
+        "products": len(graph.calls(Product)), "blocks": len(find_blocks(graph)),
     }  # fmt: skip
 
 
