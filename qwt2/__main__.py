@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from qwt2.quantization.precision import Precision
+
 CHECKED_IMAGES = 8
 
 
@@ -36,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--activation-bits", type=int, default=8)
     p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
     p.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="modules or patterns that stay in float")
+    p.add_argument("--sensitivity", action="store_true", help="write what each module costs, .sensitivity.csv and .svg")
     p.add_argument(
         "--target-sqnr", type=float, metavar="DB",
         help="raise the most expensive modules to 8 bits, then leave them in float, until the outputs reach this SQNR",
@@ -87,7 +90,6 @@ def run(arguments: argparse.Namespace) -> None:
     from qwt2.folding.fold import fold
     from qwt2.io import write_json, write_text
     from qwt2.onnx.export import check_format
-    from qwt2.quantization.allocation import allocate
     from qwt2.quantization.precision import Precision
     from qwt2.quantization.quantize import quantize
     from qwt2.report.page import render_model
@@ -105,16 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
     model, settings = _build(arguments)
     model.to(arguments.device)
     batches = [batch.to(arguments.device) for batch in _batches(files, settings, arguments.batch_size)]
-    progress = _Progress(3 + len(arguments.engines) + bool(arguments.target_sqnr))
-    bits: dict[str, Any] = {"precision": precision, "exclude": arguments.exclude}
-    moves: list[str] = []
-    if arguments.target_sqnr:
-        progress.start("allocate")
-        allocation = allocate(
-            model, batches, arguments.method, precision, arguments.target, sqnr_db=arguments.target_sqnr,
-            exclude=arguments.exclude,
-        )  # fmt: skip
-        bits, moves = allocation.settings, list(allocation.moves)
+    progress = _Progress(3 + len(arguments.engines) + bool(arguments.target_sqnr) + arguments.sensitivity)
+    bits, moves = _bits(arguments, model, batches, precision, progress)
     progress.start("quantize")
     qmodel = quantize(
         model, batches, arguments.method, target=arguments.target, progress=progress.inside, **bits
@@ -141,6 +135,31 @@ def run(arguments: argparse.Namespace) -> None:
     page = arguments.output.with_suffix(".html")
     write_text(page, render_model(report))
     _print_summary(arguments.output, page, report)
+
+
+def _bits(
+    arguments: argparse.Namespace,
+    model: "nn.Module",
+    batches: list["torch.Tensor"],
+    precision: "Precision",
+    progress: "_Progress",
+) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of `quantize` that say how many bits each module gets, and what was decided for it."""
+    from qwt2.quantization.allocation import allocate
+    from qwt2.quantization.sensitivity import sensitivity
+
+    how = {"target": arguments.target, "exclude": arguments.exclude}
+    if arguments.sensitivity:
+        from qwt2.report.sensitivity import write_sensitivity
+
+        progress.start("sensitivity")
+        costs = sensitivity(model, batches, arguments.method, precision, **how)
+        write_sensitivity(costs, arguments.output.with_suffix(".sensitivity"))
+    if not arguments.target_sqnr:
+        return {"precision": precision, "exclude": arguments.exclude}, []
+    progress.start("allocate")
+    found = allocate(model, batches, arguments.method, precision, sqnr_db=arguments.target_sqnr, **how)
+    return found.settings, list(found.moves)
 
 
 def _describe_modules(kinds: dict[str, str], fits: list, mismatches: dict[str, dict]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """`python -m qwt2`: from a model and a folder of images to a checked integer file."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -174,13 +175,18 @@ def test_what_is_left_in_float_and_raised_to_8_bits(folder, capsys):
     """Excluded by pattern, allocated to a target; sizes, normalization and engines as a user may write them."""
     command(
         "mine:make", "--image-size", "32x32", "--mean", "0.5", "--std", "0.25", "--weight-bits", "3", "--exclude",
-        "blocks.0.mlp", "--target-sqnr", "25", "--engines", "onnxruntime,openvino",
+        "blocks.0.mlp", "--target-sqnr", "25", "--engines", "onnxruntime,openvino", "--sensitivity",
     )  # fmt: skip
     report = json.loads((folder / "out.json").read_text())
     assert {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= report["float_modules"].keys()
     assert report["allocation"] and all(move.endswith((" to W8A8", " to float")) for move in report["allocation"])
     assert report["engines"].keys() == {"onnxruntime", "openvino"}
     assert "allocated: " in capsys.readouterr().out
+    with (folder / "out.sensitivity.csv").open() as file:
+        costs = {row["module"]: float(row["sqnr_db"]) for row in csv.DictReader(file)}
+    assert costs.keys() == set(report["quantized_layers"]) | set(report["quantized_products"])
+    assert list(costs.values()) == sorted(costs.values())
+    assert next(iter(costs)) in (folder / "out.sensitivity.svg").read_text()
 
 
 def test_one_channel_and_a_compiled_checkpoint(folder):
