@@ -16,6 +16,7 @@ import qwt2
 from qwt2.engines.interpreter.graph import TorchGraph
 from qwt2.engines.onnxruntime import OnnxRuntimeSession
 from qwt2.engines.openvino import OpenVinoSession
+from qwt2.engines.operations import count_operations
 from qwt2.errors import Qwt2Error
 from qwt2.onnx.file import with_batch_size
 from qwt2.onnx.graph import maker, only_reader, readers
@@ -495,3 +496,21 @@ def test_clamps_between_convolutions_that_several_layers_read(activation, tmp_pa
     for engine in ("onnxruntime", "openvino", "torch_int8"):
         found = qwt2.load_engine(path, engine)(images(4).numpy())
         assert np.square(found - expected).sum() <= 1e-3 * np.square(expected).sum()
+
+
+def test_a_relu6_between_convolutions_is_part_of_their_integer_kernels(tmp_path):
+    """ONNX Runtime runs no convolution and no clamp of such a network in float."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.Flatten(),
+        nn.Linear(8 * 13 * 13, 5),
+    )  # fmt: skip
+    model[0].weight.data *= 8  # so that the clamp's upper bound matters
+    folded = qwt2.fold(qwt2.quantize(model, batches(), "minmax"))
+    engine = qwt2.load_engine(qwt2.export_onnx(folded, tmp_path / "a.onnx", images(2)))
+    with torch.no_grad():
+        expected = folded(images(4)).numpy()
+    found = engine(images(4).numpy())
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+    counted = count_operations(engine.operations())
+    assert counted["integer"]["QLinearConv"] == 3 and not {"Conv", "Clip"} & counted["float"].keys()

@@ -18,6 +18,7 @@ from qwt2.onnx.passes.layout import (
     normalize_rows,
     quantize_before_transposes,
     scale_before_heads,
+    store_clip_bounds,
 )
 from qwt2.onnx.passes.names import drop_unread, strip_notes, use_first_names
 from qwt2.onnx.passes.projections import split_projections
@@ -44,6 +45,7 @@ PASSES: list[tuple[Pass, Collection[str]]] = [
     (drop_later_attributes, _ALL),
     (use_first_names, _ALL),
     (drop_identities, _ALL),
+    (store_clip_bounds, _ALL),
     (split_projections, _ALL),
     (quantize_before_transposes, _ALL),
     (scale_before_heads, _ALL),

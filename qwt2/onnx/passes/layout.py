@@ -29,6 +29,22 @@ def _is_identity(node: ir.Node) -> bool:
     return node.op_type == "Identity"
 
 
+def store_clip_bounds(graph: ir.Graph) -> None:
+    """Store the bounds of clamps as numbers: the exporter casts them to the type of what is clamped.
+
+    ONNX Runtime takes a ReLU6 for a part of the quantizer behind it only if its bounds are constants. Otherwise it
+    computes the convolution in front in float.
+    """
+    for clip in [node for node in graph if node.op_type == "Clip"]:
+        for position, bound in enumerate(clip.inputs[1:], 1):
+            cast = maker(bound, "CastLike")
+            number = None if cast is None else constant(cast.inputs[0])
+            if number is not None:
+                stored = make_constant(f"{clip.name}/bound_{position}", number.astype(np.float32).reshape(()))
+                clip.prepend(stored)
+                clip.replace_input_with(position, stored.outputs[0])
+
+
 def quantize_before_transposes(graph: ir.Graph) -> None:
     """Move quantizers in front of a Transpose of the last axis.
 
