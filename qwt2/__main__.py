@@ -84,24 +84,15 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from qwt2.compensation.compensate import compensate
-    from qwt2.compensation.methods import COMPENSATIONS
-    from qwt2.engines import check_engine
     from qwt2.export import export_onnx
     from qwt2.folding.fold import fold
     from qwt2.io import write_json, write_text
-    from qwt2.onnx.export import check_format
     from qwt2.quantization.precision import Precision
     from qwt2.quantization.quantize import quantize
     from qwt2.report.page import render_model
 
     precision = Precision(arguments.weight_bits, arguments.activation_bits)
-    check_format(arguments.target, arguments.weight_storage, arguments.opset)
-    for engine in arguments.engines:  # a wrong name or a missing package must not cost the work that comes before
-        check_engine(engine)
-    if arguments.compensation != "none":
-        COMPENSATIONS.get(arguments.compensation)
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise Qwt2Error(f"--device {arguments.device}: PyTorch sees no GPU here; leave the option out")
+    _check_options(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, settings = _build(arguments)
@@ -135,6 +126,23 @@ def run(arguments: argparse.Namespace) -> None:
     page = arguments.output.with_suffix(".html")
     write_text(page, render_model(report))
     _print_summary(arguments.output, page, report)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot work, before it costs the work that comes before it."""
+    import torch
+
+    from qwt2.compensation.methods import COMPENSATIONS
+    from qwt2.engines import check_engine
+    from qwt2.onnx.export import check_format
+
+    check_format(arguments.target, arguments.weight_storage, arguments.opset)
+    for engine in arguments.engines:
+        check_engine(engine)
+    if arguments.compensation != "none":
+        COMPENSATIONS.get(arguments.compensation)
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise Qwt2Error(f"--device {arguments.device}: PyTorch sees no GPU here; leave the option out")
 
 
 def _bits(
