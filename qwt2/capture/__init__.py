@@ -1,6 +1,6 @@
-"""Capture of what a model computes.
+"""Capture of a model as a graph of operations.
 
-The input is a float model and an example batch. The output is a graph of the operations in execution order. Layers,
-products and additions that can be quantized are named modules in it, and they are grouped into blocks. This package
-chooses no quantizer and no range.
+The input is a float model and an example batch. The output is a graph in execution order. Layers, products and
+additions that can be quantized are named modules in it, and they are grouped into blocks. This package chooses no
+quantizer and no range.
 """

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 LAYER_TYPES = (nn.Linear, nn.Conv2d)
 
-# Operations that move values without changing them; `_keeps_last_axis` tells which leave the last axis in place.
+# Operations that move values without changing them; ``_keeps_last_axis`` tells which leave the last axis in place.
 _MOVES = {
     aten.reshape.default, aten.permute.default, aten.transpose.int, aten.roll.default, aten.clone.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default,
