@@ -204,7 +204,7 @@ class Route:
         return fx.node.map_arg(self.nodes[number].args, values.__getitem__)
 
     def drop(self, values: _Values, number: int) -> None:
-        """Drop the values at and before a position that no later node reads."""
+        """Drop the value of the node at a position, and the values it reads, if no later node reads them."""
         for source in (*self.nodes[number].all_input_nodes, self.nodes[number]):
             if self.last.get(source, -1) <= number:
                 values.pop(source, None)
