@@ -42,7 +42,7 @@ __all__ = ["Qwt2Error", *_LAZY]
 
 
 def __getattr__(name: str):
-    """Import on first use: evaluation only runs engines, and importing torch takes seconds."""
+    """Import a name on its first use, because importing torch takes seconds and evaluation only runs engines."""
     if name not in _LAZY:
         raise AttributeError(f"module 'qwt2' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,4 +1,4 @@
-"""Command: `qwt2 MODEL --images FOLDER --output model.onnx` makes the integer model of a trained network."""
+"""The command ``qwt2 MODEL --images FOLDER --output model.onnx``, which makes a trained network's integer model."""
 
 import argparse
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ CHECKED_IMAGES = 8
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the parser of the command's options."""
     p = argparse.ArgumentParser(
         prog="qwt2",
         description="Quantize a trained model, compensate it, fold, and write an ONNX file for integer engines, with a "
@@ -71,14 +71,21 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; see :func:`parser`."""
+    """Run the command line; problems that a user can repair end it with one sentence and exit code 2."""
     arguments = parser().parse_args(argv)
     arguments.engines = [name for entry in arguments.engines for name in entry.split(",") if name]
     guarded(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """What the command does; see :func:`parser`."""
+    """Quantize, compensate, fold and export the model, check the file on engines, and write the report.
+
+    Args:
+        arguments: options as parsed by :func:`parser`, with ``engines`` as a list of names.
+
+    Raises:
+        Qwt2Error: if an option is unknown or does not fit, or the model or the images cannot be used.
+    """
     files = _choose_files(arguments)
 
     import torch
@@ -171,7 +178,7 @@ def _bits(
 
 
 def _describe_modules(kinds: dict[str, str], fits: list, mismatches: dict[str, dict]) -> list[dict[str, Any]]:
-    """One record a quantized module or compensated block, in execution order: its fit and each engine's mismatch."""
+    """Return one record per quantized module or compensated block: its fit, and its mismatch on each engine."""
     from qwt2.report.results import fit_record
 
     fitted = {fit.module: fit_record(fit) for fit in fits}
@@ -184,7 +191,7 @@ def _describe_modules(kinds: dict[str, str], fits: list, mismatches: dict[str, d
 
 
 class _Progress:
-    """A progress bar over named steps; silent where nobody watches."""
+    """A progress bar over named steps; it is not shown if the output is not a terminal."""
 
     def __init__(self, steps: int):
         from tqdm import tqdm
@@ -193,14 +200,14 @@ class _Progress:
         self._bar, self._done, self._started = tqdm(total=steps, disable=None, leave=False, bar_format=layout), 0, False
 
     def start(self, step: str) -> None:
-        """The step before is done, this one begins."""
+        """Finish the previous step and start this one."""
         self._done += self._started
         self._bar.n = self._done
         self._bar.set_description(step)
         self._started = True
 
     def inside(self, done: int, modules: int) -> None:
-        """Of the present step, so many modules are done."""
+        """Report that ``done`` of the current step's modules are finished."""
         self._bar.n = self._done + done / modules
         self._bar.refresh()
 
@@ -233,7 +240,7 @@ def _choose_files(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _build(arguments: argparse.Namespace) -> tuple["nn.Module", dict[str, Any]]:
-    """The model, and the settings of the transform its images need."""
+    """Return the model, and the settings of the transform that its images need."""
     from qwt2.classification.models import build_model, call_factory, load_weights
     from qwt2.data.transforms import IMAGENET, transform_config
 
@@ -256,7 +263,7 @@ def _build(arguments: argparse.Namespace) -> tuple["nn.Module", dict[str, Any]]:
 
 
 def _normalized(settings: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Settings of the transform with the mean, standard deviation and channels that were asked for."""
+    """Return the transform's settings with the requested mean, standard deviation and number of channels."""
     channels = settings["input_size"][0] if ":" not in arguments.model else arguments.channels
     found = {**settings, "input_size": (channels, *settings["input_size"][1:])}
     for name in ("mean", "std"):
@@ -287,7 +294,12 @@ def _batches(files: list[Path], settings: dict[str, Any], batch_size: int) -> It
 def _check_engines(
     arguments, model: "nn.Module", folded: "nn.Module", images: "torch.Tensor", progress
 ) -> tuple[dict[str, Any], dict[str, dict]]:
-    """Per engine: how far its logits are from full precision; and how far each module is from the simulation."""
+    """Compare each engine with the models.
+
+    Returns:
+        Per engine, figures on its logits against full precision; and per engine and module, the mismatch with the
+        simulation.
+    """
     import torch
 
     from qwt2.engines import load_engine

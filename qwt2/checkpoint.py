@@ -1,4 +1,4 @@
-"""Storing quantized models: safetensors with a JSON header, no pickle."""
+"""Storage of quantized models: safetensors with a JSON header, no pickle."""
 
 from __future__ import annotations
 
@@ -35,8 +35,15 @@ _BEHIND_BLOCKS = {"linear": LinearCompensation, "affine": AffineCompensation}
 def save_quantized(qmodel: GraphModel, path: str | os.PathLike) -> None:
     """Store a quantized model, compensated or not, atomically.
 
-    The file holds the weights as calibration left them, every quantizer's parameters, and the
-    compensation; the architecture is not in it.
+    The file holds the weights as they are after calibration, every quantizer's parameters and the compensation. It does
+    not hold the architecture.
+
+    Args:
+        qmodel: a model from :func:`qwt2.quantize`.
+        path: the file to write.
+
+    Raises:
+        Qwt2Error: if the model is not quantized.
     """
     header = {
         "quantization": quantization_info(qmodel).to_dict(),
@@ -53,11 +60,14 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> GraphModel:
     """Rebuild a stored quantized model.
 
     Args:
-        model: a float model of the architecture that was quantized, or its captured graph; its weights do not matter.
+        model: a float model of the architecture that was quantized, or its captured graph; its weights are not used.
         path: a file from :func:`save_quantized`.
 
+    Returns:
+        The quantized model, with its compensation.
+
     Raises:
-        Qwt2Error: a missing or damaged file, or another architecture.
+        Qwt2Error: if the file is missing or damaged, or belongs to another architecture.
     """
     header, tensors = _read(path)
     info = QuantizationInfo.from_dict(header["quantization"])
@@ -75,7 +85,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if HEADER not in metadata:
                 raise Qwt2Error(f"{path} holds no quantized model; write one with qwt2.save_quantized")
-            # The file is no dictionary.
+            # The open file is not a dictionary and cannot be iterated.
             return json.loads(metadata[HEADER]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise Qwt2Error(f"{path} does not exist; run the stage that writes it, or correct the path") from None
@@ -101,7 +111,7 @@ def _restore(
     info: QuantizationInfo,
     path: str | os.PathLike,
 ) -> None:
-    """Give every parameter and buffer its stored tensor, also those that calibration made anew."""
+    """Set every parameter and buffer to its stored tensor, including those that calibration creates."""
     _check_names(qmodel, tensors, info, path)
     for name, module in qmodel.named_modules():
         if isinstance(module, Quantizer):
@@ -122,7 +132,7 @@ def _check_names(
 ) -> None:
     expected, added = set(qmodel.state_dict()), set()
     for name, module in qmodel.named_modules():
-        if isinstance(module, (QuantizedLayer, nn.LayerNorm)):  # compensation and re-parameterisation give them more
+        if isinstance(module, (QuantizedLayer, nn.LayerNorm)):  # compensation and re-parameterisation add tensors
             added |= {f"{name}.{attribute}" for attribute in ("alpha", "beta", "weight", "bias")}
     differing = sorted((expected - set(tensors)) | (set(tensors) - expected - added))
     if not differing:

@@ -1,23 +1,23 @@
-"""The one exception for mistakes a user can repair, and what command lines make of it."""
+"""The exception for mistakes that a user can repair, and its handling in commands."""
 
 import errno
 import sys
 from collections.abc import Callable
 
-# The system's own refusals that a user can do something about.
+# Errors of the operating system that a user can repair.
 _REPAIRABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Qwt2Error(Exception):
-    """A problem with the input, named in one sentence together with what to do about it.
+    """A problem with the input; the message is one sentence that names the problem and what to do about it.
 
-    Whoever runs the library from the command line prints only the sentence and exits with code 2
-    (:func:`guarded`); any other exception is a defect in the library and keeps its traceback.
+    Commands print only the message and exit with code 2 (:func:`guarded`). Any other exception is a defect of the
+    library and keeps its traceback.
     """
 
 
 def guarded(action: Callable[[], None]) -> None:
-    """Run `action`; turn what a user can repair into one sentence on stderr and exit code 2."""
+    """Run ``action``; turn errors that a user can repair into one sentence on stderr and exit code 2."""
     try:
         action()
     except Qwt2Error as error:

@@ -1,4 +1,4 @@
-"""Export of folded models: the file is run on an engine, and kept only if it computes what the model computes."""
+"""Export of folded models; the file is run on an engine, and kept only if it computes the same as the model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from qwt2.io import atomic_path
 from qwt2.onnx.export import OPSETS, write_onnx
 from qwt2.onnx.file import load_onnx
 
-# Which engine runs a file for the check: the first that is installed. The last needs nothing but PyTorch.
+# The check runs on the first of these engines that is installed. The last one only needs PyTorch.
 _ENGINES = {"openvino": ("openvino", "onnxruntime", "torch_int8")}
 _OTHERS = ("onnxruntime", "openvino", "torch_int8")
-# Outputs this close need no second look: what two correct engines of a deep low-bit network differ by can be more, as a
-# value on a rounding boundary changes all that follows.
+# Outputs with at least this SQNR pass at once. Two correct engines may differ more in a deep low-bit network, because
+# one value on a rounding boundary changes everything after it; the modules are then compared one by one.
 _CLOSE_DB = 20.0
 _FAR_DB = 3.0
 _MAX_STEPS = 1.5
@@ -43,32 +43,29 @@ def export_onnx(
 ) -> Path:
     """Write a folded model as an ONNX file with a dynamic batch dimension, and check the file on an engine.
 
-    Weights are int8 and biases int32 in the file; activations pass through QuantizeLinear and
-    DequantizeLinear pairs that engines turn into integer kernels. Codes of fewer than 8 bits are
-    8-bit codes behind a Clip to those of the grid.
+    In the file, weights are int8 and biases int32. Activations pass through QuantizeLinear and DequantizeLinear pairs,
+    which engines turn into integer kernels. Codes of fewer than 8 bits are 8-bit codes that are clipped to the grid.
 
     Args:
-        folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks). One quantized with
-            target="tensorrt" gets float biases and nothing that breaks TensorRT's rules
-            (:mod:`qwt2.onnx.tensorrt_rules`).
-        path: the file; written atomically, and only if it passes the check.
-        example_input: one input batch; the file's inputs are called "images", or as in a dictionary. Its first images
-            are what the check runs on.
-        weight_storage: "int4" stores codes of at most 4 bits in half the bytes; :func:`qwt2.load_engine` makes
-            the same int8 model of it. The file is of opset 21, the first one with INT4, and the model that is
-            restored of ``opset``.
-        opset: version of ONNX's operators, 18 to 20; the outputs are the same.
-        output_names: names of what the model returns, in order; not given, "logits" for one tensor, the keys of a
-            dictionary, and else the exporter's.
-        check: run the file on an installed engine, once, and compare its outputs with the model's.
+        folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks). A model quantized with
+            target="tensorrt" gets float biases, and the file keeps TensorRT's rules (:mod:`qwt2.onnx.tensorrt_rules`).
+        path: the file; it is written atomically, and only if it passes the check.
+        example_input: one input batch. The file's input is called "images", or its inputs have the names of a
+            dictionary. The check runs on the first images.
+        weight_storage: "int8", or "int4" to store codes of at most 4 bits in half the bytes. :func:`qwt2.load_engine`
+            restores the same int8 model, of version ``opset``; the file itself is of opset 21, the first with INT4.
+        opset: version of ONNX's operators, 18 to 20; the outputs do not depend on it.
+        output_names: names of the model's outputs, in order. By default "logits" for one tensor, the keys of a
+            dictionary, and otherwise the exporter's names.
+        check: run the file once on an installed engine, and compare its outputs with the model's.
 
     Returns:
         ``path``.
 
     Raises:
-        Qwt2Error: a quantized model that was not folded, a model that cannot be exported, an unknown
-            storage, an unsupported opset, a model that the target's rules or the storage cannot hold, or a file that
-            computes something else than the model (the module is named if it is one).
+        Qwt2Error: if the model is quantized but not folded, or cannot be exported; if the storage or opset is not
+            supported, or the model does not fit the target's rules or the storage; or if the file's outputs differ
+            from the model's (the message names the module if a single one differs).
     """
     with atomic_path(path) as temporary:
         write_onnx(folded, temporary, example_input, weight_storage, opset, output_names)
@@ -106,7 +103,7 @@ def _installed(target: str) -> str:
 
 
 def _worst_module(folded: nn.Module, file: Path, inputs: Inputs, engine: str) -> tuple[str, float]:
-    """The integer module that differs most when engine and model give it the same input, and by how many steps."""
+    """Return the integer module whose output differs most for the same input, and its difference in output steps."""
     if not any(isinstance(module, IntegerLayer) for module in folded.modules()):
         return "", 0.0
     records = record_modules(folded, inputs)

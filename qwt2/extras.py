@@ -1,4 +1,4 @@
-"""Optional packages: what is missing is said in one sentence that names the extra to install."""
+"""Imports of optional packages, with an error that names the extra to install."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from qwt2.errors import Qwt2Error
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Stand around the imports of packages that come with the extra ``name`` (see pyproject.toml).
+    """Wrap imports of packages that belong to the extra ``name`` (see pyproject.toml).
 
     Raises:
-        Qwt2Error: one of them cannot be imported; the message says how to install the extra.
+        Qwt2Error: if one of them cannot be imported; the message says how to install the extra.
     """
     try:
         yield

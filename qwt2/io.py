@@ -1,7 +1,7 @@
-"""Atomic writes and checked reads of the file formats this project stores.
+"""Atomic writes and checked reads of the file formats that this project stores.
 
-Every writer goes through `atomic_path`: a reader sees the old file or the new one, never half of one.
-Every reader turns "missing" and "damaged" into a `Qwt2Error` that names the file.
+Every writer goes through :func:`atomic_path`: a reader sees the old file or the new one, never half of one. Every
+reader raises :class:`qwt2.errors.Qwt2Error`, with the file's name, if the file is missing or damaged.
 """
 
 import csv
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and is removed if not.
+    """Yield a temporary path beside ``path``; it replaces ``path`` if the block succeeds, and is removed if not.
 
-    The temporary name keeps the suffix, because some writers choose their format (or append one) by it.
+    The temporary name keeps the suffix, because some writers choose their format by it, or append a missing one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """No warnings inside the block, and nothing below an error from these loggers."""
+    """Silence warnings inside the block, and messages of these loggers below the level of errors."""
     levels = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -62,11 +62,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Write records as CSV, atomically; what is absent or None stays empty.
+    """Write records as CSV atomically; missing values and ``None`` become empty cells.
 
     Args:
-        rows: values by column.
-        columns: which to write, in order; ``None`` for all that any record has.
+        path: the file to write.
+        rows: one mapping from column to value per record.
+        columns: the columns to write, in order; ``None`` for all columns of any record.
     """
     rows = list(rows)
     columns = list(dict.fromkeys(name for row in rows for name in row)) if columns is None else columns
@@ -78,39 +79,55 @@ def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], column
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON; refuses NaN and infinities, which are not JSON (ValueError)."""
+    """Write ``value`` as indented JSON atomically.
+
+    Raises:
+        ValueError: if it holds NaN or infinity, which JSON does not have.
+    """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; `Qwt2Error` if it is missing or not JSON."""
+    """Read a JSON file.
+
+    Raises:
+        Qwt2Error: if the file is missing or is not JSON.
+    """
     with _reading(path, (json.JSONDecodeError, UnicodeDecodeError)):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
-    """Write one array as `.npy`."""
+    """Write one array as ``.npy`` atomically."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
 def read_array(path: str | os.PathLike) -> np.ndarray:
-    """Read one `.npy` array; `Qwt2Error` if it is missing or damaged."""
+    """Read one ``.npy`` array.
+
+    Raises:
+        Qwt2Error: if the file is missing or damaged.
+    """
     with _reading(path, (ValueError, EOFError)):
         return np.load(path, allow_pickle=False)
 
 
 def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named NumPy arrays as safetensors, without importing torch."""
+    """Write named NumPy arrays as safetensors atomically, without importing torch."""
     from safetensors.numpy import save
 
-    # Bytes first: an error of the file system then surfaces as an OSError with its errno.
+    # Serialized first, so that an error of the file system is an OSError with its errno.
     with atomic_path(path) as temporary:
         temporary.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
 def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read a safetensors file into NumPy arrays; `Qwt2Error` if it is missing or damaged."""
+    """Read a safetensors file into NumPy arrays.
+
+    Raises:
+        Qwt2Error: if the file is missing or damaged.
+    """
     from safetensors.numpy import load_file
 
     with _reading(path, (SafetensorError,)):
@@ -118,17 +135,21 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, "torch.Tensor"]) -> None:
-    """Write named torch tensors as safetensors. Tensors that share memory are stored once each."""
+    """Write named torch tensors as safetensors atomically; tensors that share memory are each stored in full."""
     from safetensors.torch import save
 
-    # clone: safetensors refuses views into a shared storage, which tied or sliced parameters are.
+    # Cloned because safetensors refuses views into a shared storage, such as tied or sliced parameters.
     owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(owned))
 
 
 def load_tensors(path: str | os.PathLike) -> dict[str, "torch.Tensor"]:
-    """Read a safetensors file into torch tensors on the CPU; `Qwt2Error` if it is missing or damaged."""
+    """Read a safetensors file into torch tensors on the CPU.
+
+    Raises:
+        Qwt2Error: if the file is missing or damaged.
+    """
     from safetensors.torch import load_file
 
     with _reading(path, (SafetensorError,)):
@@ -137,7 +158,7 @@ def load_tensors(path: str | os.PathLike) -> dict[str, "torch.Tensor"]:
 
 @contextmanager
 def _reading(path: str | os.PathLike, damaged: tuple[type[Exception], ...]) -> Iterator[None]:
-    if Path(path).is_dir():  # each reader would fail in another way
+    if Path(path).is_dir():  # every reader would fail differently
         raise Qwt2Error(f"{path} is a folder, but a file is needed here")
     try:
         yield

@@ -1,7 +1,7 @@
-"""Named implementations: one file each, registered under the name that configurations use.
+"""Named implementations, one file each, registered under the names that configurations use.
 
 An implementation is a module of this library or of another installed package. The other package names its module in an
-entry point, and the module registers itself just as a file of this library does:
+entry point, and the module registers itself in the same way as a file of this library:
 
     [project.entry-points."qwt2.ptq_methods"]
     my_method = "my_package.my_method"
@@ -26,8 +26,8 @@ class Registry(Generic[T]):
     Args:
         kind: what is registered, for error messages ("PTQ method").
         package: package whose modules register themselves when imported.
-        group: entry-point group in which other packages name modules that do the same. A plug-in is imported when its
-            name is asked for, and not before.
+        group: entry-point group in which other packages name modules that register themselves. A plug-in is imported
+            only when its name is requested.
     """
 
     def __init__(self, kind: str, package: str, group: str):
@@ -38,7 +38,7 @@ class Registry(Generic[T]):
         """Decorate an implementation to register it as ``name``.
 
         Raises:
-            Qwt2Error: when applied, if the name is taken.
+            Qwt2Error: if the name is already taken, when the decorator is applied.
         """
 
         def add(entry: T) -> T:
@@ -50,7 +50,7 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> list[str]:
-        """Return the names that can be asked for, in alphabetical order; plug-ins are not imported for it."""
+        """Return all known names in alphabetical order, without importing plug-ins."""
         self._discover()
         return sorted({*self._entries, *(point.name for point in entry_points(group=self.group))})
 
@@ -58,8 +58,8 @@ class Registry(Generic[T]):
         """Return the implementation called ``name``.
 
         Raises:
-            Qwt2Error: the name is unknown (the message lists the known ones), or a package that offers it fails to
-                import or takes a name that another one has (the message names the package).
+            Qwt2Error: if the name is unknown (the message lists the known ones), or if a package that offers it cannot
+                be imported or uses a name that is already taken (the message names the package).
         """
         self._discover()
         for point in entry_points(group=self.group, name=name):
@@ -74,7 +74,7 @@ class Registry(Generic[T]):
             importlib.import_module(f"{self.package}.{module.name}")
 
     def _load(self, point: EntryPoint) -> None:
-        """Import a plug-in; what it registered is taken back if it fails."""
+        """Import a plug-in; if that fails, remove everything that it registered."""
         before = dict(self._entries)
         try:
             point.load()

@@ -1,4 +1,4 @@
-"""The version, which stands in pyproject.toml."""
+"""The version of the package, which pyproject.toml defines."""
 
 import importlib.metadata
 import tomllib
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def find_version() -> str:
-    """Return the installed package's version, or what pyproject.toml says in a checkout that is not installed."""
+    """Return the installed package's version, or that in pyproject.toml if the checkout is not installed."""
     try:
         return importlib.metadata.version("qwt2")
     except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,6 @@
-"""What a model computes.
+"""Capture of a model as a graph of operations.
 
-In come a float model and an example batch; out comes what runs, in which order and under which name: the layers,
-products and additions that can be quantized, and the blocks that they form. Nothing here chooses a quantizer or a
-range.
+The input is a float model and an example batch. The output is a graph in execution order. Layers, products and
+additions that can be quantized are named modules in it, and they are grouped into blocks. This package chooses no
+quantizer and no range.
 """

@@ -1,7 +1,7 @@
-"""What a network is called with: an image tensor, or named tensors (images, and what else its forward method takes).
+"""Network inputs: an image tensor, or named tensors (images and further arguments of the forward method).
 
-The first axis of every tensor counts images. Images of different sizes are padded at the bottom and on the right where
-they must share a tensor, as detectors do.
+The first axis of every tensor counts images. Images of different sizes that must share a tensor are padded at the
+bottom and on the right, as detectors do.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Inputs = Tensor | dict[str, Tensor]
 
 
 def as_inputs(batch: Any) -> Inputs:
-    """The network's inputs of a batch: the batch itself, or the first element of a tuple or list.
+    """Return the network's inputs of a batch: the batch itself, or the first element of a tuple or list.
 
     Raises:
-        Qwt2Error: it holds no tensor, or no images.
+        Qwt2Error: if the batch holds no tensor, or no images.
     """
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     for tensor in tensors(inputs).values():
@@ -39,10 +39,12 @@ def as_inputs(batch: Any) -> Inputs:
 
 
 def model_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
-    """The inputs of each batch; entries of dictionaries that the model does not take (labels) are left out, and named.
+    """Yield the inputs of each batch.
+
+    Dictionary entries that the model does not take (labels) are left out, with a warning that names them.
 
     Raises:
-        Qwt2Error: it takes none of them.
+        Qwt2Error: if the model takes none of a dictionary's entries.
     """
     parameters = inspect.signature(model.forward).parameters
     said: set[str] = set()
@@ -67,30 +69,30 @@ def model_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Run ``model``; named tensors are keyword arguments."""
+    """Run ``model``, with named tensors as keyword arguments."""
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
 
 def tensors(inputs: Any) -> dict[str, Any]:
-    """The inputs by name; a single image tensor is called "images"."""
+    """Return the inputs by name; a single image tensor is called "images"."""
     return inputs if isinstance(inputs, dict) else {"images": inputs}
 
 
 def image_count(inputs: Inputs) -> int:
-    """Number of images."""
+    """Return the number of images."""
     return len(next(iter(tensors(inputs).values())))
 
 
 def first(inputs: Inputs, count: int) -> Inputs:
-    """The inputs of the first ``count`` images."""
+    """Return the inputs of the first ``count`` images."""
     return {n: t[:count] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[:count]
 
 
 def joined(batches: list[Inputs]) -> Inputs:
-    """Several batches as one.
+    """Concatenate several batches into one.
 
     Raises:
-        Qwt2Error: batches of plain image tensors differ in the images' shape.
+        Qwt2Error: if batches of plain image tensors differ in the images' shape.
     """
     same: list[Any] = batches  # all are tensors, or all are dictionaries
     if isinstance(same[0], dict):
@@ -103,27 +105,27 @@ def joined(batches: list[Inputs]) -> Inputs:
 
 
 def shapes(inputs: Inputs) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-    """Shape of one image's inputs."""
+    """Return the shape of one image's inputs, without the batch axis."""
     return {n: tuple(t.shape[1:]) for n, t in inputs.items()} if isinstance(inputs, dict) else tuple(inputs.shape[1:])
 
 
 def types(inputs: Inputs) -> dict[str, str]:
-    """Type of each input by name: "float32", "int64"."""
+    """Return each input's type by name, for example "float32" or "int64"."""
     return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors(inputs).items()}
 
 
 def zeros(shape: tuple[int, ...] | dict[str, tuple[int, ...]], types: dict[str, str]) -> Inputs:
-    """Inputs of one image, all zero, from what :func:`shapes` and :func:`types` returned."""
+    """Return all-zero inputs of one image, from the results of :func:`shapes` and :func:`types`."""
     made = {name: torch.zeros(1, *s, dtype=getattr(torch, types[name])) for name, s in tensors(shape).items()}
     return made if isinstance(shape, dict) else made["images"]
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
-    """Concatenated along the first axis, padded with zeros at the end of the others where they differ."""
+    """Concatenate along the first axis; pad the other axes with zeros at the end where sizes differ."""
     size = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].dim())]
     return torch.cat([F.pad(part, _padding(part, size)) if list(part.shape[1:]) != size else part for part in parts])
 
 
 def _padding(part: Tensor, size: list[int]) -> list[int]:
-    """In `F.pad`'s order: the last axis first, before and after."""
+    """Return the padding in the order of ``F.pad``: the last axis first, (before, after) per axis."""
     return [n for wanted, found in zip(reversed(size), reversed(part.shape[1:])) for n in (0, wanted - found)]

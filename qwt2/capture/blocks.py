@@ -1,4 +1,4 @@
-"""Blocks: parts of a network with one activation going in and one coming out, which are compensated as a whole."""
+"""Blocks: parts of a network with one input and one output activation, which are compensated as a whole."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _NUMBERED = re.compile(r"(^|_)\d+$")
 
 
 def find_blocks(model: GraphModel) -> list[str]:
-    """Names of the model's blocks, in execution order.
+    """Return the names of the model's blocks, in execution order.
 
     A block is a numbered child of a list or sequence (``blocks.3``, ``layer2.0``, ``layers.1.blocks.0``,
-    ``encoder_layer_5``) that holds at least two layers and no smaller such child. In a model that has none, it is a
-    module with at least two layers, and no smaller such module in it, before and behind which one value is alive.
+    ``encoder_layer_5``) that holds at least two layers, but no smaller block. In a model without numbered children, a
+    block is a module with at least two layers such that exactly one value is alive before it and after it; again, it
+    holds no smaller block.
     """
     names = layers(model)
     numbered = _smallest(names, lambda parts: bool(_NUMBERED.search(parts[-1])))
@@ -46,10 +47,10 @@ def _smallest(names: list[str], is_candidate) -> list[str]:
 
 
 def check_blocks(model: GraphModel, blocks: Iterable[str]) -> list[str]:
-    """Blocks that a user names, in execution order.
+    """Check the blocks that a user names, and return them in execution order.
 
     Raises:
-        Qwt2Error: a block that holds no layer, blocks inside each other, or one without one input and one output.
+        Qwt2Error: if a block holds no layer, holds another block, or does not have exactly one input and one output.
     """
     blocks, names = list(blocks), layers(model)
     for block in blocks:
@@ -64,9 +65,9 @@ def check_blocks(model: GraphModel, blocks: Iterable[str]) -> list[str]:
 
 
 def ends(model: GraphModel, block: str) -> tuple[fx.Node, fx.Node] | None:
-    """The node whose value goes into a block, and the one whose value comes out; ``None`` if these are not one each.
+    """Return a block's input node and output node; ``None`` if it does not have exactly one of each.
 
-    Beside the activation something of another shape than what comes out may go in (a mask, positions).
+    A block may read further values (a mask, positions) if their shape differs from that of its output.
     """
     inside = {node for node in model.graph.nodes if belongs(node, block)}
     entering = {s: None for node in inside for s in node.all_input_nodes if s not in inside and _is_activation(s)}
@@ -78,14 +79,14 @@ def ends(model: GraphModel, block: str) -> tuple[fx.Node, fx.Node] | None:
 
 
 def belongs(node: fx.Node, block: str) -> bool:
-    """Whether a node is computed while a module runs; what other modules share belongs to whoever calls it."""
+    """Return whether a node is computed while a module runs; a call of a shared module belongs to its caller."""
     return node.op != "get_attr" and any(
         call.partition("@")[0] == block for call in node.meta.get("call", "").split("/")
     )
 
 
 def is_inside(name: str, prefix: str) -> bool:
-    """Whether a module is ``prefix`` or lies in it."""
+    """Return whether a module is ``prefix`` or lies inside it."""
     return name == prefix or name.startswith(prefix + ".")
 
 
@@ -94,7 +95,7 @@ def _is_activation(node: fx.Node) -> bool:
 
 
 def _lonely(model: GraphModel) -> set[fx.Node]:
-    """Nodes behind which nothing else is alive than what they give."""
+    """Return the nodes after which no other value than their own is alive."""
     order = list(model.graph.nodes)
     last = {source: number for number, node in enumerate(order) for source in node.all_input_nodes}
     found = set()

@@ -1,4 +1,4 @@
-"""Whether a graph computes what the model computes that it was captured from."""
+"""Check that a captured graph computes the same as its model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from qwt2.capture.batch import Inputs, call
 from qwt2.capture.graph import GraphModel
 from qwt2.errors import Qwt2Error
 
-# Mere rounding keeps far more of float32's 24 bits.
+# Outputs whose SQNR is at least this (dB) count as equal; the SQNR after rounding in float32 is far higher.
 SAME_DB = 60.0
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in evaluation mode, and back in its own mode afterwards."""
+    """Put every submodule in evaluation mode, and restore its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -46,19 +46,19 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, tu
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """Everything that a model returns in evaluation mode, flat."""
+    """Return all of a model's outputs in evaluation mode, as a flat list."""
     with torch.no_grad(), evaluation_mode(model):
         return tree_flatten(call(model, inputs))[0]
 
 
 def check_captured(model: nn.Module, captured: GraphModel, inputs: Inputs) -> list[Any]:
-    """Refuse a graph that does not compute what the model computes.
+    """Refuse a graph that does not compute the same as its model.
 
     Returns:
         The model's outputs.
 
     Raises:
-        Qwt2Error: their outputs differ by more than rounding; the first module whose output does is named.
+        Qwt2Error: if the outputs differ by more than rounding; the message names the first module that differs.
     """
     exact = outputs_of(model, inputs)
     if same_outputs(exact, outputs_of(captured, inputs)):
@@ -73,7 +73,7 @@ def check_captured(model: nn.Module, captured: GraphModel, inputs: Inputs) -> li
 
 
 def same_outputs(exact: list[Any], found: list[Any]) -> bool:
-    """Whether two calls gave the same, up to rounding in float32."""
+    """Return whether the outputs of two calls agree up to rounding in float32."""
     return len(exact) == len(found) and all(map(_same, exact, found))
 
 
@@ -87,7 +87,7 @@ def _same(exact: Any, found: Any) -> bool:
 
 
 def _first_difference(model: nn.Module, captured: GraphModel, inputs: Inputs) -> str:
-    """The first module that gives one tensor which is not among what its part of the graph gives."""
+    """Return the first module whose output tensor is not among the values of its part of the graph, or ""."""
     given: dict[str, list[Tensor]] = {}
 
     def keep(name: str, module: nn.Module, args: tuple, output: Any) -> None:
@@ -101,7 +101,7 @@ def _first_difference(model: nn.Module, captured: GraphModel, inputs: Inputs) ->
     def note(node, known):
         value = captured.evaluate(node, known)
         module = node.meta.get("module", "")
-        while isinstance(value, Tensor):  # what a module gives, one in it may have computed
+        while isinstance(value, Tensor):  # a module's output may be computed by a module inside it
             values.setdefault(module, []).append(value)
             if not module:
                 break

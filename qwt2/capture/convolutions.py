@@ -1,4 +1,4 @@
-"""Convolutions of other kinds as plain two-dimensional ones, which integer engines have kernels for."""
+"""Rewrite other kinds of convolutions as plain 2-d ones, for which integer engines have kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def as_convolution(model: GraphModel, node: fx.Node) -> None:
-    """Replace a one-dimensional or transposed convolution, or one with padding by name; what cannot be stays."""
+    """Replace a 1-d or transposed convolution, or one with named padding; leave it if that is not possible."""
     if node.target is aten.conv_transpose2d.input:
         _transposed(model, node)
     elif node.target in (aten.conv1d.default, aten.conv_transpose1d.default, aten.conv1d.padding):
@@ -39,12 +39,12 @@ def _named_padding(node: fx.Node) -> None:
 
 
 def _arguments(node: fx.Node, *defaults: Any) -> list[Any]:
-    """A convolution's arguments: input, weight, and the others, with defaults for those that are left out."""
+    """Return a convolution's input, weight and further arguments, with defaults for those that are left out."""
     return [*node.args, *defaults[len(node.args) - 2 :]]
 
 
 def _one_dimensional(model: GraphModel, node: fx.Node) -> None:
-    """(N, C, L) as images of height 1."""
+    """Treat (N, C, L) as images of height 1."""
 
     def wide(x: fx.Node) -> fx.Node:
         shape = (*x.meta["shape"][:-1], 1, x.meta["shape"][-1])
@@ -69,11 +69,11 @@ def _one_dimensional(model: GraphModel, node: fx.Node) -> None:
 
 
 def _transposed(model: GraphModel, node: fx.Node) -> None:
-    """A convolution that gives all output pixels between two input pixels at once, and its channels spread out.
+    """Replace a transposed convolution by a convolution followed by a pixel shuffle.
 
-    Output pixel s q + r reads the inputs q - m with the weights s m + r: for each r a convolution of ceil(k / s)
-    weights.
-    (Shi et al., "Is the deconvolution layer the same as a convolutional layer?", arXiv 1609.07009.)
+    Output pixel s q + r reads the inputs q - m with the weights s m + r. So each offset r is a convolution with
+    ceil(k / s) weights per axis, and one convolution with s * s times as many channels computes all of them (Shi et
+    al., "Is the deconvolution layer the same as a convolutional layer?", arXiv 1609.07009).
     """
     defaults = (None, [1, 1], [0, 0], [0, 0], 1, [1, 1])
     x, weight, bias, stride, padding, extra, groups, dilation = _arguments(node, *defaults)

@@ -1,4 +1,4 @@
-"""Einsum of two operands as a matrix product between two permutations."""
+"""Rewrite an einsum of two operands as a matrix product between permutations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 @dataclass
 class _Operand:
-    """A tensor, its labels, and the size that each label has (``None``: depends on the batch)."""
+    """A tensor, its labels, and the size of each label (``None`` if it depends on the batch)."""
 
     node: fx.Node
     labels: str
@@ -22,7 +22,7 @@ class _Operand:
 
 
 def as_product(node: fx.Node) -> None:
-    """Replace an einsum of two operands that contracts something; any other stays as it is."""
+    """Replace an einsum of two operands that contracts at least one label; leave any other as it is."""
     equation, operands = node.args[:2]
     left_side, _, out = equation.replace(" ", "").partition("->")
     labels = left_side.split(",")
@@ -50,7 +50,7 @@ def as_product(node: fx.Node) -> None:
 
 
 def _arranged(node: fx.Node, operand: _Operand, batch: str, groups: tuple[str, ...]) -> fx.Node:
-    """The operand with the axes of ``batch`` in front, and one axis for each group of labels behind."""
+    """Arrange the operand with the axes of ``batch`` first, followed by one axis per group of labels."""
     x = _permuted(node, operand.node, operand.labels, batch + "".join(groups), operand.sizes)
     for number, group in enumerate(groups):
         axis = len(batch) + number
@@ -64,7 +64,7 @@ def _arranged(node: fx.Node, operand: _Operand, batch: str, groups: tuple[str, .
 
 
 def _spread(node: fx.Node, x: fx.Node, groups: list[str], sizes: dict[str, int | None]) -> tuple[fx.Node, str]:
-    """Every label an axis again."""
+    """Split grouped axes so that every label has its own axis again; return the node and its labels."""
     for axis in reversed(range(len(groups))):
         group = groups[axis]
         shape = tuple(_size(labels, sizes) for labels in (*groups[:axis], *"".join(groups[axis:])))

@@ -1,4 +1,4 @@
-"""Capturing a model: what it computes, as one graph of ATen operations."""
+"""Capture a model as one graph of ATen operations."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _REPEATED = re.compile(r"@\d+")
 
 
 def capture(model: nn.Module, example: Inputs) -> GraphModel:
-    """The graph of a model in evaluation mode, for calls like the one with ``example``; the model stays as it is.
+    """Return the graph of a model in evaluation mode, for calls like ``model(example)``; the model is not changed.
 
     Args:
-        model: any module that ``torch.export`` can trace. One with a method ``capture_parts(example)`` is captured by
-            that: networks whose parts are joined by code that cannot be traced (detectors).
-        example: one batch; its first axis counts images and stays free.
+        model: any module that ``torch.export`` can trace. If it has a method ``capture_parts(example)``, that method
+            captures it; networks whose parts are joined by untraceable code (detectors) need it.
+        example: one batch; its first axis counts images and stays dynamic.
 
     Raises:
-        Qwt2Error: the model cannot run on the example, or cannot be traced; the line of its code is named.
+        Qwt2Error: if the model cannot run on the example, or cannot be traced; the message names the line of its code.
     """
     if isinstance(model, GraphModel):
         return model
@@ -69,7 +69,7 @@ def _try(model: nn.Module, example: Inputs) -> None:
 
 
 def _program(model: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> torch.export.ExportedProgram:
-    # A batch of one would be specialized to a constant, and one tensor given twice taken for one input.
+    # A batch of one would be specialized to a constant. A tensor that is given twice would become one input.
     args, kwargs = torch.utils._pytree.tree_map(
         lambda x: x.expand(2, *x.shape[1:]) if len(x) == 1 else x.clone(), (args, kwargs)
     )
@@ -79,7 +79,7 @@ def _program(model: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> torch.
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=free, strict=False)
             return program.run_decompositions({})  # in-place writes become values of their own
-        except Exception as error:  # whatever the model's code raises on a traced tensor
+        except Exception as error:  # the model's code may raise anything on a traced tensor
             raise Qwt2Error(
                 f"{type(model).__name__} cannot be captured: {_reason(error)}; torch.export must be able to trace its "
                 "forward, which excludes branches on the values of tensors"
@@ -87,7 +87,7 @@ def _program(model: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> torch.
 
 
 def _length(x: Any) -> int | torch.SymInt:
-    """Python's ``len`` makes a number of the batch, and the graph would take batches of that size only."""
+    """Return ``len(x)``, symbolic for tensors: Python's own would fix the batch size to a number."""
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else _PYTHONS_LEN(x)
 
 
@@ -96,7 +96,7 @@ _ONE_CAPTURE = threading.RLock()
 
 
 def _reason(error: Exception) -> str:
-    """The exception's first line, and the last line of code outside PyTorch that it came through."""
+    """Return the exception's first line and the innermost line of code outside PyTorch in its traceback."""
     line, trace = "", error.__traceback__
     if "Constraints violated (batch)" in str(error):
         return "its code takes the number of images for a constant (int(x.shape[0]), or a reshape to a number of rows)"
@@ -110,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """torch.export tells about its work through warnings and loggers; a library must not."""
+    """Silence the warnings and log messages of torch.export."""
     logger = logging.getLogger("torch")
     level = logger.level
     with warnings.catch_warnings():
@@ -124,16 +124,17 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def _traceable() -> Iterator[None]:
-    """Let PyTorch's own transformers take the way of plain operations, and ``len(x)`` be the batch's size.
+    """Make PyTorch's own transformers run plain operations, and make ``len(x)`` return the symbolic batch size.
 
-    The other way of transformers reads the values of masks, which a graph cannot do. These are changes of the whole
-    process: for other threads ``len`` differs on traced tensors only, and captures wait for each other.
+    The fast path of the transformers reads the values of masks, which a graph cannot do. Both changes apply to the
+    whole process. Captures therefore wait for each other, and other threads see a different ``len`` only on traced
+    tensors.
     """
     transformer = torch.nn.modules.transformer
     with _ONE_CAPTURE:
         fast, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
         torch.backends.mha.set_fastpath_enabled(False)
-        # The mask is given in any case; that it is causal would only choose another kernel.
+        # The mask itself is always passed; knowing that it is causal would only select another kernel.
         transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
         builtins.len = _length  # type: ignore[assignment]
         try:
@@ -145,7 +146,7 @@ def _traceable() -> Iterator[None]:
 
 
 def _graph_model(model: nn.Module, program: torch.export.ExportedProgram, signature: Signature) -> GraphModel:
-    """The program with its parameters and buffers as ``get_attr`` nodes, and light metadata."""
+    """Convert a program: parameters and buffers become ``get_attr`` nodes, and only light metadata is kept."""
     _refuse_mutation(model, program)
     first_names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     modules = {id(module): name for name, module in model.named_modules()}
@@ -197,7 +198,7 @@ def _refuse_mutation(model: nn.Module, program: torch.export.ExportedProgram) ->
 
 
 def _is_leaf(model: nn.Module, name: str) -> bool:
-    """Whether a module is one layer."""
+    """Return whether a module is a single layer."""
     module = model.get_submodule(name)
     is_layer = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))  # parametrized ones have children
     return bool(name) and (is_layer or not any(True for _ in module.children()))
@@ -212,13 +213,13 @@ def _meta(node: fx.Node, module: str) -> dict[str, Any]:
 
 
 def _stack(node: fx.Node) -> list[tuple[str, str]]:
-    """(key, name) of the modules that a node lies in, from the outermost."""
+    """Return (key, name) of the modules that a node lies in, starting with the outermost."""
     entries = [(key, value[0]) for key, value in (node.meta.get("nn_module_stack") or {}).items()]
     return [] if entries and entries[0][0].startswith("_empty") else entries
 
 
 def _module_path(model: nn.Module, first_names: dict[int, str], node: fx.Node) -> str:
-    """The first name of the module that a node comes from."""
+    """Return the first name of the module that a node comes from."""
     stack = _stack(node)
     if not stack:
         return ""
@@ -227,5 +228,5 @@ def _module_path(model: nn.Module, first_names: dict[int, str], node: fx.Node) -
 
 
 def _call_of(node: fx.Node) -> str:
-    """Names of the modules around a node as they were called, with "@n" at the n-th further call, joined by "/"."""
+    """Return the calls of the modules around a node, joined by "/"; "@n" marks a module's n-th repeated call."""
     return "/".join(key.removeprefix("L__self__") for key, _ in _stack(node))

@@ -1,4 +1,4 @@
-"""The graph that stands for a model: ATen operations, and modules for what can be quantized."""
+"""The graph that represents a model: ATen operations, and modules for everything that can be quantized."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SIZE = torch.ops.aten.sym_size.int
 
 @dataclass(frozen=True)
 class Signature:
-    """How a model is called, and what its graph was captured for.
+    """How a model is called, and the call that its graph was captured for.
 
     Attributes:
-        parameters: the forward method's own.
-        spec: structure of the bound arguments, defaults included.
-        leaves: their values in order; ``None`` for a tensor.
-        order: for each input of the graph, which leaf it is.
-        out_spec: structure of what the model returns.
+        parameters: signature of the forward method.
+        spec: structure of the bound arguments, including defaults.
+        leaves: values of the arguments in order; ``None`` for a tensor.
+        order: index of the leaf for each input of the graph.
+        out_spec: structure of the model's outputs.
         takes_names: whether the inputs were given by name.
     """
 
@@ -40,7 +40,7 @@ class Signature:
 
     @classmethod
     def of(cls, forward: Callable, args: tuple, kwargs: Mapping[str, Any], out_spec: TreeSpec) -> Signature:
-        """Read it off a method and one call of it."""
+        """Create the signature from a method and the arguments of one call."""
         parameters = inspect.signature(forward)
         given, places = tree_flatten((args, dict(kwargs)))
         marks = [object() if isinstance(leaf, Tensor) else leaf for leaf in given]  # one tensor may be given twice
@@ -54,10 +54,10 @@ class Signature:
         return self  # nothing in it changes
 
     def inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The graph's inputs from the arguments of one call.
+        """Return the graph's inputs from the arguments of one call.
 
         Raises:
-            Qwt2Error: the call differs from the captured one in something else than the values of its tensors.
+            Qwt2Error: if the call differs from the captured one in anything but the values of its tensors.
         """
         try:
             bound = _bound(self.parameters, args, kwargs)
@@ -89,10 +89,10 @@ def _bound(parameters: inspect.Signature, args: tuple, kwargs: Mapping[str, Any]
 
 
 class OtherSizes:
-    """Graphs of the same model for images of other sizes; a copy of the model starts without any.
+    """Graphs of the same model for images of other sizes; a copy of the model starts without them.
 
     Args:
-        capture: makes the graph of the float model for an example.
+        capture: returns the float model's graph for an example.
     """
 
     def __init__(self, capture: Callable[[Any], GraphModel]):
@@ -104,23 +104,23 @@ class OtherSizes:
 
 
 class GraphModel(nn.Module):
-    """A model as one flat, functional graph; called as the model was, with the same kind of output.
+    """A model as one flat, functional graph; it is called like the model and returns the same structure.
 
-    A graph is of one image size. For inputs of another one the model is captured again, when they come, and its graph
+    A graph is for one image size. When inputs of another size arrive, the model is captured again, and the new graph
     runs the modules of this one.
 
-    Nodes are ATen operations, and calls of modules (``nn.Linear``, ``nn.Conv2d``, ``nn.LayerNorm``, :class:`Product`,
-    :class:`Sum`, :class:`Pooling`) that bear the names they have in the model. Each node's ``meta`` holds "module", the
-    name of the module that it comes from, and "shape", its size with ``None`` for what depends on the batch.
+    Nodes are ATen operations and calls of modules (``nn.Linear``, ``nn.Conv2d``, ``nn.LayerNorm``, :class:`Product`,
+    :class:`Sum`, :class:`Pooling`), which keep their names from the model. Each node's ``meta`` holds "module", the
+    name of the module that it comes from, and "shape", its size with ``None`` for axes that depend on the batch.
 
     Args:
-        graph: its placeholders are the inputs, its output node's argument is the flat list of outputs.
-        tensors: parameters and buffers that ``get_attr`` nodes and modules hold, by name.
+        graph: its placeholders are the inputs, and its output node's argument is the flat list of outputs.
+        tensors: parameters and buffers of ``get_attr`` nodes and modules, by name.
         signature: how the model is called.
         title: name of the model's class, for messages.
     """
 
-    quantization: Any  # of a quantized model: qwt2.quantization.info.QuantizationInfo
+    quantization: Any  # only in quantized models: qwt2.quantization.info.QuantizationInfo
 
     def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor], signature: Signature, title: str):
         super().__init__()
@@ -132,7 +132,7 @@ class GraphModel(nn.Module):
         self.set_signature(signature)
 
     def set_signature(self, signature: Signature) -> None:
-        """Let ``forward`` have the parameters of the model's own, for whoever inspects it (exporters do)."""
+        """Give ``forward`` the parameters of the model's own method, because exporters inspect them."""
         self.signature = signature
 
         def forward(self, *args, **kwargs):
@@ -147,7 +147,7 @@ class GraphModel(nn.Module):
         self.forward = types.MethodType(forward, self)
 
     def edit(self, change: Callable, *arguments: Any) -> None:
-        """Change the graph in place by ``change(model, *arguments)``, and graphs for other sizes when they are made."""
+        """Apply ``change(model, *arguments)`` to this graph now, and to graphs for other sizes when they are made."""
         change(self, *arguments)
         self.edits.append((change, arguments))
         self.prune()
@@ -155,11 +155,11 @@ class GraphModel(nn.Module):
             self.other_sizes.graphs.clear()
 
     def tensors_of(self, batch: Inputs) -> list[Tensor]:
-        """A batch as the graph's inputs, in order."""
+        """Return a batch as the graph's inputs, in order."""
         return self.signature.inputs(*(((), batch) if isinstance(batch, dict) else ((batch,), {})))
 
     def of_size(self, inputs: list[Tensor]) -> GraphModel:
-        """The model whose graph takes inputs of these sizes: this one, or one that shares its modules."""
+        """Return the model whose graph takes inputs of these sizes: this one, or one that shares its modules."""
         sizes = [tuple(x.shape[1:]) for x in inputs]
         if self.other_sizes is None or all(
             _fits(size, node.meta["shape"][1:]) for size, node in zip(sizes, self.inputs)
@@ -179,7 +179,7 @@ class GraphModel(nn.Module):
         return other
 
     def run(self, *inputs: Tensor) -> list[Any]:
-        """The graph's outputs in order, from its inputs in order."""
+        """Return the graph's outputs in order, given its inputs in order."""
         if "_compiled" not in self.__dict__:
             code = self.graph.python_code("self")
             names = dict(code.globals)
@@ -188,7 +188,7 @@ class GraphModel(nn.Module):
         return self._compiled(self, *inputs)
 
     def evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        """What one node gives, from the values of the nodes it reads."""
+        """Return the value of one node, given the values of the nodes that it reads."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "get_attr":
             return self.get_tensor(node.target)
@@ -199,7 +199,12 @@ class GraphModel(nn.Module):
         return args[0]  # output
 
     def walk(self, batch: Inputs, visit: Callable[[fx.Node, dict[fx.Node, Any]], Any]) -> list[Any]:
-        """Run the graph node by node on a batch; ``visit`` gives each node's value from those of the nodes it reads."""
+        """Run the graph node by node on a batch, and return its outputs.
+
+        Args:
+            batch: the inputs.
+            visit: returns the value of a node, given the values of the nodes before it.
+        """
         values: dict[fx.Node, Any] = dict(zip(self.inputs, self.tensors_of(batch)))
         for node in self.graph.nodes:
             if node.op != "placeholder":
@@ -207,7 +212,7 @@ class GraphModel(nn.Module):
         return values[self.output]
 
     def between(self, start: fx.Node, outputs: list[fx.Node]) -> GraphModel:
-        """What lies between a node and others, as a model of one tensor that gives a tuple and shares the modules."""
+        """Return the part from ``start`` to ``outputs`` as a model that shares the modules; it returns a tuple."""
         graph, needed, waiting = fx.Graph(), set(), list(outputs)
         while waiting:
             node = waiting.pop()
@@ -217,7 +222,7 @@ class GraphModel(nn.Module):
         values = {start: graph.placeholder("x")}
         values[start].meta = dict(start.meta)
         for node in self.graph.nodes:
-            if node in needed and node.target is _SIZE:  # the only size that is not a number is the batch's
+            if node in needed and node.target is _SIZE:  # only the batch size is symbolic
                 values[node] = graph.call_function(_SIZE, (values[start], 0))
                 values[node].meta = dict(node.meta)
             elif node in needed:
@@ -235,16 +240,16 @@ class GraphModel(nn.Module):
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """The nodes that stand for the tensors that are given."""
+        """The placeholder nodes of the input tensors."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     @property
     def output(self) -> fx.Node:
-        """The node that gives everything that is returned."""
+        """The node that holds all outputs."""
         return next(node for node in reversed(self.graph.nodes) if node.op == "output")
 
     def calls(self, kind: type | tuple[type, ...]) -> dict[str, list[fx.Node]]:
-        """Names of the modules of a kind in the order of their first call, and all their calls."""
+        """Map the names of all modules of a kind, in the order of their first call, to their calls."""
         found: dict[str, list[fx.Node]] = {}
         for node in self.graph.nodes:
             if node.op == "call_module" and isinstance(self.get_submodule(node.target), kind):
@@ -252,11 +257,11 @@ class GraphModel(nn.Module):
         return found
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls, if it calls one."""
+        """Return the module that a node calls, or ``None``."""
         return self.get_submodule(node.target) if node.op == "call_module" else None
 
     def get_tensor(self, name: str) -> Tensor:
-        """The parameter or buffer of a dotted name."""
+        """Return the parameter or buffer with a dotted name."""
         parent, _, attribute = name.rpartition(".")
         return getattr(self.get_submodule(parent), attribute)
 
@@ -270,7 +275,7 @@ class GraphModel(nn.Module):
             holder.register_buffer(attribute, tensor)
 
     def set_module(self, name: str, module: nn.Module) -> None:
-        """Put a module under a dotted name; what the graph uses below an older one of this name stays below it."""
+        """Store a module under a dotted name; keep children of a replaced module that the graph still uses."""
         parent, _, attribute = name.rpartition(".")
         holder = _container(self, parent)
         older = holder._modules.get(attribute, nn.Module())
@@ -284,7 +289,7 @@ class GraphModel(nn.Module):
         holder.add_module(attribute, module)
 
     def share(self, other: GraphModel, nodes: Iterable[fx.Node]) -> None:
-        """Hold the modules and tensors of another graph that these nodes name."""
+        """Share the modules and tensors of another graph that these nodes name."""
         for node in nodes:
             if node.op == "get_attr":
                 self.set_tensor(node.target, other.get_tensor(node.target))
@@ -292,16 +297,16 @@ class GraphModel(nn.Module):
                 self.set_module(node.target, other.get_submodule(node.target))
 
     def free_name(self, parent: str, stem: str) -> str:
-        """A dotted name below ``parent`` that nothing has: ``stem`` and the first free number from 1."""
+        """Return an unused dotted name below ``parent``: ``stem`` and the first free number, from 1."""
         holder, number = _container(self, parent), 1
         while hasattr(holder, f"{stem}{number}"):
             number += 1
         return f"{parent}.{stem}{number}".lstrip(".")
 
     def add_constant(self, before: fx.Node, tensor: Tensor) -> fx.Node:
-        """A node that gives a new tensor, which is stored under the name of the module of ``before``."""
+        """Store a new tensor in the module of ``before``, and return a ``get_attr`` node for it."""
         parent, _, child = before.meta["module"].rpartition(".")
-        # A layer will take the place of a leaf, so that nothing can be stored in it.
+        # A layer will replace a leaf module, so nothing can be stored inside a leaf.
         place = (parent, f"{child}_constant") if before.meta["leaf"] else (before.meta["module"], "constant")
         name = self.free_name(*place)
         self.set_tensor(name, tensor.detach().clone(memory_format=torch.contiguous_format))
@@ -311,12 +316,12 @@ class GraphModel(nn.Module):
         return node
 
     def prune(self) -> None:
-        """Drop nodes that nothing reads, and modules and tensors that no node names."""
+        """Remove nodes that nothing reads, and modules and tensors that no node names."""
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         used = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         for path, holder in list(self.named_modules(remove_duplicate=False)):
             if any(path == name or path.startswith(f"{name}.") for name in used):
-                continue  # a module that runs keeps all it has
+                continue  # a module that runs keeps all its tensors
             for store in (holder._parameters, holder._buffers):
                 for name in [name for name in store if f"{path}.{name}".lstrip(".") not in used]:
                     del store[name]
@@ -329,7 +334,7 @@ def _fits(size: tuple[int, ...], captured: tuple[int | None, ...]) -> bool:
 
 
 class Container(nn.Module):
-    """Holds what has a longer name; the children of lists and sequences are found by number, as in the model."""
+    """A module that only holds others; children of lists and sequences can be indexed, as in the model."""
 
     def __getitem__(self, number: int) -> nn.Module | None:
         return list(self._modules.values())[number]
@@ -339,7 +344,7 @@ class Container(nn.Module):
 
 
 def _container(root: nn.Module, name: str) -> nn.Module:
-    """The submodule of a dotted name, made of empty modules where there is none."""
+    """Return the submodule with a dotted name; create missing ones as empty containers."""
     for part in name.split(".") if name else ():
         if part not in root._modules:
             root.add_module(part, Container())
@@ -356,18 +361,18 @@ def _drop_empty(module: nn.Module) -> None:
 
 
 class Product(nn.Module):
-    """a @ b, of two activations."""
+    """The product a @ b of two activations."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product."""
+        """Return the product."""
         return a @ b
 
 
 class Sum(nn.Module):
-    """a + b, of two activations of one shape."""
+    """The sum a + b of two activations of equal shape."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The sum."""
+        """Return the sum."""
         return a + b
 
 
@@ -375,8 +380,8 @@ class Pooling(nn.Module):
     """The mean over all positions of images (N, C, H, W).
 
     Args:
-        target: the operation.
-        args, kwargs: what it takes behind the images.
+        target: the ATen operation.
+        args, kwargs: its arguments after the images.
     """
 
     def __init__(self, target: Callable, args: Iterable[Any], kwargs: Mapping[str, Any]):
@@ -384,7 +389,7 @@ class Pooling(nn.Module):
         self.target, self.args, self.kwargs = target, tuple(args), dict(kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The means (N, C), or (N, C, 1, 1), as the operation gives them."""
+        """Return the means, (N, C) or (N, C, 1, 1) depending on the operation."""
         return self.target(x, *self.args, **self.kwargs)
 
 
@@ -392,11 +397,14 @@ def insert(
     graph: fx.Graph, before: fx.Node, target: Callable | str, args: tuple, like: fx.Node,
     shape: tuple | None = None, kwargs: Mapping[str, Any] | None = None,
 ) -> fx.Node:  # fmt: skip
-    """A new node in front of another one.
+    """Insert a new node in front of another one, and return it.
 
     Args:
+        graph: the graph of both nodes.
+        before: the node to insert in front of.
         target: an operation, or the name of a module.
-        like: the node whose module it belongs to.
+        args, kwargs: its arguments.
+        like: the node whose metadata it copies.
         shape: its size; that of ``like`` if not given.
     """
     with graph.inserting_before(before):
@@ -407,6 +415,6 @@ def insert(
 
 
 def replace(node: fx.Node, new: Any) -> None:
-    """Let the readers of a node read another one; the node goes."""
+    """Make the readers of a node read ``new`` instead, and erase the node."""
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)

@@ -1,6 +1,6 @@
-"""Exact rewriting of a captured graph: a pass a function, and one ordered list of them.
+"""Exact rewrites of a captured graph: one function per pass, and one ordered list of passes.
 
-Every pass takes a :class:`GraphModel` and changes it in place; what the graph computes stays the same, up to rounding.
+Every pass changes a :class:`GraphModel` in place. The results of the graph stay the same, up to rounding.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _COPIES = {
 }
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial", "poisson")
-_SMALL = 2**16  # numbers that may always be stored
-_TO_END = 2**62  # slices to the end have the largest integer
+_SMALL = 2**16  # tensors of up to this many elements are always stored
+_TO_END = 2**62  # a slice to the end has a larger integer than this as its end
 
 
 def normalise(model: GraphModel) -> None:
@@ -43,14 +43,14 @@ def normalise(model: GraphModel) -> None:
 
 
 def drop_assertions(model: GraphModel) -> None:
-    """Remove checks of shapes: they hold for every batch that the graph takes."""
+    """Remove shape assertions, which hold for every batch that the graph accepts."""
     for node in reversed(model.graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", str(node.target)).startswith(_ASSERTIONS):
             model.graph.erase_node(node)
 
 
 def drop_identities(model: GraphModel) -> None:
-    """Remove copies, casts to the same type and slices of everything; views become reshapes, which take any layout."""
+    """Remove copies, casts to the same type and full slices; turn views into reshapes, which accept any layout."""
     for node in list(model.graph.nodes):
         if node.op != "call_function":
             continue
@@ -83,7 +83,7 @@ def _is_static(node: fx.Node) -> bool:
 
 
 def compute_constants(model: GraphModel) -> None:
-    """Compute once what follows from parameters and numbers only: weight norm, standardized weights, masks."""
+    """Precompute values that depend only on parameters and numbers: weight norm, standardized weights, masks."""
     values: dict[fx.Node, Any] = {}
     for node in model.graph.nodes:
         if node.op == "get_attr" or (node.op == "call_function" and _is_constant(node, values)):
@@ -91,7 +91,7 @@ def compute_constants(model: GraphModel) -> None:
     for node in [n for n in values if n.op != "get_attr" and any(user not in values for user in n.users)]:
         if isinstance(values[node], Tensor) and _is_worth_storing(node, values):
             stored = model.add_constant(node, values[node])
-            values[stored] = values[node]  # others may follow from it
+            values[stored] = values[node]  # further constants may depend on it
             replace(node, stored)
 
 
@@ -101,7 +101,7 @@ def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
 
 
 def _is_worth_storing(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
-    """Not where a large tensor follows from a small one (a bias of positions from its table): files would grow."""
+    """Return False for a large tensor made from a small one (a position bias from its table): files would grow."""
     if node.target is aten.expand.default:
         return False
     sources = [source for source in _sources(node) if source.op == "get_attr"]
@@ -109,7 +109,7 @@ def _is_worth_storing(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
 
 
 def expand_attention(model: GraphModel) -> None:
-    """Replace ``scaled_dot_product_attention`` by the operations of its documentation."""
+    """Replace ``scaled_dot_product_attention`` by the operations that its documentation gives."""
     for node in _functions(model, aten.scaled_dot_product_attention.default):
         _expand_one(model, node)
 
@@ -126,7 +126,7 @@ def _expand_one(model: GraphModel, node: fx.Node) -> None:
             insert(graph, node, aten.repeat_interleave.self_int, (x, times, -3), node, (*heads, *x.meta["shape"][-2:]))
             for x in (key, value)
         )
-    # Scaling the query costs less than scaling the scores, and folds into its projection.
+    # Scaling the query is cheaper than scaling the scores, and the scale folds into the query's projection.
     scale = given.get("scale")
     query = insert(
         graph, node, aten.mul.Tensor, (query, width**-0.5 if scale is None else scale), node, query.meta["shape"]
@@ -140,7 +140,7 @@ def _expand_one(model: GraphModel, node: fx.Node) -> None:
         ones.meta["dtype"] = torch.bool
         mask = insert(graph, node, aten.tril.default, (ones,), ones)
     blocked, fill = None, float("-inf")
-    if mask is not None and _may_block_rows(model, mask):  # such a row's weights are 0, not NaN
+    if mask is not None and _may_block_rows(model, mask):  # the weights of a fully masked row are 0, not NaN
         fill = torch.finfo(torch.float32).min
     if mask is not None and mask.meta["dtype"] == torch.bool:
         blocked = insert(graph, node, aten.logical_not.default, (mask,), mask)
@@ -157,7 +157,7 @@ def _expand_one(model: GraphModel, node: fx.Node) -> None:
 
 
 def _may_block_rows(model: GraphModel, mask: fx.Node) -> bool:
-    """Whether a query may have no key that it sees: a mask of constants tells, any other may hold such a row."""
+    """Return whether a mask may hide every key from a query: constant masks are evaluated, others are assumed to."""
     sources = _sources(mask)
     if any(source.op == "placeholder" for source in sources):
         return True
@@ -169,7 +169,7 @@ def _may_block_rows(model: GraphModel, mask: fx.Node) -> bool:
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:
-    """A node and all that its value follows from."""
+    """Return a node and all nodes that its value depends on."""
     found, waiting = set(), [node]
     while waiting:
         if (current := waiting.pop()) not in found:
@@ -179,7 +179,7 @@ def _sources(node: fx.Node) -> set[fx.Node]:
 
 
 def expand_products(model: GraphModel) -> None:
-    """Make plain ``matmul`` of einsum, bmm, mm, addmm and baddbmm of two operands."""
+    """Replace einsum of two operands, bmm, mm, addmm and baddbmm by plain ``matmul``."""
     for node in _functions(model, aten.einsum.default):
         as_product(node)
     for node in _functions(model, aten.bmm.default, aten.mm.default):
@@ -188,7 +188,7 @@ def expand_products(model: GraphModel) -> None:
         added, a, b = node.args[:3]
         y = insert(node.graph, node, aten.matmul.default, (a, b), node)
         y = _times(y, node.kwargs.get("alpha", 1), node)
-        if (beta := node.kwargs.get("beta", 1)) != 0:  # PyTorch ignores what is added then, NaN included
+        if (beta := node.kwargs.get("beta", 1)) != 0:  # with beta=0, PyTorch ignores the added tensor, even NaN
             y = insert(node.graph, node, aten.add.Tensor, (y, _times(added, beta, node)), node)
         replace(node, y)
 
@@ -198,7 +198,7 @@ def _times(x: fx.Node, factor: float, before: fx.Node) -> fx.Node:
 
 
 def weights_to_linear(model: GraphModel) -> None:
-    """Make ``linear`` of products with a constant matrix, and give it the bias that is added right behind."""
+    """Replace a product with a constant matrix, and a bias added right after it, by ``linear``."""
     for node in _functions(model, aten.matmul.default):
         x, weight = node.args
         if _is_tensor(x) and weight.op == "get_attr" and x.op != "get_attr" and len(weight.meta["shape"]) == 2:
@@ -210,7 +210,10 @@ def weights_to_linear(model: GraphModel) -> None:
 
 
 def _added_bias(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
-    """A constant of one value per output channel that is all that is added to a product, and the addition."""
+    """Return the bias that is added to a product, and the addition; ``None`` and the product if there is no bias.
+
+    A bias is a constant with one value per output channel. The addition must be the only reader of the product.
+    """
     [reader] = node.users if len(node.users) == 1 else [None]
     if reader is None or reader.target is not aten.add.Tensor or reader.kwargs:
         return None, node
@@ -220,7 +223,7 @@ def _added_bias(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
 
 
 def unify_convolutions(model: GraphModel) -> None:
-    """Make ``conv2d`` with numbers for padding of 1-d and transposed convolutions, and of padding="same"."""
+    """Replace 1-d and transposed convolutions, and named padding ("same"), by ``conv2d`` with numeric padding."""
     for node in _functions(model, *_CONVOLUTIONS):
         if all(
             argument is None or argument.op == "get_attr" for argument in node.args[1:3] if argument is not node.args[0]
@@ -235,7 +238,7 @@ _CONVOLUTIONS = (
 
 
 def name_layers(model: GraphModel) -> None:
-    """Call modules for layers with constant weights: linear, conv2d and layer_norm."""
+    """Replace linear, conv2d and layer_norm with constant weights by calls of modules."""
     makers = {aten.linear.default: _linear, aten.conv2d.default: _conv2d, aten.layer_norm.default: _layer_norm}
     made: dict[tuple, str] = {}
     kinds: dict[str, set[str]] = {}
@@ -267,7 +270,13 @@ def _has_constant_weights(node: fx.Node) -> bool:
 
 
 def _layer_name(model: GraphModel, node: fx.Node, alone: bool) -> str:
-    """The name of the module that a layer's weight belongs to; else that of the module that calls it, and a number."""
+    """Return the name of the module that owns the layer's weight; else a numbered name in the module calling it.
+
+    Args:
+        model: the graph.
+        node: the layer's operation.
+        alone: whether all layers of the calling module have the same weight.
+    """
     weight, module = _weight(node), node.meta["module"]
     owner = weight.target.rpartition(".")[0] if weight is not None and weight.target.endswith(".weight") else module
     if alone and node.meta["leaf"]:
@@ -326,9 +335,9 @@ def _with(layer: L, weight: Tensor | None, bias: Tensor | None) -> L:
 
 
 def _separate_tied(model: GraphModel) -> None:
-    """Give what else reads a layer's weight a copy: quantization changes the layer's.
+    """Give other readers of a layer's weight a copy, because quantization changes the layer's weight.
 
-    Tensors that are no layer's own, but lie where a layer or an operation took their module's place, go too.
+    Also move tensors out of modules that a layer or an operation has replaced.
     """
     model.prune()
     for node in [n for n in model.graph.nodes if n.op == "get_attr"]:
@@ -343,7 +352,7 @@ def _separate_tied(model: GraphModel) -> None:
 
 
 def name_operations(model: GraphModel) -> None:
-    """Call modules for products of activations, sums of activations of one shape, and means over positions."""
+    """Replace products of activations, sums of equal shapes, and means over positions by calls of modules."""
     counts: dict[tuple[str, str, str], int] = {}
     names: dict[tuple, str] = {}
     for node in list(model.graph.nodes):
@@ -352,7 +361,7 @@ def name_operations(model: GraphModel) -> None:
                 module, operands = node.meta["module"], 1 if kind == "pool" else 2
                 place = (module, node.meta.get("call", ""), kind)
                 counts[place] = counts.get(place, 0) + 1
-                # The calls of one module share its operations, if they do the same with them.
+                # Repeated calls of one module share its operations if their other arguments are equal.
                 key = (module, kind, counts[place], str(node.args[operands:]), str(node.kwargs))
                 if key not in names:
                     names[key] = _operation_name(model, node, kind, counts[place])
@@ -363,7 +372,7 @@ def name_operations(model: GraphModel) -> None:
 
 
 def _operation_name(model: GraphModel, node: fx.Node, kind: str, number: int) -> str:
-    """The module's own for a pooling that is all of it; else below it, numbered, where nothing has that name."""
+    """Return the module's own name if it is a single pooling; else a numbered, unused name below it."""
     module = node.meta["module"]
     if kind == "pool" and node.meta["leaf"] and isinstance(_submodule(model, module), (Container, type(None))):
         return module
@@ -426,13 +435,13 @@ def _only_norm(node: fx.Node, is_linear: bool) -> fx.Node | None:
         return None
     constant = all(argument is None or argument.op == "get_attr" for argument in reader.args[1:5])
     used = all(user.target is operator.getitem and user.args[1] == 0 for user in reader.users)
-    # A Linear's channels are its last axis, a BatchNorm's the second.
+    # The channels are a Linear's last axis and a BatchNorm's second axis; they agree only for (N, C).
     axes = 2 if is_linear else 4
     return reader if constant and used and len(node.meta["shape"]) == axes else None
 
 
 def group_calls(model: GraphModel) -> None:
-    """Let the calls of one module follow each other where none needs another's result (a head on several levels)."""
+    """Move the calls of one module next to each other where they are independent (a head on several levels)."""
     order: list[fx.Node] = []
     placed: set[fx.Node] = set()
 
@@ -492,7 +501,7 @@ def _is_activation(value: Any) -> bool:
     return _is_tensor(value) and value.op != "get_attr"
 
 
-# The order matters: constants are known before weights are looked for, products are plain before they are named.
+# The order matters: constants are computed before weights are looked for, and products are plain before they are named.
 PASSES = (
     drop_assertions,
     drop_identities,

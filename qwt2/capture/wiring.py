@@ -1,4 +1,4 @@
-"""Questions to a captured graph's edges: who reads what. No answer depends on the name of a class."""
+"""Queries on a captured graph's edges: which node reads which. No query depends on the name of a class."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ aten = torch.ops.aten
 
 LAYER_TYPES = (nn.Linear, nn.Conv2d)
 
-# Move values without changing them; the last axis stays the last axis where `_keeps_last_axis` says so.
+# Operations that move values without changing them; ``_keeps_last_axis`` tells which leave the last axis in place.
 _MOVES = {
     aten.reshape.default, aten.permute.default, aten.transpose.int, aten.roll.default, aten.clone.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default,
     aten.flatten.using_ints, aten.unflatten.int,
 }  # fmt: skip
-# Integer engines compute these on a convolution's quantized output, or merge them into its kernel.
+# Operations that integer engines compute on a convolution's quantized output, or fuse into its kernel.
 _MERGES = {aten.relu.default, aten.hardtanh.default, aten.max_pool2d.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
-# Keep probabilities what they are.
+# Operations that leave probabilities unchanged.
 _CASTS = {aten._to_copy.default, aten.reshape.default, aten.clone.default, aten.expand.default, aten.type_as.default}
 
 
 def layers(model: GraphModel) -> list[str]:
-    """Names of the Linear and Conv2d modules in the order of their first call."""
+    """Return the names of the Linear and Conv2d modules, in the order of their first call."""
     return list(model.calls(LAYER_TYPES))
 
 
 def norm_consumers(model: GraphModel) -> dict[str, list[str]]:
-    """LayerNorm -> the Linears that are the only readers of its output, last axis intact, and read nothing else."""
+    """Map LayerNorms to the Linears that read their output.
+
+    A LayerNorm is only included if all its readers are Linears, the last axis stays intact on the way to them, and
+    these Linears read nothing else.
+    """
     order, found, linears = layers(model), {}, model.calls(nn.Linear)
     for norm, calls in model.calls(nn.LayerNorm).items():
         readers = [reader for call in calls for reader in _readers(call, _keeps_last_axis)]
@@ -47,26 +51,29 @@ def norm_consumers(model: GraphModel) -> dict[str, list[str]]:
 
 
 def escaping(model: GraphModel) -> set[str]:
-    """Convolutions whose output, activated or not, something else than a layer reads."""
+    """Return the convolutions whose output, activated or not, is read by something other than a layer."""
     readers = {name: _conv_readers(calls) for name, calls in model.calls(nn.Conv2d).items()}
     return {n for n, found in readers.items() if not all(isinstance(model.module_of(r), LAYER_TYPES) for r in found)}
 
 
 def layer_readers(model: GraphModel) -> dict[str, list[str]]:
-    """Of the other convolutions, the layers that read their output."""
+    """Map the convolutions that are not :func:`escaping` to the layers that read their output."""
     outside = escaping(model)
     calls = model.calls(nn.Conv2d)
     return {name: [r.target for r in _conv_readers(calls[name])] for name in calls if name not in outside}
 
 
 def output_layers(model: GraphModel) -> set[str]:
-    """Layers whose output, activated or not, is an output of the network."""
+    """Return the layers whose output, activated or not, is an output of the network."""
     sources = [_source(node, lambda n: _is_merge(n) or _is_move(n)) for node in model.output.all_input_nodes]
     return {source.target for source in sources if isinstance(model.module_of(source), LAYER_TYPES)}
 
 
 def residual_sums(model: GraphModel) -> dict[str, tuple[str | None, str | None]]:
-    """Sum -> the convolutions whose outputs, activated or not, are its operands; those of which one is."""
+    """Map sums to the convolutions that compute their two operands, activated or not.
+
+    ``None`` stands for an operand that no convolution computes. Sums without any such convolution are left out.
+    """
     found = {}
     for name, calls in model.calls(Sum).items():
         makers = {(_maker(model, call.args[0]), _maker(model, call.args[1])) for call in calls}
@@ -76,7 +83,7 @@ def residual_sums(model: GraphModel) -> dict[str, tuple[str | None, str | None]]
 
 
 def kernel_poolings(model: GraphModel) -> list[str]:
-    """Poolings that are the only readers of a convolution's output or of a residual sum, activated or not."""
+    """Return the poolings that are the only reader of a convolution's output or a residual sum, activated or not."""
     residual = residual_sums(model)
     found = []
     for name, calls in model.calls(Pooling).items():
@@ -91,7 +98,7 @@ def kernel_poolings(model: GraphModel) -> list[str]:
 
 
 def softmax_products(model: GraphModel) -> set[str]:
-    """Products whose first operand is a softmax's output."""
+    """Return the products whose first operand is the output of a softmax."""
     return {
         name for name, calls in model.calls(Product).items()
         if all(_source(call.args[0], _keeps_probabilities).target in _SOFTMAX for call in calls)
@@ -134,7 +141,7 @@ def _is_move(node: fx.Node) -> bool:
 
 
 def _keeps_last_axis(node: fx.Node) -> bool:
-    """Whether a node moves values, and each row of the last axis as a whole."""
+    """Return whether a node only moves values, and moves each row of the last axis as a whole."""
     if not _is_move(node):
         return False
     before, after = node.args[0].meta["shape"], node.meta["shape"]
@@ -150,7 +157,7 @@ def _keeps_last_axis(node: fx.Node) -> bool:
 
 
 def float_operations(model: GraphModel) -> dict[str, str]:
-    """Products and convolutions that are no layers, by the module they come from, and why they stay in float."""
+    """Map modules to the reason why products or convolutions in them are not layers and stay in float."""
     found: dict[str, list[str]] = {}
     for node in model.graph.nodes:
         if node.op == "call_function" and (reason := _reason(node)):
@@ -178,7 +185,7 @@ def _reason(node: fx.Node) -> str:
 
 
 def multiply_accumulates(model: GraphModel, example: Inputs) -> dict[fx.Node, int]:
-    """Multiply-accumulate operations of the nodes that have some, for a batch."""
+    """Return the multiply-accumulates per node for one batch, without nodes that have none."""
     found: dict[fx.Node, int] = {}
     counter = FlopCounterMode(display=False)
 

@@ -1,1 +1,1 @@
-"""From a quantized model and a calibration set to a compensated one: QwT and QwT-v2's CWAC."""
+"""Compensation of a quantized model on a calibration set: QwT, and CWAC of QwT-v2."""

@@ -1,4 +1,4 @@
-"""Compensation at the end of a block: modules that stand in the graph behind it."""
+"""Compensation of a block's output, by modules that follow the block in the graph."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ CHILD = "compensation"
 
 
 class BlockCompensation(QuantizedModule):
-    """Behind a block, given its input x and its output y: gives y until it is fitted."""
+    """Base of modules that compensate a block, given its input x and output y; unfitted ones return y.
+
+    Attributes:
+        is_fitted: False in this base class, whose modules only mark the place.
+    """
 
     is_fitted = False
 
     def full_precision(self, x: Tensor, y: Tensor) -> Tensor:
-        """The block's output as it is."""
+        """Return the block's output unchanged."""
         return y
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The compensated output, for the block's input ``x`` and output ``y``."""
+        """Return the compensated output, given the block's input ``x`` and output ``y``."""
         return y
 
     def settings(self) -> dict[str, Any]:
-        """Arguments that make a module like this one, without its tensors, for JSON."""
+        """Return the constructor's arguments other than tensors, as values for JSON."""
         return {}
 
 
@@ -40,12 +44,12 @@ class LinearCompensation(BlockCompensation):
     """QwT's linear map beside a block: y + W x + b (arXiv 2411.13918).
 
     Args:
-        weight: (C_out, C_in) for token inputs (last axis is channels) or
-            (C_out, C_in / groups, k, k) for images; of the type in which it is stored.
+        weight: (C_out, C_in) for tokens (the last axis holds channels), or (C_out, C_in / groups, k, k) for images; in
+            the type in which it is stored.
         bias: (C_out,).
-        stride, groups: of the convolution.
-        arithmetic: what it multiplies in. "float16" does as the paper's code (half result
-            widened, float32 bias added); CPU engines have no such kernels and need "float32".
+        stride, groups: stride and groups of the convolution.
+        arithmetic: type of the multiplication. "float16" follows the paper's code: the half-precision result is
+            converted to float32, and the bias is added. CPU engines do not have such kernels and need "float32".
     """
 
     is_fitted = True
@@ -57,7 +61,7 @@ class LinearCompensation(BlockCompensation):
         self.stride, self.groups, self.arithmetic = stride, groups, arithmetic
 
     def added(self, x: Tensor) -> Tensor:
-        """W x + b, (..., C_out) or (N, C_out, H', W')."""
+        """Return W x + b, (..., C_out) or (N, C_out, H', W')."""
         arithmetic = getattr(torch, self.arithmetic)
         x, weight = x.to(arithmetic), self.weight.to(arithmetic)
         if weight.dim() == 2:
@@ -75,11 +79,11 @@ class LinearCompensation(BlockCompensation):
 
 
 class AffineCompensation(BlockCompensation):
-    """An affine map per channel of a block's output: alpha * y + beta.
+    """A channel-wise affine map of a block's output: alpha * y + beta.
 
     Args:
-        alpha, beta: (C,).
-        channel_axis: the output's channel axis.
+        alpha, beta: parameters per channel, (C,).
+        channel_axis: channel axis of the output.
     """
 
     is_fitted = True
@@ -102,7 +106,10 @@ class AffineCompensation(BlockCompensation):
 
 
 def put_behind(model: GraphModel, block: str, module: BlockCompensation) -> str:
-    """Let a module read a block's input and output, and everything else what it gives; returns its name."""
+    """Insert a module after a block, and return its name.
+
+    The module reads the block's input and output. All readers of the block's output then read the module's output.
+    """
     if block not in compensated_blocks(model):
         model.edit(_insert_behind, block)
     name = f"{block}.{CHILD}"
@@ -123,7 +130,7 @@ def _insert_behind(model: GraphModel, block: str) -> None:
 
 
 def remove(model: GraphModel, block: str) -> None:
-    """Take what stands behind a block away again."""
+    """Remove the module after a block."""
     model.edit(_take_away, block)
 
 
@@ -134,13 +141,13 @@ def _take_away(model: GraphModel, block: str) -> None:
 
 
 def compensated_blocks(model: GraphModel) -> dict[str, BlockCompensation]:
-    """Blocks that something stands behind, and what."""
+    """Return the compensation modules by the names of their blocks."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, BlockCompensation)}
     return {name.removesuffix(f".{CHILD}"): module for name, module in modules.items()}
 
 
 def visits_behind_blocks(walk: Walk) -> Iterator[tuple[Visit, str]]:
-    """The walk behind every block of the model, and the block; what then still is unfitted goes again."""
+    """Yield a visit after every block of the model, and the block's name; at the end, remove unfitted modules."""
     blocks = {
         put_behind(walk.model, block, BlockCompensation()): block for block in quantization_info(walk.model).blocks
     }

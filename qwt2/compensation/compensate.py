@@ -29,24 +29,28 @@ def compensate(
 ) -> CompensationReport:  # fmt: skip
     """Compensate a quantized model's error, in place.
 
-    The calibration set is walked through the graph once, module by module. What is kept per calibration image are the
-    values that are alive where the walk stands, in memory or on disk, once for the quantized network and
-    once more where the target is the full-precision network's own activation.
+    The calibration set is run through the graph once, module by module. For every image, the values that are alive at
+    the current position are stored in memory or on disk: once for the quantized network, and once for the
+    full-precision network if its own activations are the target.
 
     Args:
         qmodel: a model from :func:`qwt2.quantize`.
-        calibration: batches as in :func:`qwt2.quantize`; gone through once, in order.
-        method: a registered compensation ("cwac", "qwt").
-        offload_dir: existing folder for these values, which go into a temporary folder inside it;
-            ``None`` keeps them in memory.
+        calibration: batches as in :func:`qwt2.quantize`; read once, in order.
+        method: a registered compensation method ("cwac", "qwt").
+        offload_dir: existing folder for stored values, which go into a temporary folder inside it; ``None`` keeps them
+            in memory.
         memory_limit: bytes per network that stay in memory before the folder is used.
-        progress: called with the number of modules that are compensated and of all, for progress bars.
+        progress: called with the number of compensated modules and the number of all modules, for progress bars.
         options: settings of the method (:class:`qwt2.compensation.methods.cwac.CWAC`,
             :class:`qwt2.compensation.methods.qwt.QwT`).
 
+    Returns:
+        A report on every compensated module, in execution order.
+
     Raises:
-        Qwt2Error: unknown method, option or option value, a missing folder, a model that is not
-            quantized, an empty calibration set, or NaN/infinity in an activation (the module is named).
+        Qwt2Error: if the method, an option or its value is unknown, the folder does not exist, the model is not
+            quantized, the calibration set is empty or does not fit, or an activation is NaN or infinite (the module is
+            named).
     """
     started = time.perf_counter()
     info = quantization_info(qmodel)
@@ -64,7 +68,7 @@ def compensate(
 
 
 def _temporary_folder(parent: str | None) -> AbstractContextManager[str | None]:
-    """A folder only of this run, so that runs can share ``parent`` and an error leaves nothing behind."""
+    """Return a temporary folder for this run, so that runs can share ``parent`` and errors leave nothing behind."""
     if parent is None:
         return nullcontext()
     if not Path(parent).is_dir():

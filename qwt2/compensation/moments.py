@@ -1,4 +1,4 @@
-"""Joint moments of a quantized and a full-precision output, per channel, streaming and in float64."""
+"""Streaming joint moments of a quantized and a full-precision output, per channel in float64."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below this fraction of the mean square a channel's variance is rounding, not signal.
+# A variance below this share of a channel's mean square is rounding, not signal.
 CONSTANT_CHANNEL = 1e-10
 
-# Values that are widened to float64 at a time on the CPU: what a cache holds.
+# Number of values that are converted to float64 at a time on the CPU, so that they fit into a cache.
 _PART = 2**17
 
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second joint moments; those of two sets are added with ``+``.
+    """First and second joint moments; ``+`` merges the moments of two sets.
 
     Attributes:
         count: number of (sample, position) pairs.
-        mean_q, mean_f, var_q, var_f, cov: float64 (C,); population moments.
+        mean_q, mean_f: means of the quantized and the full-precision output, float64 (C,).
+        var_q, var_f, cov: their population variances and covariance, float64 (C,).
     """
 
     count: int
@@ -33,9 +34,9 @@ class Moments:
 
     @classmethod
     def of(cls, y_q: Tensor, y_f: Tensor, channel_axis: int) -> Moments:
-        """Of paired outputs of equal shape, over every axis but ``channel_axis``."""
+        """Compute the moments of two outputs of equal shape, over every axis except ``channel_axis``."""
         q, f = (y.movedim(channel_axis, -1).reshape(-1, y.shape[channel_axis]) for y in (y_q, y_f))
-        # Sums about any value near the mean lose nothing; this one takes no pass in float64.
+        # Sums about any value near the mean lose no accuracy; the float32 mean needs no pass in float64.
         near_q, near_f = q.mean(0).double(), f.mean(0).double()
         sums = torch.zeros(5, q.shape[1], dtype=torch.float64, device=q.device)
         rows = max(1, _PART // q.shape[1]) if q.device.type == "cpu" else len(q)
@@ -53,7 +54,7 @@ class Moments:
         )  # fmt: skip
 
     def __add__(self, other: Moments) -> Moments:
-        """Chan's update, so that nothing cancels where means are large."""
+        """Merge by Chan's update, which avoids cancellation for large means."""
         total = self.count + other.count
         share = other.count / total
         gap_q, gap_f, between = other.mean_q - self.mean_q, other.mean_f - self.mean_f, share * (1 - share)
@@ -69,28 +70,28 @@ class Moments:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no value was NaN or infinite."""
+        """Whether all values were finite."""
         return bool(torch.isfinite(self.var_q).all() and torch.isfinite(self.var_f).all())
 
     @property
     def varies(self) -> Tensor:
-        """Channels of the quantized output that are no constants, bool (C,)."""
+        """Mask of the channels of the quantized output that are not constant, bool (C,)."""
         return self.var_q > CONSTANT_CHANNEL * (self.mean_q.square() + self.var_q)
 
     def squared_error(self, alpha: Tensor | float = 1.0, beta: Tensor | float = 0.0) -> Tensor:
-        """Mean of (alpha q + beta - f)^2 per channel, (C,), from the moments."""
+        """Return the mean of (alpha q + beta - f)^2 per channel, (C,)."""
         offset = alpha * self.mean_q + beta - self.mean_f
         spread = alpha**2 * self.var_q - 2 * alpha * self.cov + self.var_f
         return spread.clamp(min=0) + offset.square()
 
     def sqnr_db(self, alpha: Tensor | float = 1.0, beta: Tensor | float = 0.0) -> float:
-        """10 log10 of signal power over error power, all channels together."""
+        """Return the SQNR of alpha q + beta against f over all channels, dB."""
         signal = (self.var_f + self.mean_f.square()).sum()
         return decibel(float(signal), float(self.squared_error(alpha, beta).sum()))
 
 
 def decibel(signal: float, noise: float) -> float:
-    """10 log10(signal / noise); infinite without noise."""
+    """Return 10 log10(signal / noise) for two powers; infinity without noise."""
     if noise <= 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -1,4 +1,4 @@
-"""Least squares of targets on inputs, streaming and in float64: QwT's regression."""
+"""QwT's regression: streaming least squares of targets on inputs, in float64."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Regression:
-    """Centred sums of independent regressions, one per channel group; those of two sets are added with ``+``.
+    """Centred sums of independent regressions, one per channel group; ``+`` merges the sums of two sets.
 
     Attributes:
-        count: rows.
-        mean_x, mean_t: (groups, d) and (groups, o).
+        count: number of rows n.
+        mean_x: mean of the inputs, (groups, d).
+        mean_t: mean of the targets, (groups, o).
         gram: sum of centred x x', (groups, d, d).
         cross: sum of centred x t', (groups, d, o).
         power: sum of centred t^2, (groups, o).
@@ -29,7 +30,7 @@ class Regression:
 
     @classmethod
     def of(cls, x: Tensor, target: Tensor) -> Regression:
-        """Of rows ``x`` (groups, n, d) and ``target`` (groups, n, o)."""
+        """Compute the sums of rows ``x`` (groups, n, d) and ``target`` (groups, n, o)."""
         x, target = x.double(), target.double()
         mean_x, mean_t = x.mean(1), target.mean(1)
         x, target = x - mean_x[:, None], target - mean_t[:, None]
@@ -51,11 +52,11 @@ class Regression:
         )
 
     def solve(self, damping: float) -> tuple[Tensor, Tensor]:
-        """Coefficients (groups, d, o) and intercepts (groups, o).
+        """Return coefficients (groups, d, o) and intercepts (groups, o).
 
-        The Gram matrix gets ``damping`` times its mean diagonal added before the Cholesky
-        factorisation; inputs with constant or collinear channels (a Swin stage's first block reads
-        a LayerNorm's output) have no unique solution without it.
+        ``damping`` times the mean of the Gram matrix's diagonal is added to the diagonal before the Cholesky
+        factorisation. Without it, inputs with constant or collinear channels have no unique solution (the first block
+        of a Swin stage reads the output of a LayerNorm).
         """
         diagonal = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
         eye = torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
@@ -68,11 +69,11 @@ class Regression:
         return weight, self.mean_t - (self.mean_x[:, None] @ weight)[:, 0]
 
     def residual(self, weight: Tensor) -> float:
-        """Sum of squared residuals of the centred data under coefficients (groups, d, o)."""
+        """Return the sum of squared residuals of the centred data for coefficients (groups, d, o)."""
         explained = 2 * (weight * self.cross).sum() - (weight * (self.gram @ weight)).sum()
         return float((self.power.sum() - explained).clamp(min=0))
 
     def r2(self, weight: Tensor) -> float:
-        """1 - SS_res / SS_tot about each output channel's mean; -inf for a constant target."""
+        """Return 1 - SS_res / SS_tot about each output channel's mean; -inf for a constant target."""
         total = float(self.power.sum())
         return 1 - self.residual(weight) / total if total > 0 else float("-inf")

@@ -1,4 +1,4 @@
-"""What a compensation did."""
+"""Reports on the effect of a compensation."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 @dataclass
 class ModuleReport:
-    """What compensation did to one module or block.
+    """The effect of compensation on one module or block.
 
     Attributes:
-        module: its name.
-        sqnr_before_db, sqnr_after_db: of its output against the target it was fitted to, on the
-            calibration set.
-        r2: share of the error's variance (QwT) that the compensation explains.
-        kept: whether the gate kept it.
-        reason: why not.
-        alpha, beta: CWAC's parameters as applied, float64 (C,): 1 and 0 where the gate rejected them; ``None`` for QwT.
-        output_rms: root mean square of the target, which beta compares with.
-        gate_before_db, gate_after_db: SQNR on the held-out images that the gate decided by, without and with the
-            parameters fitted on the others; NaN where nothing was held out.
+        module: name of the module or block.
+        sqnr_before_db, sqnr_after_db: SQNR of its output against the target of the fit on the calibration set, dB.
+        r2: share of the error that the compensation explains: of its variance for QwT, of its power for CWAC.
+        kept: whether the compensation is applied.
+        reason: reason why it is not applied, or "".
+        alpha, beta: CWAC's parameters as applied, float64 (C,), with 1 and 0 for channels that the gate rejected;
+            ``None`` for QwT.
+        output_rms: root mean square of the target, to compare beta with.
+        gate_before_db, gate_after_db: SQNR on the held-out images, without and with the parameters fitted on the other
+            images, dB; NaN if no images were held out.
     """
 
     module: str
@@ -40,7 +40,13 @@ class ModuleReport:
 
 @dataclass
 class CompensationReport:
-    """One entry per compensated module, in execution order, and the seconds it all took."""
+    """The result of a compensation.
+
+    Attributes:
+        method: name of the compensation method.
+        modules: one report per module, in execution order.
+        seconds: run time of the whole compensation.
+    """
 
     method: str
     modules: list[ModuleReport] = field(default_factory=list)

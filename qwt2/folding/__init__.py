@@ -1,5 +1,5 @@
-"""From simulation to integers.
+"""Conversion of the simulation to integers.
 
-In comes a quantized, perhaps compensated model; out comes the model of integer modules that engines run. Compensation
-is gone into their scales and biases.
+The input is a quantized model, compensated or not. The output is a model of integer modules, which engines run; the
+compensation is folded into their scales and biases.
 """

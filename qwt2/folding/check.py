@@ -1,4 +1,4 @@
-"""Whether folded modules compute what the quantized ones compute."""
+"""Check that folded modules compute the same as the quantized ones."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from qwt2.errors import Qwt2Error
 from qwt2.quantization.layers import QuantizedAdd, QuantizedLayer, QuantizedMatmul, QuantizedModule
 from qwt2.quantization.quantizers import UniformQuantizer
 
-# In output steps. A value between two codes may be rounded either way.
+# Accepted difference in output steps. A value between two codes may be rounded either way.
 MAX_STEPS = 1 + 1e-3
-_RESOLVED = 2.0**-20  # of the largest value, after a sum
-_BEYOND = 0.05  # of a range, so that clipping is compared too
+_RESOLVED = 2.0**-20  # resolution of float32 sums, relative to the largest value
+_BEYOND = 0.05  # share of a range by which values may exceed it, so that clipping is compared too
 
 
 def check_folded(qmodel: GraphModel, folded: GraphModel) -> None:
-    """Compare every quantized module with its integer form, on random values in the ranges of its input quantizers.
+    """Compare every quantized module with its integer form, on random values from the ranges of its input quantizers.
 
-    It takes about one forward pass for one image in each of the two models, and needs no images.
+    The check needs no images, and takes about as long as one forward pass of each model for one image.
 
     Raises:
-        Qwt2Error: one differs by more than an output step; the module is named.
+        Qwt2Error: if a module differs by more than one output step; the module is named.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, calls in qmodel.calls(QuantizedModule).items():
             module = qmodel.get_submodule(name)
-            if not module.quantizers():  # what stays in float is the same module
+            if not module.quantizers():  # modules that stay in float are the same in both models
                 continue
             arguments = _arguments(module, calls[0], generator)
             expected, found = module(*arguments), folded.get_submodule(name)(*arguments)
@@ -56,9 +56,9 @@ def _values(quantizer: UniformQuantizer, shape: tuple[int, ...], generator: torc
 
 
 def _steps(module: nn.Module, expected: Tensor, found: Tensor) -> float:
-    """The largest difference in output steps; of an output in float, in 1/255 of its range.
+    """Return the largest difference in output steps; the step of a float output is 1/255 of its range.
 
-    Where that is less than float32 resolves (an input that is constant, a large bias), in what it resolves.
+    The step is at least the resolution of float32, which matters for constant inputs and large biases.
     """
     step = torch.maximum((expected.max() - expected.min()) / 255, expected.abs().max() * _RESOLVED)
     if isinstance(module, QuantizedLayer) and module.output_quantizer is not None:

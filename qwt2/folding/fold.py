@@ -1,4 +1,4 @@
-"""Folding: compensation disappears into the integer layers' own scales and biases."""
+"""Fold compensation into the integer layers' own scales and biases."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from qwt2.quantization.quantizers import Quantizer, UniformQuantizer
 
 
 def fold(qmodel: GraphModel) -> GraphModel:
-    """The integer model that engines run, with every CWAC folded away.
+    """Return the integer model that engines run, with every CWAC compensation folded into its layers.
 
-    Per output channel, s_w <- |alpha| s_w, codes <- sign(alpha) codes and bias <- alpha bias + beta
-    (QwT-v2, arXiv 2505.20932): no operation and no byte more than plain PTQ. QwT's added layers
-    cannot be folded and stay behind their blocks in float.
+    Per output channel, s_w <- |alpha| s_w, codes <- sign(alpha) codes and bias <- alpha bias + beta (QwT-v2, arXiv
+    2505.20932). The result has no more operations or bytes than plain PTQ. QwT's added layers cannot be folded; they
+    stay behind their blocks in float.
 
     Args:
-        qmodel: a quantized model, compensated or not; it is left as it is.
+        qmodel: a quantized model, compensated or not; it is not changed.
 
     Raises:
-        Qwt2Error: a model that is not quantized, a quantizer that integer engines do not have, or a folded module that
-            computes something else than the simulation (the module is named).
+        Qwt2Error: if the model is not quantized, has a quantizer or a compensation that integer engines cannot run, or
+            has a module whose folded form differs from the simulation (the module is named).
     """
     quantization_info(qmodel)
     _refuse_simulation_only(qmodel)
@@ -61,7 +61,7 @@ def fold(qmodel: GraphModel) -> GraphModel:
 
 
 def fold_layer(layer: QuantizedLayer) -> IntegerLayer:
-    """The integer form of one layer, its alpha and beta folded in float64."""
+    """Return the integer form of one layer, with alpha and beta folded in float64."""
     bias = torch.zeros(layer.out_channels, dtype=torch.float64, device=layer.weight.device)
     if layer.bias is not None:
         bias = layer.bias.double()

@@ -1,9 +1,8 @@
-"""Integer modules: what :func:`qwt2.fold` makes and engines run.
+"""Integer modules, which :func:`qwt2.fold` creates and engines run.
 
-Weights are int8 codes and biases int32 codes of scale s_x * s_w; activations pass through
-quantize-dequantize pairs. In PyTorch the modules compute what an integer engine computes, up to
-the rounding of float32; exported, the two custom operators below become ONNX's QuantizeLinear and
-DequantizeLinear.
+Weights are int8 codes, and biases are int32 codes of scale s_x * s_w. Activations pass through quantize-dequantize
+pairs. In PyTorch, the modules compute the same as an integer engine up to rounding in float32. On export, the two
+custom operators below become ONNX's QuantizeLinear and DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -39,12 +38,14 @@ def quantize_dequantize(
     Args:
         x: float32, any shape.
         scale: float32, ().
-        zero_point: uint8 or int8, (); its type is the type of the codes.
-        lowest, highest: as the zero point; codes of fewer bits are 8-bit codes that are clipped to these. ``None``: all
-            256 codes are in use, and the saturation of their type is the clipping.
-        low, high: float32, (). With these, it gives what an engine gives that leaves out the rounding of this pair:
-            ``x``, clipped. :func:`qwt2.onnx.passes.quantizers.fuse_additions` decides what the exported file has in its
-            place.
+        zero_point: uint8 or int8, (); codes have the same type.
+        lowest, highest: lowest and highest code, same type and shape as ``zero_point``. Codes of fewer than 8 bits are
+            8-bit codes that are clipped to these. ``None`` if all 256 codes are used; saturation then clips them.
+        low, high: float32, (). If given, ``x`` is only clipped to them, as in an engine that skips the rounding of this
+            pair. :func:`qwt2.onnx.passes.quantizers.fuse_additions` decides how the file represents such a pair.
+
+    Returns:
+        float32, same shape as ``x``.
     """
     if low is not None:
         return torch.clamp(x, low, high)
@@ -62,9 +63,9 @@ def _(x, scale, zero_point, lowest, highest, low, high):
 
 @torch.library.custom_op("qwt2::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """(codes - zero_point) * scale, both with one value per entry of ``axis``; float32.
+    """Return (codes - zero_point) * scale in float32, with one scale and zero point per entry of ``axis``.
 
-    ONNX Runtime's integer kernels are only chosen where the zero point, though zero, is spelled out.
+    ONNX Runtime only selects its integer kernels if the zero point is given explicitly, even if it is zero.
     """
     shape = [1] * codes.dim()
     shape[axis] = -1
@@ -81,16 +82,16 @@ class QuantizeDequantize(nn.Module):
 
     def __init__(self, quantizer: Quantizer):
         super().__init__()
-        assert isinstance(quantizer, UniformQuantizer)  # folding refuses others
+        assert isinstance(quantizer, UniformQuantizer)  # fold() refuses all others
         grid, self.rounds = quantizer.grid, quantizer.rounds
         scale, zero_point = quantizer.scale.clone(), quantizer.zero_point
         self.register_buffer("scale", scale)
         if grid.bits == 8 and (grid.symmetric or (grid.centred and int(zero_point) == grid.middle)):
-            # The same values as with unsigned codes and a zero point, which integer kernels would have to correct for.
+            # Signed codes represent the same values, and integer kernels need not correct for a zero point.
             self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8))
         else:
-            # ONNX Runtime runs a layer in integers whose output has codes of the type of its input's. Of pairs that
-            # clip nothing it changes the type itself, of others not, so all of these have one.
+            # ONNX Runtime only runs a layer in integers if its input and output codes have the same type. It converts
+            # the type of pairs without a Clip by itself, but not that of other pairs, so all of these use uint8.
             self.register_buffer("zero_point", (zero_point - grid.qmin).round().to(torch.uint8))
         ends = (0, grid.qmax - grid.qmin) if grid.bits < 8 else (None, None)
         for name, code in zip(("lowest", "highest"), ends):
@@ -99,7 +100,7 @@ class QuantizeDequantize(nn.Module):
             self.register_buffer(name, None if self.rounds else (code - zero_point) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The values, rounded to the grid or only clipped to its range."""
+        """Return ``x`` rounded to the grid, or only clipped to its range."""
         return quantize_dequantize(x, self.scale, self.zero_point, self.lowest, self.highest, self.low, self.high)
 
 
@@ -107,10 +108,10 @@ class IntegerLayer(nn.Module):
     """Base of the integer Linear and Conv2d.
 
     Args:
-        layer: the quantized layer whose quantizers it takes over.
-        codes: int8 weight codes, in the layout that :meth:`forward` multiplies with.
-        weight_scale: float32, (C_out,).
-        bias_codes: int32, (C_out,), of scale input scale * weight_scale.
+        layer: the quantized layer whose activation quantizers it uses.
+        codes: int8 weight codes, in the layout that :meth:`forward` uses.
+        weight_scale: scale of the weight codes, float32 (C_out,).
+        bias_codes: bias codes of scale input scale * weight_scale, int32 (C_out,).
     """
 
     def __init__(self, layer: QuantizedLayer, codes: Tensor, weight_scale: Tensor, bias_codes: Tensor):
@@ -127,22 +128,22 @@ class IntegerLayer(nn.Module):
 
 
 class IntegerLinear(IntegerLayer):
-    """Integer Linear; the weight is stored as (C_in, C_out), ready for a plain matrix product."""
+    """An integer Linear; its weight is stored as (C_in, C_out) for a plain matrix product."""
 
     def __init__(self, layer: QuantizedLinear, codes: Tensor, weight_scale: Tensor, bias_codes: Tensor):
         super().__init__(layer, codes.t().contiguous(), weight_scale, bias_codes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output (..., C_out), from its float input (..., C_in)."""
+        """Return the layer's output (..., C_out) for a float input (..., C_in)."""
         weight = dequantize(self.weight, self.weight_scale, self.weight_zero_point, 1)
         bias = dequantize(self.bias, self.bias_scale, self.bias_zero_point, 0)
-        # Engines fuse the integer bias into a two-dimensional product only.
+        # Engines only fuse the integer bias into a two-dimensional product.
         y = torch.addmm(bias, self.input(x).reshape(-1, self.weight.shape[0]), weight)
         return self.output(y.reshape(*x.shape[:-1], self.weight.shape[1]))
 
 
 class IntegerConv2d(IntegerLayer):
-    """Integer Conv2d."""
+    """An integer Conv2d."""
 
     def __init__(self, layer: QuantizedConv2d, codes: Tensor, weight_scale: Tensor, bias_codes: Tensor):
         super().__init__(layer, codes, weight_scale, bias_codes)
@@ -150,7 +151,7 @@ class IntegerConv2d(IntegerLayer):
         self.dilation, self.groups = layer.dilation, layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output (N, C_out, H', W'), from its float input (N, C_in, H, W)."""
+        """Return the layer's output (N, C_out, H', W') for a float input (N, C_in, H, W)."""
         weight = dequantize(self.weight, self.weight_scale, self.weight_zero_point, 0)
         bias = dequantize(self.bias, self.bias_scale, self.bias_zero_point, 0)
         y = F.conv2d(self.input(x), weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -158,19 +159,19 @@ class IntegerConv2d(IntegerLayer):
 
 
 class IntegerMatmul(nn.Module):
-    """Product of two quantized activations."""
+    """The product of two quantized activations."""
 
     def __init__(self, matmul: QuantizedMatmul):
         super().__init__()
         self.a, self.b = QuantizeDequantize(matmul.a_quantizer), QuantizeDequantize(matmul.b_quantizer)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product of the two operands, each rounded to its grid."""
+        """Return the product of the operands, each rounded to its grid."""
         return self.a(a) @ self.b(b)
 
 
 class IntegerAdd(nn.Module):
-    """Sum of two quantized activations."""
+    """The sum of two quantized activations."""
 
     def __init__(self, addition: QuantizedAdd):
         super().__init__()
@@ -180,7 +181,7 @@ class IntegerAdd(nn.Module):
         )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The sum of the two operands, rounded to their grids where they have quantizers."""
+        """Return the sum of the operands, each rounded to its grid if it has a quantizer."""
         return self.a(a) + self.b(b)
 
 
@@ -192,14 +193,14 @@ class IntegerPooling(nn.Module):
         self.input, self.pooling = QuantizeDequantize(pooling.input_quantizer), pooling.pooling
 
     def forward(self, x: Tensor) -> Tensor:
-        """The pooled values, of the input rounded to its grid."""
+        """Return the pooled values of the input rounded to its grid."""
         return self.pooling(self.input(x))
 
 
 class WidenedCompensation(nn.Module):
-    """QwT's layer behind a block, computed in float32 from weights of their stored precision.
+    """QwT's layer behind a block, computed in float32 from weights in their stored precision.
 
-    CPU engines have no half-precision kernels; the weights keep their two bytes in the file.
+    CPU engines do not have half-precision kernels; in the file, the weights still take two bytes each.
     """
 
     def __init__(self, compensation: LinearCompensation):
@@ -209,7 +210,7 @@ class WidenedCompensation(nn.Module):
         self.register_buffer("bias", compensation.bias)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The block's output ``y``, compensated by a linear function of its input ``x``."""
+        """Return the block's output ``y`` plus a linear function of its input ``x``."""
         weight = self.weight.to(x.dtype)
         if weight.dim() == 2:
             return y + F.linear(x, weight, self.bias)

@@ -1,5 +1,5 @@
-"""Which quantizer stands where, with which range.
+"""Placement and calibration of quantizers.
 
-In come a float model, calibration batches and bit widths; out comes a model whose layers and products are
-fake-quantized, and a record of what was quantized how.
+The input is a float model, calibration batches and bit widths. The output is a model whose layers and products are
+fake-quantized, with a record of how each module was quantized.
 """

@@ -1,4 +1,4 @@
-"""What is alive in a network on each batch, stored until it is read: in memory, or on disk."""
+"""Storage, in memory or on disk, for the activations that are alive in a network on each batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
 class ActivationStore:
-    """One tree of tensors per batch.
+    """Maps batch numbers to trees of tensors.
 
     Args:
-        directory: existing folder for a safetensors file per batch; ``None`` keeps all in memory.
-        prefix: of the files' names.
+        directory: existing folder for one safetensors file per batch; ``None`` keeps everything in memory.
+        prefix: prefix of the file names.
         limit: bytes that stay in memory before files are written.
     """
 
@@ -38,30 +38,30 @@ class ActivationStore:
             self._trees[index] = tree_map(_compact, tree)
             return
         leaves, spec = tree_flatten(tree)
-        # Copied: safetensors refuses a tensor and a view of it in one file.
+        # Cloned because safetensors refuses a tensor and a view of it in one file.
         tensors = {
             str(i): leaf.clone(memory_format=torch.contiguous_format)
             for i, leaf in enumerate(leaves)
             if isinstance(leaf, Tensor)
         }
         self._on_disk.add(index)
-        self._path(index).write_bytes(save(tensors))  # a full disk is then an OSError with its number
+        self._path(index).write_bytes(save(tensors))  # so a full disk raises an OSError with its errno
         self._trees[index] = ([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
     def __getitem__(self, index: int) -> Any:
         if index not in self._on_disk:
             return self._trees[index]
         leaves, spec = self._trees[index]
-        # Copied: a file's tensors are not aligned as fresh memory is, on which the last bits of sums depend.
+        # Cloned because tensors from a file have another memory alignment, which changes the last bits of sums.
         tensors = {name: tensor.clone() for name, tensor in load_file(self._path(index)).items()}
         return tree_unflatten([tensors.get(str(i), leaf) for i, leaf in enumerate(leaves)], spec)
 
     def size(self, index: int) -> int:
-        """Bytes of a batch's tensors."""
+        """Return the bytes of a batch's tensors."""
         return self._sizes[index]
 
     def clear(self) -> None:
-        """Forget every batch, and delete its file."""
+        """Forget every batch and delete its file."""
         for index in list(self._sizes):
             self._forget(index)
 
@@ -73,15 +73,15 @@ class ActivationStore:
         self._sizes.pop(index, None)
 
     def _path(self, index: int) -> Path:
-        assert self.directory is not None  # else nothing goes to disk
+        assert self.directory is not None  # nothing is written without a directory
         return self.directory / f"{self.prefix}-{index}.safetensors"
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of a tree's tensors."""
+    """Return the bytes of a tree's tensors."""
     return sum(leaf.nbytes for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
 
 
 def _compact(leaf: Any) -> Any:
-    """A copy of a small part of a large tensor, which would keep all of it alive."""
+    """Clone a small view of a large tensor, because the view would keep the whole tensor alive."""
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.untyped_storage().nbytes() > 2 * leaf.nbytes else leaf

@@ -1,4 +1,4 @@
-"""Mixed precision: which modules get more bits, under a budget or down to a target."""
+"""Mixed precision: choose which modules get more bits, under a budget or to reach a target."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ class Allocation:
     """Bit widths per module; ``quantize(model, data, **allocation.settings)`` applies them.
 
     Attributes:
-        precision: bit widths of every module that is not named.
-        bits: bit widths of modules of their own.
+        precision: bit widths of every module without an entry in ``bits``.
+        bits: bit widths per module.
         exclude: modules that stay in float.
-        moves: what was decided, in order: "blocks.0.attn.qkv to W8A8", "head to float".
+        moves: the decisions, in order: "blocks.0.attn.qkv to W8A8", "head to float".
         weight_bytes: bytes of all weights of the modules that can be quantized.
-        bit_operations: multiply-accumulates of one image times weight bits times activation bits, of the same modules.
-        sqnr_db, agreement: of the allocated model against the float one on calibration images, in dB of centred outputs
-            and in percent of equal largest outputs; ``None`` if they were not asked for.
+        bit_operations: multiply-accumulates of these modules for one image, each times weight bits times activation
+            bits.
+        sqnr_db: SQNR of the allocated model's centred outputs against the float model's on the calibration images, dB;
+            ``None`` if it was not the goal.
+        agreement: percentage of calibration images whose largest output is the same as the float model's; ``None`` if
+            it was not the goal.
     """
 
     precision: Precision
@@ -45,7 +48,7 @@ class Allocation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Arguments of :func:`qwt2.quantize`."""
+        """Keyword arguments of :func:`qwt2.quantize` that apply this allocation."""
         return {"precision": self.precision, "bits": self.bits, "exclude": self.exclude}
 
 
@@ -65,34 +68,38 @@ def allocate(
     agreement: float | None = None,
     exclude: Iterable[str] = (),
 ) -> Allocation:
-    """Choose bit widths per module, by what each costs at the network's output (:func:`qwt2.sensitivity`).
+    """Choose bit widths per module by their cost at the network's output (:func:`qwt2.sensitivity`).
 
-    Give exactly one goal. Under a budget, modules get ``high`` in the order of error taken away per byte or
-    bit-operation, as long as the budget lasts. Down to a target, the most expensive modules get ``high`` and then stay
-    in float, one after the other, until the quantized model reaches it; the number of moves is found by bisection, with
-    a quantized model each.
+    Give exactly one goal: a budget (``weight_bytes``, ``bit_operations``) or a target (``sqnr_db``, ``agreement``).
+    Under a budget, modules get ``high`` in the order of error removed per byte or bit-operation, as long as the budget
+    lasts. For a target, the most expensive modules get ``high``, and after that stay in float, one after another until
+    the quantized model reaches the target. The number of these moves is found by bisection; each step quantizes the
+    model once.
 
     Args:
         model: a float model.
-        calibration: as in :func:`qwt2.quantize`, at least two images for a target.
+        calibration: batches as in :func:`qwt2.quantize`; at least two images for a target.
         method, target: as in :func:`qwt2.quantize`.
         precision: bit widths to start from.
-        high: bit widths of what turns out to be expensive.
-        weight_bytes: budget for the weights of all modules that can be quantized.
+        high: bit widths of the modules that turn out to be expensive.
+        weight_bytes: budget for the weights of all modules that can be quantized, bytes.
         bit_operations: budget for multiply-accumulates times weight bits times activation bits, for one image.
-        sqnr_db: least SQNR of the centred outputs, dB.
+        sqnr_db: lowest acceptable SQNR of the centred outputs, dB.
+        agreement: lowest acceptable percentage of images with the same largest output, for classifiers.
         exclude: names or patterns of modules that stay in float in any case.
-        agreement: least percentage of images with the same largest output, for classifiers.
+
+    Returns:
+        The allocation; apply it with ``quantize(model, calibration, method, target=target, **allocation.settings)``.
 
     Raises:
-        Qwt2Error: not exactly one goal, a budget below that of the lowest bit widths, or a target that is not reached
-            with every module in float.
+        Qwt2Error: if not exactly one goal is given, the budget is too small for ``precision``, or the target is not
+            reached with all but one module in float.
     """
     goals = {"weight_bytes": weight_bytes, "bit_operations": bit_operations, "sqnr_db": sqnr_db, "agreement": agreement}
     given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
         raise Qwt2Error(f"allocate: {len(given)} goals are given; give exactly one of {', '.join(goals)}")
-    # The first and the last layer take part like all others.
+    # The first and last layers are allocated like all others.
     precision, high = replace(precision, first_last_bits=None), replace(high, first_last_bits=None)
     batches = list(model_inputs(model, calibration))
     captured = capture(model, batches[0])
@@ -109,13 +116,14 @@ def allocate(
 
 @dataclass(frozen=True)
 class _Search:
-    """Looks for an allocation.
+    """The search for an allocation.
 
     Args:
-        low: what each module costs at ``precision``, the most expensive one first.
-        high: module -> what it costs at ``to``.
-        precision, to: bit widths to start from, and of what turns out to be expensive.
-        exclude: what stays in float in any case.
+        low: cost of each module at ``precision``, the most expensive one first.
+        high: module -> its cost at ``to``.
+        precision: bit widths to start from.
+        to: bit widths of the modules that turn out to be expensive.
+        exclude: names or patterns of modules that stay in float in any case.
     """
 
     low: list[ModuleCost]
@@ -125,7 +133,7 @@ class _Search:
     exclude: tuple[str, ...]
 
     def under_budget(self, goal: str, budget: float) -> Allocation:
-        """Raise modules in the order of error taken away per byte or bit-operation, as long as the budget lasts."""
+        """Raise modules in the order of error removed per byte or bit-operation, as long as the budget lasts."""
         left = budget - sum(_price(cost, self.precision, goal) for cost in self.low)
         if left < 0:
             raise Qwt2Error(
@@ -163,7 +171,7 @@ class _Search:
             reached = _MEASURES[goal](exact, outputs_of(qmodel, images))
             return reached, replace(found, sqnr_db=reached) if goal == "sqnr_db" else replace(found, agreement=reached)
 
-        most = 2 * len(by_low) - 1  # one module has to be left to quantize
+        most = 2 * len(by_low) - 1  # at least one module must stay quantized
         reached, found = _fewest_moves(attempt, wanted, most)
         if reached < wanted:
             raise Qwt2Error(
@@ -172,7 +180,7 @@ class _Search:
         return found
 
     def _allocation(self, raised: list[str], floats: list[str]) -> Allocation:
-        """Every module is named, so that the bits of first and last layers follow too."""
+        """Build the allocation; it names every module, because named bits also apply to first and last layers."""
         chosen: dict[str, Precision | None] = {cost.module: self.precision for cost in self.low}
         chosen |= dict.fromkeys(raised, self.to) | dict.fromkeys(floats)
         moves = [f"{name} to {_name(own)}" for name, own in chosen.items() if own is not self.precision]
@@ -201,7 +209,10 @@ def _price(cost: ModuleCost, precision: Precision | None, goal: str) -> float:
 def _fewest_moves(
     attempt: Callable[[int], tuple[float, Allocation]], wanted: float, most: int
 ) -> tuple[float, Allocation]:
-    """The attempt of fewest moves that reaches the target, by doubling, then bisection; of most moves if none does."""
+    """Return the attempt with the fewest moves that reaches the target, or the one with ``most`` moves if none does.
+
+    The number of moves is doubled until the target is reached, and then bisected.
+    """
     failed, moves, best = -1, 0, attempt(0)
     while best[0] < wanted and moves < most:
         failed, moves = moves, min(max(1, 2 * moves), most)
@@ -217,7 +228,7 @@ def _fewest_moves(
 
 
 def _sqnr_db(exact: list[Any], found: list[Any]) -> float:
-    """Of the outputs' spread about their mean over the images, all outputs together."""
+    """Return the SQNR over all outputs, dB; the signal is their spread about the mean over the images."""
     pairs = [(e.double(), f.double()) for e, f in zip(exact, found) if isinstance(e, Tensor) and e.is_floating_point()]
     signal = sum(float((e - e.mean(0)).square().sum()) for e, _ in pairs)
     noise = sum(float((f - e).square().sum()) for e, f in pairs)
@@ -225,7 +236,7 @@ def _sqnr_db(exact: list[Any], found: list[Any]) -> float:
 
 
 def _agreement(exact: list[Any], found: list[Any]) -> float:
-    """Percentage of images whose largest entry of the first output is the same."""
+    """Return the percentage of images for which the first output has the same largest entry."""
     return float((exact[0].argmax(-1) == found[0].argmax(-1)).double().mean()) * 100
 
 

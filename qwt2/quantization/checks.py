@@ -1,4 +1,4 @@
-"""What a model and its calibration set must be like."""
+"""Checks of a model and its calibration set before they are used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_weights(model: nn.Module) -> None:
     """Refuse weights that cannot be quantized as they are.
 
     Raises:
-        Qwt2Error: half-precision or non-finite weights; the parameter is named.
+        Qwt2Error: if a parameter has another floating type than float32, or is not finite; it is named.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
@@ -29,8 +29,8 @@ def check_images(model: nn.Module, inputs: Inputs) -> None:
     """Refuse images that the model cannot take.
 
     Raises:
-        Qwt2Error: images of bytes, of another floating type than float32, or not on the device of the model's
-            parameters (one is named).
+        Qwt2Error: if images are uint8 or of another floating type than float32, or if they are not on the device of
+            the model's parameters (one parameter is named).
     """
     images = next(iter(tensors(inputs).values()))
     for tensor in tensors(inputs).values():
@@ -45,13 +45,15 @@ def check_images(model: nn.Module, inputs: Inputs) -> None:
 
 
 def check_batches(batches: list[Inputs], shape: tuple[int, ...] | dict[str, tuple[int, ...]], model: nn.Module) -> None:
-    """Refuse calibration batches that a quantized model was not captured for.
+    """Refuse calibration batches that do not fit a quantized model.
 
     Args:
-        shape: of one image's inputs, as the model was quantized with; named inputs may be of other sizes.
+        batches: the inputs per batch.
+        shape: shape of one image's inputs when the model was quantized; named inputs may have other sizes.
+        model: the quantized model.
 
     Raises:
-        Qwt2Error: no batches, another shape, or NaN or infinity; the batch is told by its number.
+        Qwt2Error: if there is no batch, or a batch has another shape or holds NaN or infinity; its number is given.
     """
     if not batches:
         raise Qwt2Error("the calibration set is empty; give at least one batch of images")
@@ -67,7 +69,11 @@ def check_batches(batches: list[Inputs], shape: tuple[int, ...] | dict[str, tupl
 
 
 def first_inputs(model: nn.Module, calibration: Iterable[Any], count: int) -> Inputs:
-    """The inputs of the first ``count`` images of the calibration set in one batch (fewer if it is smaller)."""
+    """Return the inputs of the first ``count`` calibration images as one batch; fewer if the set is smaller.
+
+    Raises:
+        Qwt2Error: if the calibration set is empty.
+    """
     collected: list[Inputs] = []
     for inputs in model_inputs(model, calibration):
         collected.append(inputs)

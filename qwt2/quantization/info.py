@@ -1,4 +1,4 @@
-"""What was quantized, how, and what stayed in float."""
+"""A record of what was quantized and how, and what stayed in float."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from qwt2.quantization.request import Request
 
 @dataclass
 class QuantizationInfo:
-    """What was quantized how; an attribute ``quantization`` of every quantized model.
+    """How a model was quantized; every quantized model has it as its attribute ``quantization``.
 
     Attributes:
-        request: what was asked for.
+        request: the user's request.
         layers: quantized Linear and Conv2d modules in execution order.
         matmuls: quantized products of activations.
         additions: residual additions with quantized operands.
         poolings: poolings of quantized values.
-        modules: layers and products in execution order, and which of the two each is ("layer", "product").
-        first_last_layers: the first layer and the last ones, which have bits of their own.
+        modules: name -> kind ("layer" or "product") of the quantized layers and products, in execution order.
+        first_last_layers: the first layer and the last ones, which use ``first_last_bits``.
         blocks: the blocks that compensation works on.
-        float_modules: module name -> why it stays in float.
+        float_modules: module name -> reason why it stays in float.
         float_macs: module name -> multiply-accumulates of one image that stay in float there.
         total_macs: multiply-accumulates of one image.
         exportable: whether integer engines can run the quantizers.
         input_shape: shape of one calibration image, or of each of its inputs by name.
         input_types: type of each input by name.
-        norm_consumers: LayerNorm -> the quantized Linears that alone read its output.
+        norm_consumers: LayerNorm -> the quantized Linears that are the only readers of its output.
         repeated: layers that run several times in one pass.
-        structure: digest of the captured graph, by which a stored model knows its own.
+        structure: digest of the captured graph, to tell whether a stored model belongs to the same graph.
     """
 
     request: Request
@@ -64,41 +64,41 @@ class QuantizationInfo:
 
     @property
     def target(self) -> str:
-        """What the model will run on."""
+        """The engines that the model will run on."""
         return self.request.target
 
     @property
     def precision(self) -> Precision:
-        """Bit widths of what has none of its own."""
+        """Bit widths of all modules without bits of their own."""
         return self.request.precision
 
     def covers(self, name: str) -> bool:
-        """Whether a module is to be quantized, if it can be."""
+        """Return whether a module is to be quantized, provided that it can be."""
         return not self.left_out(name)
 
     def left_out(self, name: str) -> str:
-        """Why a module is not to be quantized; empty if it is."""
+        """Return why a module is not to be quantized, or "" if it is."""
         if self.request.parts is not None and not any(is_inside(name, part) for part in self.request.parts):
             return "is not among the parts to quantize"
         return "was excluded" if self.request.is_excluded(name) else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As values that JSON can hold."""
+        """Return the record as values that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantizationInfo:
-        """From what :meth:`to_dict` gave."""
+        """Create the record from the result of :meth:`to_dict`, possibly read from JSON."""
         shape = values["input_shape"]
         shape = {n: tuple(s) for n, s in shape.items()} if isinstance(shape, dict) else tuple(shape)
         return cls(**{**values, "request": Request.from_dict(values["request"]), "input_shape": shape})
 
 
 def quantization_info(qmodel: nn.Module) -> QuantizationInfo:
-    """What was quantized in a model, and how.
+    """Return the record of how a model was quantized.
 
     Raises:
-        Qwt2Error: the model was not made by :func:`qwt2.quantize`.
+        Qwt2Error: if the model does not come from :func:`qwt2.quantize`.
     """
     info = getattr(qmodel, "quantization", None)
     if info is None:
@@ -107,15 +107,15 @@ def quantization_info(qmodel: nn.Module) -> QuantizationInfo:
 
 
 def quantized_layers(qmodel: GraphModel) -> dict[str, QuantizedLayer]:
-    """The quantized layers of a model by name, in execution order.
+    """Return the quantized layers of a model by name, in execution order.
 
     Raises:
-        Qwt2Error: the model was not made by :func:`qwt2.quantize`.
+        Qwt2Error: if the model does not come from :func:`qwt2.quantize`.
     """
     return {name: qmodel.get_submodule(name) for name in quantization_info(qmodel).layers}
 
 
 def channel_axis(qmodel: GraphModel, block: str) -> int:
-    """Channel axis of a block's input and output: 1 if it starts with a convolution, else the last."""
+    """Return the channel axis of a block's input and output: 1 if it starts with a convolution, else -1."""
     first = next(name for name in quantization_info(qmodel).layers if is_inside(name, block))
     return 1 if isinstance(qmodel.get_submodule(first), QuantizedConv2d) else -1

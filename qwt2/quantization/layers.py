@@ -14,10 +14,10 @@ from qwt2.quantization.quantizers import Quantizer
 
 
 class QuantizedModule(nn.Module):
-    """Base of everything that :func:`qwt2.quantize` puts in place of a float operation.
+    """Base of all modules that :func:`qwt2.quantize` puts in place of float operations.
 
     Attributes:
-        quantized: False makes the module compute in full precision, uncompensated.
+        quantized: False makes the module compute in full precision, without compensation.
     """
 
     def __init__(self):
@@ -25,43 +25,42 @@ class QuantizedModule(nn.Module):
         self.quantized = True
 
     def full_precision(self, *args: Tensor) -> Tensor:
-        """What the float operation gives."""
+        """Return the output of the float operation."""
         raise NotImplementedError
 
     def calibrate(self, *runs: Sequence[Tensor]) -> None:
         """Choose the ranges of activations from the values of several runs.
 
         Args:
-            runs: one sequence per argument, and that of the outputs.
+            runs: one sequence of tensors per argument, followed by the sequence of outputs.
         """
         raise NotImplementedError
 
     def calibrate_on(self, *args: Tensor) -> Tensor:
-        """Choose the ranges from one run; returns what the quantized module then gives."""
+        """Choose the ranges from one run, and return the output of the quantized module."""
         self.calibrate(*([x] for x in args), [])
         return self(*args)
 
     def quantizers(self) -> dict[str, Quantizer]:
-        """Quantizers by their role."""
+        """Return the quantizers by attribute name."""
         return {name: child for name, child in self.named_children() if isinstance(child, Quantizer)}
 
 
 class QuantizedLayer(QuantizedModule):
     """A Linear or Conv2d whose input and weight are fake-quantized.
 
-    y = alpha * (op(Q(x), Q(weight)) + bias) + beta, with alpha = 1 and beta = 0 until
-    :func:`qwt2.compensate` sets them (QwT-v2, arXiv 2505.20932: channel-wise affine compensation
-    after the module).
+    y = alpha * (op(Q(x), Q(weight)) + bias) + beta, with alpha = 1 and beta = 0 until :func:`qwt2.compensate` sets them
+    (QwT-v2, arXiv 2505.20932: channel-wise affine compensation after the module).
 
     Args:
-        layer: the float layer; its parameters are taken over, not copied.
+        layer: the float layer; its parameters are used directly, not copied.
         input_quantizer, weight_quantizer: fake-quantizers.
         output_quantizer: for engines whose integer kernel also needs a quantized output.
         integer_bias: round alpha * bias + beta to the grid on which integer engines add it
-            (:mod:`qwt2.quantization.integer_rule`), so that the simulation sees what they see.
+            (:mod:`qwt2.quantization.integer_rule`), so that the simulation matches the engines.
 
     Attributes:
-        alpha, beta: float32, shape (C_out,), or ``None``.
+        alpha, beta: compensation, float32 (C_out,), or ``None``.
     """
 
     channel_axis: int
@@ -76,7 +75,7 @@ class QuantizedLayer(QuantizedModule):
     ):
         super().__init__()
         self.weight = layer.weight
-        self.register_parameter("bias", layer.bias)  # registered also where it is None
+        self.register_parameter("bias", layer.bias)  # registered even if it is None
         self.input_quantizer = input_quantizer
         self.weight_quantizer = weight_quantizer
         self.output_quantizer = output_quantizer
@@ -90,37 +89,37 @@ class QuantizedLayer(QuantizedModule):
         return self.weight.shape[0]
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's linear operation."""
+        """Apply the layer's linear operation."""
         raise NotImplementedError
 
     def full_precision(self, x: Tensor) -> Tensor:
-        """The float layer's output."""
+        """Return the float layer's output."""
         return self.op(x, self.weight, self.bias)
 
     def products(self, x: Tensor) -> Tensor:
-        """op(Q(x), Q(weight)), which no compensation changes."""
+        """Return op(Q(x), Q(weight)), which does not depend on the compensation."""
         return self.op(self.input_quantizer(x), self.weight_quantizer(self.weight), None)
 
     def finished(self, products: Tensor) -> Tensor:
-        """The layer's output from its :meth:`products`, which are overwritten."""
+        """Return the layer's output from its :meth:`products`, which are overwritten."""
         y = self.with_bias(products, self.alpha, self.beta)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def with_bias(self, y: Tensor, alpha: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
-        """alpha * (products + bias) + beta, in place of the products ``y``."""
+        """Return alpha * (y + bias) + beta, computed in place on the products ``y``."""
         bias = self.bias
         if alpha is not None:
             y = y.mul_(per_channel(alpha, y, self.channel_axis))
             bias = beta if bias is None else alpha * bias + beta
         if bias is None:
             return y
-        # While RepQ-ViT calibrates, inputs have a scale a channel and no integer grid exists yet.
+        # During RepQ-ViT's calibration, inputs have one scale per channel, so there is no integer grid yet.
         if self.integer_bias and self.input_quantizer.channel_axis is None:
             bias = self.integer_scales(alpha, bias).rounded(bias)
         return y.add_(per_channel(bias, y, self.channel_axis))
 
     def calibrate(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Choose all ranges; of the output from what the quantized layer gives where there is one run."""
+        """Choose all ranges; without ``outputs``, the output's range comes from the quantized layer itself."""
         self.input_quantizer.calibrate(_together(inputs, self.channel_axis))
         self.weight_quantizer.calibrate(self.weight)
         if self.output_quantizer is not None:
@@ -128,7 +127,7 @@ class QuantizedLayer(QuantizedModule):
             self.output_quantizer.calibrate(_together(outputs, self.channel_axis))
 
     def integer_scales(self, alpha: Tensor | None, bias: Tensor) -> ChannelScales:
-        """What an integer engine multiplies with, for a bias that holds beta already."""
+        """Return the layer's integer form for compensation ``alpha`` and a ``bias`` that already includes beta."""
         weight = self.weight_quantizer
         scale = weight.scale.double().expand(self.out_channels)
         return channel_scales(scale, self.input_quantizer.scale, weight.grid.bits, alpha, bias)
@@ -139,14 +138,14 @@ class QuantizedLayer(QuantizedModule):
         self.beta = None if beta is None else beta.to(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, quantized and compensated unless ``quantized`` is False."""
+        """Return the layer's output, quantized and compensated unless ``quantized`` is False."""
         if not self.quantized:
             return self.full_precision(x)
         return self.finished(self.products(x))
 
 
 class QuantizedLinear(QuantizedLayer):
-    """Quantized ``nn.Linear``; input (..., C_in), output (..., C_out)."""
+    """A quantized ``nn.Linear``; input (..., C_in), output (..., C_out)."""
 
     channel_axis = -1
 
@@ -156,7 +155,7 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedConv2d(QuantizedLayer):
-    """Quantized ``nn.Conv2d``; input (N, C_in, H, W), output (N, C_out, H', W')."""
+    """A quantized ``nn.Conv2d``; input (N, C_in, H, W), output (N, C_out, H', W')."""
 
     channel_axis = 1
 
@@ -171,7 +170,7 @@ class QuantizedConv2d(QuantizedLayer):
 
 
 class QuantizedMatmul(QuantizedModule):
-    """a @ b with both operands fake-quantized: the products inside attention."""
+    """The product a @ b with both operands fake-quantized, as inside attention."""
 
     def __init__(self, a_quantizer: Quantizer, b_quantizer: Quantizer):
         super().__init__()
@@ -187,17 +186,17 @@ class QuantizedMatmul(QuantizedModule):
         return a @ b
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product of the two operands, quantized unless ``quantized`` is False."""
+        """Return the product of the operands, quantized unless ``quantized`` is False."""
         if not self.quantized:
             return self.full_precision(a, b)
         return self.a_quantizer(a) @ self.b_quantizer(b)
 
 
 class QuantizedAdd(QuantizedModule):
-    """a + b with operands fake-quantized: a residual addition as engines with integer additions compute it.
+    """The sum a + b with fake-quantized operands: a residual addition as engines with integer additions compute it.
 
-    An operand without quantizer is the output of a layer that has an output quantizer; one whose quantizer only clips
-    is the output of a layer in whose kernel the sum is computed.
+    An operand without a quantizer is the output of a layer that has an output quantizer. An operand whose quantizer
+    only clips is the output of the layer whose kernel computes the sum.
     """
 
     def __init__(self, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None):
@@ -215,7 +214,7 @@ class QuantizedAdd(QuantizedModule):
         return a + b
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The sum of the two operands, quantized unless ``quantized`` is False."""
+        """Return the sum of the operands, quantized unless ``quantized`` is False."""
         if self.quantized:
             a = a if self.a_quantizer is None else self.a_quantizer(a)
             b = b if self.b_quantizer is None else self.b_quantizer(b)
@@ -238,19 +237,19 @@ class QuantizedPooling(QuantizedModule):
         return self.pooling(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The pooled values, quantized before unless ``quantized`` is False."""
+        """Return the pooled values; the input is quantized first unless ``quantized`` is False."""
         return self.pooling(self.input_quantizer(x) if self.quantized else x)
 
 
 def per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:
-    """Shape ``values`` (C,) to broadcast along one axis of a tensor."""
+    """Reshape ``values`` (C,) to broadcast along ``axis`` of a tensor."""
     shape = [1] * like.dim()
     shape[axis] = -1
     return values.reshape(shape)
 
 
 def _together(runs: Sequence[Tensor], axis: int) -> Tensor:
-    """The values of several runs as (values, channels) where their channels agree, else in one row."""
+    """Concatenate several runs as (values, channels) if their channel counts agree, else as one row."""
     widths = {x.shape[axis] for x in runs}
     return torch.cat([x.movedim(axis, -1).reshape(-1, *([x.shape[axis]] if len(widths) == 1 else [])) for x in runs])
 

@@ -1,4 +1,4 @@
-"""Which quantizer each module gets: the grids of a PTQ method, where a target wants them."""
+"""Choice of each module's quantizers: the grids come from a PTQ method, the placement from a target."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from qwt2.quantization.quantizers import LogSqrt2Quantizer, Quantizer, UniformQu
 from qwt2.quantization.recipe import Recipe
 from qwt2.quantization.targets import Target, find_target
 
-# What becomes of an addition's operands: "quantized", "clipped" to the grid's range, or ``None``, as it is.
+# Treatment of an addition's operands: "quantized", "clipped" (to the grid's range), or ``None`` (unchanged).
 Operands = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Makes the quantized modules that take the place of a graph's float ones.
+    """Creates the quantized modules that replace a graph's float ones.
 
     Args:
         recipe: the PTQ method's grids.
-        target: where quantizers stand.
+        target: where quantizers are placed.
         precision: bit widths.
     """
 
@@ -39,10 +39,10 @@ class Layout:
 
     @classmethod
     def of(cls, method: str, target: str, precision: Precision) -> Layout:
-        """The layout of a registered PTQ method for a target.
+        """Return the layout of a registered PTQ method for a target.
 
         Raises:
-            Qwt2Error: there is no such method or target, or no engine runs the method.
+            Qwt2Error: if the method or target is unknown, or if a target is given for a method that no engine runs.
         """
         recipe, wanted = PTQ_METHODS.get(method).recipe, find_target(target)
         if recipe.placement is not None and target != "portable":
@@ -50,13 +50,13 @@ class Layout:
         return cls(recipe, recipe.placement or wanted, precision)
 
     def layer(self, layer: Any, is_first: bool, is_edge: bool, escapes: bool) -> QuantizedLinear | QuantizedConv2d:
-        """A Linear or Conv2d.
+        """Return a quantized Linear or Conv2d.
 
         Args:
-            layer: the float one.
-            is_first: it reads the network's input.
-            is_edge: it is the first or a last one, which have bits of their own.
-            escapes: it is a convolution whose output something other than a quantized layer reads.
+            layer: the float layer.
+            is_first: whether it reads the network's input.
+            is_edge: whether it is the first or a last layer, which use ``first_last_bits``.
+            escapes: whether it is a convolution whose output is read by something other than a quantized layer.
         """
         recipe, precision, is_conv = self.recipe, self.precision, isinstance(layer, nn.Conv2d)
         weight_bits, input_bits = precision.weight_bits, precision.activation_bits
@@ -76,7 +76,7 @@ class Layout:
         )
 
     def matmul(self, is_softmax: bool) -> QuantizedMatmul:
-        """A product of activations, whose first operand may be a softmax's output."""
+        """Return a quantized product of activations, whose first operand may be a softmax's output."""
         recipe, precision = self.recipe, self.precision
         symmetric = recipe.symmetric_matmuls or self.target.symmetric_activations
         operand = Grid(precision.activation_bits, symmetric, recipe.zero_in_range)
@@ -88,7 +88,7 @@ class Layout:
         return QuantizedMatmul(a, UniformQuantizer(operand, recipe.observer))
 
     def addition(self, operands: Operands) -> QuantizedAdd:
-        """A residual addition; see :meth:`operands`."""
+        """Return a quantized residual addition; see :meth:`operands`."""
 
         def quantizer(kind: str | None) -> UniformQuantizer | None:
             rounds, bits = kind == "quantized", self.target.addition_bits
@@ -99,7 +99,7 @@ class Layout:
         return QuantizedAdd(*map(quantizer, operands))
 
     def pooling(self, pooling: nn.Module) -> QuantizedPooling:
-        """A pooling of what a convolution's kernel computes, for a target that quantizes it."""
+        """Return a quantized pooling of a convolution's output, for a target with ``pooling_bits``."""
         assert self.target.pooling_bits is not None
         return QuantizedPooling(pooling, self._activation(self.target.pooling_bits))
 
@@ -108,11 +108,11 @@ class Layout:
         return UniformQuantizer(grid, self.recipe.observer, rounds=rounds)
 
     def poolings(self, qmodel: GraphModel) -> list[str]:
-        """Names of the poolings to quantize."""
+        """Return the names of the poolings to quantize."""
         return wiring.kernel_poolings(qmodel) if self.target.pooling_bits else []
 
     def operands(self, qmodel: GraphModel, info: QuantizationInfo) -> dict[str, Operands]:
-        """What becomes of the operands of every residual addition; see :attr:`Target.addition_bits`."""
+        """Return the treatment of the operands of every residual addition; see :attr:`Target.addition_bits`."""
         sums = wiring.residual_sums(qmodel) if self.target.addition_bits else {}
         return {name: self._operands(makers, info) for name, makers in sums.items() if info.covers(name)}
 

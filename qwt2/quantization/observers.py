@@ -1,7 +1,7 @@
-"""Observers: choose scale and zero point of a quantizer from the values it will see.
+"""Observers choose a quantizer's scale and zero point from calibration values.
 
-Every observer has the signature ``observer(x, grid) -> (scale, zero_point)``. ``x`` has shape
-(channels, values); a per-tensor quantizer passes one row. The result has one entry a row.
+Every observer has the signature ``observer(x, grid) -> (scale, zero_point)``. ``x`` has shape (channels, values); a
+per-tensor quantizer passes one row. Scale and zero point have shape (channels,).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwt2.errors import Qwt2Error
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 MSE_SHRINKS = tuple(1 - 0.01 * step for step in range(0, 80, 2))
-# torch.quantile refuses more values than this; the references fall back on a coarser route there.
+# torch.quantile refuses more values than this. The reference implementations then use a coarser estimate.
 QUANTILE_LIMIT = 2**24
 
 
@@ -28,13 +28,13 @@ class Grid:
 
     Args:
         bits: bit width.
-        symmetric: zero point fixed at 0 and signed codes, else unsigned codes 0 .. 2^bits - 1.
-        zero_in_range: widen the range so that it holds 0. Integer engines need it (their zero point
-            is one of the codes); the reference implementations do not do it.
-        narrow: leave out the lowest signed code. 8-bit weights do, so that a negative channel can
-            be flipped exactly and because TensorRT knows nothing else.
-        centred: for values of both signs the zero point is the middle code, so that they can be stored as signed codes
-            with zero point 0; values of one sign have all codes on their side, as without it.
+        symmetric: use signed codes with zero point 0, else unsigned codes 0 .. 2^bits - 1.
+        zero_in_range: widen the range so that it contains 0. Integer engines need this, because their zero point is
+            one of the codes; the reference implementations do not do it.
+        narrow: leave out the lowest signed code. 8-bit weights need this so that a channel's sign can be flipped
+            exactly, and TensorRT supports nothing else.
+        centred: for values of both signs, make the middle code the zero point, so that codes can be stored as signed
+            ones with zero point 0. Ranges of one sign are not changed.
     """
 
     bits: int
@@ -45,7 +45,7 @@ class Grid:
 
     @property
     def middle(self) -> int:
-        """The code of zero in a grid with as many codes below it as above, but for one."""
+        """The code of zero in a grid with as many codes below it as above it, up to one."""
         return 0 if self.symmetric else 2 ** (self.bits - 1)
 
     @property
@@ -59,16 +59,16 @@ class Grid:
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
     def parameters(self, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Scale and zero point for a range, in one or several equally natural roundings.
+        """Return candidates for scale and zero point, each (channels,), that represent a range.
 
         Args:
             low: lower end of the range, shape (channels,).
-            high: its upper end, likewise.
+            high: upper end of the range, shape (channels,).
         """
         if self.symmetric:
             bound = torch.maximum(low.abs(), high.abs())
-            # Few codes: whether the range ends on the last code, half a step or a step beyond it
-            # matters, so all three are offered; at 8 bits they are the same to 0.4 %.
+            # With few codes it matters whether the range ends on the last code, or half a step or a step beyond it,
+            # so all three are candidates. At 8 bits they differ by at most 0.4 %.
             steps = (0.0, 0.5, 1.0) if self.bits < 8 else (0.0,)
             return [(bound / (self.qmax + s), torch.zeros_like(bound)) for s in steps]
         if self.zero_in_range:
@@ -83,15 +83,15 @@ class Grid:
         return [(scale, zero_point)]
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Round ``x`` to the grid and back; shapes broadcast."""
-        # In place after the first operation: on large activations, fresh memory costs more than arithmetic.
+        """Round ``x`` to the grid and back; the three shapes broadcast."""
+        # In place after the first operation: for large activations, allocating memory costs more than arithmetic.
         codes = (x / scale).round_()
-        if bool((zero_point == zero_point.round()).all()):  # then adding and subtracting it changes nothing
+        if bool((zero_point == zero_point.round()).all()):  # adding and then subtracting it has no effect
             return codes.clamp_(*self._around(zero_point)).mul_(scale)
         return codes.add_(zero_point).clamp_(self.qmin, self.qmax).sub_(zero_point).mul_(scale)
 
     def _around(self, zero_point: Tensor) -> tuple[Any, Any]:
-        """The ends of the grid less the zero point; as numbers where one fits all, as torch clamps faster to them."""
+        """Return the ends of the grid minus the zero point, as numbers if possible: torch clamps faster to numbers."""
         lowest, highest = (float(end) for end in zero_point.aminmax())
         shared = lowest if lowest == highest else zero_point
         return self.qmin - shared, self.qmax - shared
@@ -101,13 +101,13 @@ Observer = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]
 
 
 def minmax(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The whole range of the values."""
+    """Choose the range from the smallest to the largest value."""
     low, high = x.amin(1), x.amax(1)
     return _best(x, grid, grid.parameters(low, high))
 
 
 def percentile(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The best of three percentile ranges in mean squared error (RepQ-ViT, arXiv 2212.08254).
+    """Choose the percentile range, of three, with the least mean squared error (RepQ-ViT, arXiv 2212.08254).
 
     Quantiles are float32 with linear interpolation, as in the public reference implementation.
     """
@@ -122,9 +122,9 @@ def percentile(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def quantiles(x: Tensor, points: Sequence[float]) -> Tensor:
-    """Quantiles of each row, (points, rows); the same numbers as ``torch.quantile`` gives.
+    """Return quantiles of each row, (points, rows), equal to those of ``torch.quantile``.
 
-    torch sorts all values; on the CPU a selection of the few that count is six times faster.
+    torch sorts all values. On the CPU, partitioning around the few ranks that are needed is six times faster.
     """
     q = torch.tensor(points, dtype=x.dtype, device=x.device)
     if x.device.type != "cpu":
@@ -136,7 +136,7 @@ def quantiles(x: Tensor, points: Sequence[float]) -> Tensor:
 
 
 def mse(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The shrunken min-max range with the least mean squared error."""
+    """Choose the shrunken min-max range with the least mean squared error."""
     low, high = x.amin(1), x.amax(1)
     candidates = []
     for shrink in MSE_SHRINKS:
@@ -148,7 +148,7 @@ OBSERVERS: dict[str, Observer] = {"minmax": minmax, "percentile": percentile, "m
 
 
 def _best(x: Tensor, grid: Grid, candidates: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Per row, the first candidate with the least mean squared error; degenerate ones never win."""
+    """Return, per row, the first candidate with the least mean squared error; degenerate ones never win."""
     best_error = x.new_full((x.shape[0],), float("inf"))
     best_scale, best_zero = _constant_parameters(x, grid)
     for scale, zero_point in candidates:
@@ -164,10 +164,10 @@ def _best(x: Tensor, grid: Grid, candidates: Iterable[tuple[Tensor, Tensor]]) ->
 
 
 def _constant_parameters(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Parameters that represent a constant row exactly, where no range has a width.
+    """Return parameters that represent a constant row exactly, because its range has no width.
 
-    The reference implementations crash there. A constant c > 0 becomes code 1 at scale c; c < 0
-    becomes code 0 with zero point 1, or code -1; an all-zero row gets scale 1.
+    The reference implementations crash on such a row. A constant c > 0 becomes code 1 at scale c; c < 0 becomes code 0
+    with zero point 1, or code -1 on a symmetric grid; an all-zero row gets scale 1.
     """
     middle = x[:, x.shape[1] // 2] if x.shape[1] else x.new_zeros(x.shape[0])
     scale = torch.where(middle == 0, torch.ones_like(middle), middle.abs())
@@ -181,7 +181,7 @@ def observe(name: str, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Run the observer called ``name``.
 
     Raises:
-        Qwt2Error: unknown observer, no values, or values that are not finite.
+        Qwt2Error: if the observer is unknown, or there are no values, or some are not finite.
     """
     if name not in OBSERVERS:
         raise Qwt2Error(f"unknown observer {name!r}; use one of: {', '.join(OBSERVERS)}")

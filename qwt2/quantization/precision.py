@@ -12,18 +12,18 @@ ACTIVATION_BITS = range(3, 9)
 
 @dataclass(frozen=True)
 class Precision:
-    """How many bits weights and activations get.
+    """Bit widths of weights and activations.
 
     Args:
         weight_bits: bits of every weight, 2 to 8.
         activation_bits: bits of every activation, 3 to 8.
-        first_last_bits: bits of weight and input of the first and the last layer (the published
-            settings keep them at 8); ``None`` gives them the bits of all others.
-        softmax_bits: bits of the attention probabilities where they are quantized uniformly. They
-            live in [0, 1] and are cheap to keep in 8 bits on every integer engine.
+        first_last_bits: bits of weight and input of the first and last layers (the published settings keep them at
+            8); ``None`` gives them the same bits as all other layers.
+        softmax_bits: bits of the attention probabilities if they are quantized uniformly. They lie in [0, 1], and
+            keeping them in 8 bits is cheap on every integer engine.
 
     Raises:
-        Qwt2Error: a bit width outside its range.
+        Qwt2Error: if a bit width is outside its range.
     """
 
     weight_bits: int = 8

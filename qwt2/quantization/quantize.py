@@ -52,40 +52,40 @@ def quantize(
 ) -> GraphModel:
     """Quantize every Linear, Conv2d and attention product of a model after training.
 
-    What the model computes is captured as one graph of operations (:func:`qwt2.capture.export.capture`); the graph's
-    layers become fake-quantized ones whose parameters are chosen in one walk over the first calibration images, in
-    execution order and with everything upstream already quantized (as RepQ-ViT and QwT do). A layer that runs several
-    times (a detector's head on a pyramid's levels) has one input quantizer, chosen from all its inputs.
+    The model is captured as one graph of operations (:func:`qwt2.capture.export.capture`), and the graph's layers are
+    replaced by fake-quantized ones. Their parameters are chosen in one walk over the first calibration images, in
+    execution order and with everything upstream already quantized (as in RepQ-ViT and QwT). A layer that runs several
+    times (a detector's head on the levels of a pyramid) has one input quantizer, chosen from all its inputs.
 
     Args:
-        model: float32 model; called with one batch. It stays as it is.
+        model: float32 model that takes one batch; it is not changed.
         calibration: batches, each a tensor (N, ...), a tuple that starts with one, or a dictionary of tensors that the
-            model takes as keyword arguments, the first axis of each counting images.
-        method: a registered PTQ method: "repq", "percentile", "mse", "minmax"; "repq_published" and
+            model takes as keyword arguments. The first axis of every tensor counts images.
+        method: a registered PTQ method: "repq", "percentile", "mse" or "minmax"; "repq_published" and
             "percentile_published" follow the papers' code and run in simulation only.
         precision: bit widths.
-        target: what the model will run on (:mod:`qwt2.quantization.targets`). "portable", the integer kernels of all
-            CPU engines; "openvino", OpenVINO only, which is more accurate and mostly faster there; "tensorrt".
-        observer_images: how many calibration images choose the ranges (32 in the papers).
-        blocks: names of the blocks that compensation will work on; found by their names if not given.
-        parts: names of the modules to quantize; everything outside them stays in float. ``None``: all.
-        exclude: names or patterns of modules that stay in float ("head", "blocks.*.mlp", "*.fc1"); a name stands for
-            all that the module holds.
-        bits: bit widths of modules of their own, by name or pattern; a later entry wins over an earlier one, and all
-            win over ``precision``, its bits of first and last layers included.
-        progress: called with the number of modules that are calibrated and of all, for progress bars.
+        target: the engines that the model will run on (:mod:`qwt2.quantization.targets`): "portable" for the integer
+            kernels of all CPU engines; "openvino" for OpenVINO only, where it is more accurate and mostly faster;
+            "tensorrt" for TensorRT.
+        observer_images: number of calibration images that the ranges are chosen from (32 in the papers).
+        blocks: names of the blocks that compensation will work on; by default they are found automatically.
+        parts: names of the modules to quantize; everything outside them stays in float. ``None``: all modules.
+        exclude: names or patterns of modules that stay in float ("head", "blocks.*.mlp", "*.fc1"); a name includes
+            everything inside that module.
+        bits: bit widths by module name or pattern. Later entries override earlier ones, and all of them override
+            ``precision``, including its ``first_last_bits``.
+        progress: called with the number of calibrated modules and the number of all modules, for progress bars.
 
     Returns:
-        A new model in evaluation mode, called as the model is, with an attribute ``quantization``
+        A new model in evaluation mode, which is called like the float model and has an attribute ``quantization``
         (:class:`qwt2.quantization.info.QuantizationInfo`).
 
     Raises:
-        Qwt2Error: unknown method or target, a name or pattern that matches nothing, an empty calibration set, values
-            that are not finite (the module is named), a model that cannot be captured, or one without quantizable
-            layers.
+        Qwt2Error: if the method or target is unknown, a name or pattern matches nothing, the calibration set is empty,
+            values are not finite (the module is named), or the model cannot be captured or has no quantizable layers.
     """
     request = Request(method, target, precision, _names(blocks), _names(parts), tuple(exclude), dict(bits or {}))
-    layout = Layout.of(method, target, precision)  # a wrong name must not cost the work that follows
+    layout = Layout.of(method, target, precision)  # refuses a wrong name before the expensive work
     inputs = first_inputs(model, calibration, observer_images)
     check_images(model, inputs)
     check_weights(model)
@@ -108,10 +108,18 @@ def _names(names: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def prepare(captured: GraphModel, example: Inputs, request: Request) -> GraphModel:
-    """The first half of :func:`quantize`: the captured model with uncalibrated quantizers in place.
+    """Return a copy of the captured model with uncalibrated quantizers: the first half of :func:`quantize`.
 
-    Deterministic in its arguments, so that a stored quantized model can be rebuilt from the float
-    model's architecture and loaded (:func:`qwt2.load_quantized`).
+    The result depends only on the arguments, so that a stored quantized model can be rebuilt from the float model's
+    architecture and loaded (:func:`qwt2.load_quantized`).
+
+    Args:
+        captured: the graph of the float model.
+        example: the inputs of one image.
+        request: how to quantize.
+
+    Raises:
+        Qwt2Error: if the request names a method, target or module that does not exist, or nothing can be quantized.
     """
     layout = Layout.of(request.method, request.target, request.precision)
     qmodel = copy.deepcopy(captured)
@@ -131,7 +139,7 @@ def prepare(captured: GraphModel, example: Inputs, request: Request) -> GraphMod
 
 
 def _quantized_modules(qmodel: GraphModel, layout: Layout, info: QuantizationInfo) -> dict[str, QuantizedModule]:
-    """Uncalibrated, by the names of the modules whose place they take."""
+    """Return the uncalibrated modules, by the names of the modules that they replace."""
     operands, softmax = layout.operands(qmodel, info), wiring.softmax_products(qmodel)
     escaping = wiring.escaping(qmodel) | _read_outside(qmodel, info)
 
@@ -152,15 +160,16 @@ def _quantized_modules(qmodel: GraphModel, layout: Layout, info: QuantizationInf
 
 
 def structure(captured: GraphModel) -> str:
-    """A digest of the graph's text: another version of PyTorch or of the model may be captured in another way."""
+    """Return a digest of the graph's text, which may change with the version of PyTorch or of the model."""
     return hashlib.sha256(str(captured.graph).encode()).hexdigest()
 
 
 def _plan(qmodel: GraphModel, example: Inputs, layout: Layout, info: QuantizationInfo) -> QuantizationInfo:
-    """Which modules get quantizers.
+    """Fill ``info`` with the modules that get quantizers, and return it.
 
     Raises:
-        Qwt2Error: there is no layer, or none in one of the parts; blocks that are none; patterns that match nothing.
+        Qwt2Error: if there is no layer to quantize in the model or in one of the parts, a name in ``blocks`` is not a
+            block, or a pattern matches nothing.
     """
     request = info.request
     layers, calls = wiring.layers(qmodel), qmodel.calls((*wiring.LAYER_TYPES, Product))
@@ -205,14 +214,14 @@ def _count_float(qmodel: GraphModel, example: Inputs, info: QuantizationInfo) ->
 
 
 def _read_outside(qmodel: GraphModel, info: QuantizationInfo) -> set[str]:
-    """Convolutions that layers read which stay in float."""
+    """Return the convolutions whose output is read by layers that stay in float."""
     return {name for name, readers in wiring.layer_readers(qmodel).items() if not set(readers) <= set(info.layers)}
 
 
 def _share_grids_with_additions(qmodel: GraphModel, target: Target) -> None:
-    """Give a layer that reads what is an addition's operand too the operand's grid, so that one quantizer serves both.
+    """Give a layer that reads the same value as an addition the addition's grid, so that one quantizer serves both.
 
-    A layer computes the quantizer behind it in its own kernel only where there is one.
+    An engine fuses the quantizer of a layer's output into the layer's kernel only if there is just one quantizer.
     """
     operands: set[fx.Node] = set()
     for name, calls in qmodel.calls(QuantizedAdd).items():
@@ -227,9 +236,9 @@ def _share_grids_with_additions(qmodel: GraphModel, target: Target) -> None:
 
 
 def first_and_last(qmodel: GraphModel, blocks: list[str]) -> set[str]:
-    """The first layer and the last, with its siblings: other heads as wide after the last block.
+    """Return the first layer, the last layer and its siblings: other heads after the last block with the same width.
 
-    In a network with several outputs, every layer whose output is one of them is a last layer.
+    In a network with several outputs, every layer whose output is one of them counts as a last layer.
     """
     layers = wiring.layers(qmodel)
     after = max(

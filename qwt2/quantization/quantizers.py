@@ -1,4 +1,4 @@
-"""Fake-quantizers: calibrated on a tensor, they round others to their grid and back."""
+"""Fake-quantizers: once calibrated, they round tensors to an integer grid and back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ class Quantizer(nn.Module):
         self.where = ""
 
     def calibrate(self, x: Tensor) -> None:
-        """Choose the parameters for values like ``x``; sets ``calibrated``."""
+        """Choose the parameters for values like ``x``, and set ``calibrated``.
+
+        Raises:
+            Qwt2Error: if ``x`` is empty or not finite; the message names the module.
+        """
         try:
             self._choose(x.detach())
         except Qwt2Error as error:
@@ -43,22 +47,22 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Round ``x`` to the grid and back, float32 of its shape."""
+        """Return ``x`` rounded to the grid and back, float32 of the same shape."""
         raise NotImplementedError
 
 
 class UniformQuantizer(Quantizer):
-    """Uniform affine quantizer: y = (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale.
+    """A uniform affine quantizer: y = (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale.
 
     Args:
         grid: the integer grid.
         observer: name of the observer that chooses the range.
-        channel_axis: axis with one scale an entry; ``None`` for one scale in all.
+        channel_axis: axis with one scale per entry; ``None`` for one scale per tensor.
         rounds: False only clips to the grid's range, as OpenVINO computes a quantizer in front of an addition.
 
     Attributes:
-        scale, zero_point: float tensors; shape () per tensor, (channels,) per channel. The zero
-            point is whole unless a method sets it otherwise (RepQ-ViT as published).
+        scale, zero_point: float32; shape () per tensor, (channels,) per channel. The zero point is an integer unless a
+            method sets another one (RepQ-ViT as published).
     """
 
     def __init__(self, grid: Grid, observer: str, channel_axis: int | None = None, rounds: bool = True):
@@ -68,7 +72,7 @@ class UniformQuantizer(Quantizer):
         self.register_buffer("zero_point", torch.zeros(()))
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor, channel_axis: int | None = None) -> None:
-        """Set scale and zero point directly, and count as calibrated."""
+        """Set scale and zero point directly, and mark the quantizer as calibrated."""
         self.scale, self.zero_point = scale.float(), zero_point.float()
         self.channel_axis, self.calibrated = channel_axis, True
 
@@ -83,7 +87,7 @@ class UniformQuantizer(Quantizer):
             self.scale, self.zero_point = observe(self.observer, rows, self.grid)
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point shaped to broadcast against ``x``."""
+        """Return scale and zero point in shapes that broadcast against ``x``."""
         if self.channel_axis is None:
             return self.scale, self.zero_point
         shape = [1] * x.dim()
@@ -98,13 +102,13 @@ class UniformQuantizer(Quantizer):
         return self.grid.fake_quantize(x, scale, zero_point)
 
     def codes(self, x: Tensor) -> Tensor:
-        """The integer codes of ``x``, as an int32 tensor of its shape."""
+        """Return the integer codes of ``x``, int32 of the same shape."""
         scale, zero_point = self.parameters_for(x)
         codes = torch.clamp(torch.round(x / scale) + zero_point, self.grid.qmin, self.grid.qmax)
         return codes.to(torch.int32)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Return the settings that ``print`` shows."""
         kind = "symmetric" if self.grid.symmetric else "affine"
         axis = "" if self.channel_axis is None else f", channel_axis={self.channel_axis}"
         rounds = "" if self.rounds else ", clips only"
@@ -112,15 +116,18 @@ class UniformQuantizer(Quantizer):
 
 
 class LogSqrt2Quantizer(Quantizer):
-    """Logarithmic quantizer of base sqrt(2) for attention probabilities (RepQ-ViT, section 3.3).
+    """A logarithmic quantizer with base sqrt(2) for attention probabilities (RepQ-ViT, section 3.3).
 
-    k = round(-2 log2(x / scale)), y = 2^(-k/2) * scale, 0 where k >= 2^bits. The scale is the upper
-    percentile of least squared error. Simulation only: no integer engine has this grid.
+    k = round(-2 log2(x / scale)), y = 2^(-k/2) * scale, and y = 0 where k >= 2^bits. The scale is the upper percentile
+    with the least squared error. This grid is for simulation only: no integer engine has it.
 
     Args:
         bits: bit width.
-        floor: smallest x / scale before the logarithm. QwT's code uses 1e-6; RepQ-ViT's has none,
-            so that exact zeros stay zero.
+        floor: lower bound of x / scale before the logarithm. QwT's code uses 1e-6. RepQ-ViT's code has none, so that
+            exact zeros stay zero.
+
+    Attributes:
+        scale: float32, ().
     """
 
     def __init__(self, bits: int, floor: float = 0.0):
@@ -153,19 +160,20 @@ class LogSqrt2Quantizer(Quantizer):
         return self._quantize(x, self.scale)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Return the settings that ``print`` shows."""
         return f"bits={self.bits}, floor={self.floor}"
 
 
-_TIE, _TIES = 2e-5, 2e-4  # distance in steps that counts as a tie; share of ties, five times what smooth values have
+# Distance that counts as a tie, in steps, and the accepted share of ties, five times that of smooth values.
+_TIE, _TIES = 2e-5, 2e-4
 
 
 def without_ties(x: Tensor, scale: Tensor) -> Tensor:
-    """``scale``, widened by a thousandth where many values lie exactly between two codes.
+    """Return ``scale``, widened by 0.1 % (up to four times) while many values lie exactly between two codes.
 
-    Values that were quantized before lie on a grid, and a range that ends on one of them makes steps of which they are
-    exact halves. ONNX rounds the quotient by the scale to even; engines that multiply by its inverse, or add the zero
-    point first, round many of them the other way.
+    Values that were quantized before lie on a grid. If a range ends on one of them, many values can lie on exact halves
+    of the new step. ONNX rounds x / scale to even; engines that multiply by 1 / scale, or add the zero point before
+    they round, round many of these values the other way.
     """
     for _ in range(4):
         remainder = (x / scale).frac_().abs_().sub_(0.5).abs_()

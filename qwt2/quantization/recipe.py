@@ -1,4 +1,4 @@
-"""A PTQ method: which grids its quantizers have, and how it is fitted."""
+"""PTQ methods: the grids of their quantizers, and how these are fitted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class Recipe:
     """The grids of one PTQ method.
 
     Args:
-        observer: chooses every range (see :mod:`qwt2.quantization.observers`).
-        symmetric_weights: signed symmetric weight codes, as integer kernels want them.
-        symmetric_matmuls: signed symmetric codes for q, k and v, likewise.
-        zero_in_range: zero is representable by every activation quantizer.
-        integer_zero_points: what remains fractional after re-parameterisation is rounded.
-        log_softmax: attention probabilities on the log-sqrt2 grid, else on a uniform one.
-        log_floor: smallest ratio that the log-sqrt2 quantizer distinguishes from zero.
-        fold_batchnorm: BatchNorm goes into the layer before it, before quantization.
-        conv_input_bits: bits of every convolution's input, whatever the precision says.
-        placement: where quantizers stand in simulations of a paper's own code, in place of any target's.
+        observer: name of the observer that chooses every range (:mod:`qwt2.quantization.observers`).
+        symmetric_weights: use signed symmetric weight codes, as integer kernels need them.
+        symmetric_matmuls: use signed symmetric codes for q, k and v, as integer kernels need them.
+        zero_in_range: make every activation quantizer able to represent zero.
+        integer_zero_points: round the zero points that re-parameterisation leaves fractional.
+        log_softmax: quantize attention probabilities on the log-sqrt2 grid, else on a uniform one.
+        log_floor: lower bound of x / scale in the log-sqrt2 quantizer.
+        fold_batchnorm: fold BatchNorms into the layers before them, before quantization.
+        conv_input_bits: bits of every convolution's input, regardless of the precision; ``None`` uses the precision.
+        placement: placement of quantizers in simulations of a paper's own code; it replaces the target.
     """
 
     observer: str
@@ -39,18 +39,18 @@ class Recipe:
 
     @property
     def exportable(self) -> bool:
-        """Whether integer engines can run what this recipe makes."""
+        """Whether integer engines can run models made with this recipe."""
         return self.symmetric_weights and self.zero_in_range and self.integer_zero_points and not self.log_softmax
 
 
-# Papers' code quantizes what layers and products read, and nothing else.
+# The papers' code quantizes only the inputs of layers and products.
 PAPER = Target(output_bits=None, addition_bits=None)
 
 
 class PTQMethod:
-    """A PTQ method; register a subclass that has a recipe.
+    """Base of PTQ methods; register a subclass that has a recipe.
 
-    Subclasses override :meth:`fit` where the method does more than choosing ranges in execution order.
+    Subclasses override :meth:`fit` if the method does more than choose ranges in execution order.
 
     Attributes:
         recipe: the grids.
@@ -59,6 +59,11 @@ class PTQMethod:
     recipe: Recipe
 
     def fit(self, walk: Walk, recipe: Recipe) -> None:
-        """Choose the ranges of every quantizer, each from values that everything before it has quantized already."""
+        """Choose the ranges of every quantizer in execution order, with everything before it already quantized.
+
+        Args:
+            walk: the calibration images on their way through the quantized model.
+            recipe: the grids in use.
+        """
         for visit in walk.visits(QuantizedModule):
             visit.calibrate()

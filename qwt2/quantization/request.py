@@ -1,4 +1,4 @@
-"""What a user asks of :func:`qwt2.quantize`, apart from the model and its calibration set."""
+"""The user's request to :func:`qwt2.quantize`, without the model and its calibration set."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Request:
 
     Attributes:
         method: a registered PTQ method.
-        target: what the model will run on.
+        target: the engines that the model will run on.
         precision: bit widths.
-        blocks: the blocks that compensation will work on; ``None``, found by their names.
-        parts: the modules to quantize; ``None``, all.
+        blocks: the blocks that compensation will work on; ``None`` to find them automatically.
+        parts: the modules to quantize; ``None`` for all.
         exclude: names or patterns of modules that stay in float.
-        bits: name or pattern -> bit widths of the modules that it matches; a later entry wins.
+        bits: name or pattern -> bit widths of the modules that it matches; later entries override earlier ones.
     """
 
     method: str
@@ -35,10 +35,10 @@ class Request:
     bits: dict[str, Precision] = field(default_factory=dict)
 
     def check(self, names: Collection[str]) -> None:
-        """Refuse patterns that match none of the modules that could be quantized.
+        """Refuse patterns that match no module in ``names``, the modules that can be quantized.
 
         Raises:
-            Qwt2Error: naming the pattern and modules of similar names.
+            Qwt2Error: if a pattern matches nothing; the message names the pattern and modules with similar names.
         """
         for argument, patterns in (("exclude", self.exclude), ("bits", self.bits)):
             for pattern in patterns:
@@ -51,23 +51,23 @@ class Request:
                     )
 
     def is_excluded(self, name: str) -> bool:
-        """Whether a module is to stay in float."""
+        """Return whether ``exclude`` keeps a module in float."""
         return any(matches(name, pattern) for pattern in self.exclude)
 
     def bits_of(self, name: str) -> Precision | None:
-        """Bit widths that a module has of its own."""
+        """Return the bit widths that ``bits`` gives a module, or ``None``."""
         return next((p for pattern, p in reversed(self.bits.items()) if matches(name, pattern)), None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Request:
-        """From what ``dataclasses.asdict`` gave, perhaps by way of JSON."""
+        """Create a request from the result of ``dataclasses.asdict``, possibly read from JSON."""
         bits = {pattern: Precision(**own) for pattern, own in values["bits"].items()}
         lists = {key: None if values[key] is None else tuple(values[key]) for key in ("blocks", "parts", "exclude")}
         return cls(**{**values, **lists, "precision": Precision(**values["precision"]), "bits": bits})
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern (``blocks.0.attn``, ``blocks.*.mlp``, ``*.fc1``) matches a module or one that holds it."""
+    """Return whether a pattern (``blocks.0.attn``, ``blocks.*.mlp``, ``*.fc1``) matches a module or a parent of it."""
     return any(fnmatchcase(prefix, pattern) for prefix in _prefixes(name))
 
 

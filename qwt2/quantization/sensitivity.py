@@ -1,4 +1,4 @@
-"""What quantizing each module costs at the network's output, without quantizing the network once per module."""
+"""Estimate the error that quantizing each module causes at the network's output, for all modules at once."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from qwt2.quantization.precision import Precision
 from qwt2.quantization.quantize import quantize
 
 PROJECTIONS = 3
-_TOGETHER = 4  # images whose activations and gradients are held at a time
+_TOGETHER = 4  # number of images whose activations and gradients are held at the same time
 
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """What one quantized module costs.
+    """The cost of quantizing one module.
 
     Attributes:
-        module: its name.
+        module: name of the module.
         kind: "layer" or "product".
-        error: power of what its quantization alone adds to the network's outputs, as a share of the power of their
-            spread over the images.
+        error: power of the error at the network's outputs if only this module is quantized, relative to the power of
+            the outputs' spread over the images.
         weight_count: number of weights.
-        multiply_accumulates: of one image.
+        multiply_accumulates: multiply-accumulates for one image.
     """
 
     module: str
@@ -43,7 +43,7 @@ class ModuleCost:
 
     @property
     def sqnr_db(self) -> float:
-        """Signal over this error at the network's outputs, dB."""
+        """SQNR of the network's outputs if only this module is quantized, dB."""
         return math.inf if self.error <= 0 else -10 * math.log10(self.error)
 
 
@@ -56,23 +56,24 @@ def sensitivity(
     images: int = 16,
     **options: Any,
 ) -> list[ModuleCost]:
-    """What each module's quantization costs at the network's output, the most expensive module first.
+    """Return the cost of quantizing each module at the network's output, the most expensive module first.
 
-    With J the derivative of the network's outputs with respect to a module's output, and d the error that quantization
-    makes in it, the first-order error at the outputs is J d. Its power is the mean of (r' J d)^2 over random r of unit
-    variance, and r' J is one backward pass for all modules together (Hutchinson, 1990). Three such r on every image
-    take one float and one quantized forward pass and three backward ones: about eight forward passes in all.
+    Let J be the derivative of the network's outputs with respect to a module's output, and d the quantization error of
+    that output. The first-order error at the network's outputs is J d. Its power is the mean of (r' J d)^2 over random
+    r of unit variance (Hutchinson, 1990), and one backward pass gives r' J for all modules. Three vectors r per image
+    need one float and one quantized forward pass and three backward passes, about as much as eight forward passes.
 
     Args:
         model: a float model.
-        calibration: as in :func:`qwt2.quantize`; its images choose the ranges, and the first ones tell the costs.
+        calibration: batches as in :func:`qwt2.quantize`. The ranges are chosen from them, and the costs are measured
+            on the first images.
         method, precision, target: as in :func:`qwt2.quantize`.
-        images: how many images tell the costs.
+        images: number of images that the costs are measured on.
         options: further arguments of :func:`qwt2.quantize`.
 
     Raises:
-        Qwt2Error: as :func:`qwt2.quantize` does; or the outputs do not vary, or do not depend on any module in a
-            differentiable way.
+        Qwt2Error: if :func:`qwt2.quantize` raises it, the outputs do not vary over the images, or no output is
+            differentiable.
     """
     batches = list(model_inputs(model, calibration))
     qmodel = quantize(model, batches, method, precision, target, **options)
@@ -89,7 +90,7 @@ def sensitivity(
 
 
 def _pieces(batches: list[Inputs], images: int) -> list[Inputs]:
-    """The first images, a few at a time."""
+    """Split the first ``images`` images into small batches."""
     pieces: list[Inputs] = []
     for batch in batches:
         for start in range(0, image_count(batch), _TOGETHER):
@@ -101,7 +102,7 @@ def _pieces(batches: list[Inputs], images: int) -> list[Inputs]:
 
 
 def _output_errors(qmodel: GraphModel, pieces: list[Inputs]) -> dict[str, float]:
-    """Module -> power of its error at the outputs, over the power of the outputs' spread."""
+    """Return, per module, the power of its error at the outputs divided by the power of the outputs' spread."""
     generator = torch.Generator().manual_seed(0)
     errors: dict[str, float] = {}
     outputs: list[list[Tensor]] = []
@@ -117,12 +118,12 @@ def _output_errors(qmodel: GraphModel, pieces: list[Inputs]) -> dict[str, float]
     return {name: error / spread for name, error in errors.items()}
 
 
-# Module, its float output, and what quantization adds to it.
+# A module's name, its float output, and the error that quantization adds to it.
 _Call = tuple[str, Tensor, Tensor]
 
 
 def _run(qmodel: GraphModel, inputs: Inputs) -> tuple[list[_Call], list[Tensor]]:
-    """The float network, with gradients, and the error that each module would make in it."""
+    """Run the float network with gradients; return its module calls with their quantization errors, and its outputs."""
     calls: list[_Call] = []
 
     def visit(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -132,7 +133,7 @@ def _run(qmodel: GraphModel, inputs: Inputs) -> tuple[list[_Call], list[Tensor]]
         args = [values[argument] for argument in node.args]
         with torch.no_grad():
             exact, rounded = module.full_precision(*args), module(*args)
-        # A leaf that is added passes gradients on, whether the module's inputs have some or not.
+        # Adding a leaf makes the output differentiable even if none of the module's inputs is.
         output = module.full_precision(*args) + torch.zeros((), requires_grad=True, device=exact.device)
         calls.append((node.target, output, rounded - exact))
         return output
@@ -154,7 +155,7 @@ def _projected(calls: list[_Call], outputs: list[Tensor], images: int, generator
         )
         for (name, _, error), gradient in zip(calls, gradients):
             if gradient is not None:
-                # Directions are independent, so that any grouping is unbiased; grouped by image it is least noisy.
+                # Directions are independent, so any grouping is unbiased; grouping by image has the least noise.
                 groups = images if len(error) % images == 0 else 1
                 products = (gradient * error).reshape(groups, -1).double().sum(1)
                 errors[name] = errors.get(name, 0.0) + float(products.square().sum()) / PROJECTIONS

@@ -1,4 +1,4 @@
-"""What the integer kernels of an engine want of quantizers: deployment, apart from the PTQ method."""
+"""Requirements of engines' integer kernels on quantizers, independent of the PTQ method."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from qwt2.errors import Qwt2Error
 
 @dataclass(frozen=True)
 class Target:
-    """Where quantizers stand, and which kind of codes they have, for the kernels of some engines.
+    """The placement of quantizers, and the kind of their codes, for the kernels of some engines.
 
     Args:
-        symmetric_activations: signed symmetric codes for every activation, with zero point 0. What is never negative
-            (after ReLU or softmax) then has half the codes.
-        centred: symmetric codes for images and for the operands of residual additions, where these have both signs. A
-            layer that reads such an operand takes the same codes, so that one quantizer serves both.
-        output_bits: bits of the output of convolutions that something other than a quantized layer reads. Engines whose
-            convolution kernels only write integers need it. ``None`` leaves the output in float.
+        symmetric_activations: use signed symmetric codes with zero point 0 for every activation. Values that are never
+            negative (after ReLU or softmax) then use only half the codes.
+        centred: use symmetric codes for images and for the operands of residual additions if these have both signs. A
+            layer that reads the same operand uses the same codes, so that one quantizer serves both.
+        output_bits: bits of the output of convolutions that are read by something other than a quantized layer. Engines
+            whose convolution kernels only write integers need it. ``None`` leaves the output in float.
         addition_bits: bits of the operands of residual additions to a convolution's output, which engines compute in
-            the convolution's kernel. An output that is quantized already is not quantized again. Where outputs stay in
-            float, the first operand that is one is clipped to its quantizer's range and not rounded: OpenVINO adds in
-            that convolution's kernel only behind a quantizer, and leaves out the rounding. ``None`` leaves operands in
-            float.
-        pooling_bits: bits of what a pooling averages, if that is a convolution's output or a residual sum with it. The
+            the convolution's kernel. An output that is already quantized is not quantized again. If outputs stay in
+            float, the first operand that is a convolution's output is only clipped to its quantizer's range, not
+            rounded: OpenVINO fuses the addition into that convolution's kernel only if a quantizer follows the
+            convolution, and then skips the rounding. ``None`` leaves operands in float.
+        pooling_bits: bits of a pooling's input if it is a convolution's output or a residual sum with one. The
             convolution's kernel then adds, activates, rounds and writes codes. ``None`` leaves it in float.
-        float_biases: the file has float biases, and values are clipped in place of codes.
+        float_biases: write float biases to the file, and clip values instead of codes.
     """
 
     symmetric_activations: bool = False
@@ -39,19 +39,19 @@ class Target:
 TARGETS = {
     # ONNX Runtime, OpenVINO, TVM and PyTorch's own integer kernels run these files.
     "portable": Target(),
-    # OpenVINO only: more accurate there and mostly faster, slower on engines whose convolutions give only integers. Its
-    # kernels are faster without a zero point; elsewhere asymmetric ranges are worth more than that time.
+    # OpenVINO only: more accurate and mostly faster there; slower on engines whose convolutions write only integers.
+    # OpenVINO's kernels are faster without a zero point; elsewhere, asymmetric ranges are worth the extra time.
     "openvino": Target(centred=True, output_bits=None, pooling_bits=8),
-    # TensorRT has no zero points and no integer biases.
+    # TensorRT supports neither zero points nor integer biases.
     "tensorrt": Target(symmetric_activations=True, float_biases=True),
 }
 
 
 def find_target(name: str) -> Target:
-    """The target of this name.
+    """Return the target called ``name``.
 
     Raises:
-        Qwt2Error: there is none; the message lists those there are.
+        Qwt2Error: if the name is unknown; the message lists the known ones.
     """
     if name not in TARGETS:
         raise Qwt2Error(f"unknown target {name!r}; use one of: {', '.join(TARGETS)}")

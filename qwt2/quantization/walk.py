@@ -1,8 +1,8 @@
-"""The walk: a calibration set goes through the graph module by module, float and quantized network side by side.
+"""Run a calibration set through the graph module by module, in the float and the quantized network side by side.
 
-For every batch the walk keeps the values that are alive where it stands, in each of the two networks. To come to the
-next module it runs the operations between, once. What a layer gave while it was looked at is kept too, unless that
-would make what is kept grow: it is computed again then, from a place before, but nothing is computed a third time.
+For every batch and each of the two networks, the walk stores the values that are alive at its position. To reach the
+next module, it runs the operations in between once. A visited module's output is stored as well, unless that would make
+the stored values grow too much. In that case it is computed again from the earlier position, but never a third time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from qwt2.quantization.activation_store import ActivationStore, size_of
 from qwt2.quantization.layers import QuantizedModule
 from qwt2.quantization.malloc import give_back_after
 
-# Is told how many of how many modules are done.
+# Called with the number of finished modules and the number of all modules.
 Progress = Callable[[int, int], None]
-# How much more may be alive at the place where the walk waits than at the one before.
+# Factor by which the stored values may grow when the walk moves to a new position.
 GROWTH = 2.0
 
 
@@ -33,9 +33,9 @@ class Walk:
     Args:
         model: the quantized model; visitors may change its modules.
         batches: the calibration set.
-        offload_dir: existing folder for what is alive; ``None`` keeps it in memory.
+        offload_dir: existing folder for stored values; ``None`` keeps them in memory.
         memory_limit: bytes that each of the two networks keeps in memory before it uses the folder.
-        progress: called behind each module, with the number of modules that are done and of all.
+        progress: called after each module with the number of finished modules and the number of all modules.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Walk:
         self._store = lambda name: ActivationStore(offload_dir, name, memory_limit)
 
     def visits(self, kind: type[nn.Module]) -> Iterator[Visit]:
-        """The model's modules of a kind in the order of their first calls; each waits in front of its module."""
+        """Yield a visit for each of the model's modules of a kind, in the order of their first calls."""
         modules = self.model.calls(kind)
         for number, (name, calls) in enumerate(modules.items(), 1):
             yield Visit(self, name, calls)
@@ -59,7 +59,7 @@ class Walk:
 
     @cached_property
     def routes(self) -> list[Route]:
-        """Each batch's, through the graph for its size."""
+        """The route of each batch, through the graph for its image size."""
         models = [self.model.of_size(self.model.tensors_of(batch)) for batch in self.batches]
         known = {id(model): Route(model) for model in models}
         return [known[id(model)] for model in models]
@@ -76,16 +76,17 @@ class Walk:
 
 
 def in_full_precision(module: nn.Module, *args: Any) -> Any:
-    """What a module gives without quantization and compensation."""
+    """Return a module's output without quantization and compensation."""
     return module.full_precision(*args) if isinstance(module, QuantizedModule) else module(*args)
 
 
 class Visit:
-    """The walk in front of one module.
+    """A stop of the walk in front of one module.
 
     Attributes:
-        name, module: of it.
-        calls: in the graph.
+        name: name of the module.
+        module: the module.
+        calls: its calls in the graph.
     """
 
     def __init__(self, walk: Walk, name: str, calls: list[fx.Node]):
@@ -98,11 +99,13 @@ class Visit:
         return len(self.calls) > 1
 
     def layer_outputs(self, target: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(batch, the quantized layer's output without compensation, its target), for every batch and call.
+        """Yield (batch number, output, target) of a layer for every batch and call, both (N, ..., C) or (N, C, H, W).
+
+        The output is that of the quantized layer in the quantized network, without compensation.
 
         Args:
-            target: "global", the full-precision network's own output of the layer; "local", the full-precision layer's
-                output on the quantized network's input.
+            target: "global" for the layer's output in the full-precision network; "local" for the full-precision
+                layer's output on the quantized network's input.
         """
         for index in range(len(self.walk.batches)):
             inputs: list[Tensor] = []
@@ -127,11 +130,14 @@ class Visit:
         return self.module.finished(products[-1].clone()) if self.is_repeated else products[-1]
 
     def block_outputs(self, block: str, target: str) -> Iterator[tuple[int, tuple, tuple]]:
-        """(batch, what the module behind a block reads in the quantized network, and in the target's), per batch.
+        """Yield (batch number, quantized values, target values) for every batch.
+
+        The values are the arguments of the module after the block: the block's input and output.
 
         Args:
-            target: "global", the full-precision network; "local", the full-precision block on the quantized network's
-                input.
+            block: name of the block in front of the visited module.
+            target: "global" for values of the full-precision network; "local" for those of the full-precision block on
+                the quantized network's input.
         """
         quantized = self.walk.quantized
         for index, route in enumerate(self.walk.routes):
@@ -153,9 +159,9 @@ class Visit:
             give_back_after(index)
 
     def calibrate(self) -> None:
-        """Let the module choose its ranges, from the first batch's values, everything before it quantized.
+        """Make the module choose its ranges on the first batch, with everything before it quantized.
 
-        Where it runs several times, it chooses from the full-precision values of all its runs.
+        A module that runs several times chooses from the full-precision values of all its runs instead.
         """
         if self.is_repeated:
             runs: list[tuple] = []
@@ -173,11 +179,13 @@ def _kept(value: Any, where: list, kept: Any = None) -> Any:
 
 
 class Route:
-    """The graph's nodes in order, as the walk goes through them.
+    """The graph's nodes in execution order.
 
     Attributes:
+        nodes: the nodes; a position is an index into them.
         last: node -> position of its last reader.
-        calls: module -> positions of its calls.
+        by_name: node name -> node.
+        calls: module name -> positions of its calls.
     """
 
     def __init__(self, model: GraphModel):
@@ -188,40 +196,47 @@ class Route:
         self.calls = {name: [numbers[call] for call in calls] for name, calls in model.calls(nn.Module).items()}
 
     def start_of(self, block: str) -> int:
-        """Position of the first node of a block."""
+        """Return the position of the first node of a block."""
         return next(n for n, node in enumerate(self.nodes) if belongs(node, block))
 
     def arguments(self, values: _Values, number: int) -> tuple:
-        """What a node reads."""
+        """Return the arguments of the node at a position."""
         return fx.node.map_arg(self.nodes[number].args, values.__getitem__)
 
     def drop(self, values: _Values, number: int) -> None:
-        """Forget what nothing behind a position reads."""
+        """Drop the value of the node at a position, and the values it reads, if no later node reads them."""
         for source in (*self.nodes[number].all_input_nodes, self.nodes[number]):
             if self.last.get(source, -1) <= number:
                 values.pop(source, None)
 
 
 class Path:
-    """One network's way: for every batch, a position in the graph and the values that are alive there.
+    """The progress of one network: for every batch, a position in the graph and the values that are alive there.
 
     Args:
-        walk: whose batches go this way.
-        run_module: computes what a module gives in this network.
-        store: for the values.
+        walk: the walk whose batches are run.
+        run_module: computes a module's output in this network.
+        store: storage for the values.
     """
 
     def __init__(self, walk: Walk, run_module: Callable, store: ActivationStore):
         self.model, self.routes, self.batches = walk.model, walk.routes, walk.batches
         self.run_module, self.store = run_module, store
-        self.runs_again: set[int] = set()  # batches that wait in front of what ran already
+        self.runs_again: set[int] = set()  # batches whose stored position lies before operations that have run
 
     def visit(self, index: int, visit: Visit, give: Callable, pending: list[Tensor] | None = None) -> None:
-        """Run one batch to a module and through all its calls, ``give`` in the module's place, and wait there.
+        """Run one batch up to a module and through all its calls, and store the new position.
+
+        If other nodes run between the calls, they depend on changes that the visit makes. The batch then stays in front
+        of the first call, and everything from there on runs again.
 
         Args:
-            pending: what the layer's calls gave before its compensation, from which their outputs are made when the
-                walk goes on; it goes on in front of the module else, if that is to run again.
+            index: number of the batch.
+            visit: the module.
+            give: called in place of the module.
+            pending: list that ``give`` fills with the layer's products, one tensor per call. The outputs are computed
+                from these when the walk goes on, with the compensation that the layer has by then. ``None`` if the
+                results of ``give`` are final.
         """
         route = self.routes[index]
         numbers = route.calls[visit.name]
@@ -232,7 +247,7 @@ class Path:
             position = number + 1
             values[route.nodes[number]] = give(*route.arguments(values, number))
             route.drop(values, number)
-        if numbers[-1] - numbers[0] >= len(numbers):  # others run between, which see what changes now
+        if numbers[-1] - numbers[0] >= len(numbers):  # other nodes run between the calls and will see changes
             self.hold(index, (numbers[0], before))
         elif pending is None:
             self.hold(index, (position, values), (numbers[0], before))
@@ -242,7 +257,7 @@ class Path:
             self.hold(index, (numbers[0], values, dict(zip(numbers, pending))), (numbers[0], before))
 
     def advance(self, index: int, number: int) -> _Values:
-        """The values alive in front of a node, on one batch."""
+        """Run one batch up to the node at position ``number``, and return the values that are alive there."""
         route = self.routes[index]
         values = _Values(route.model, self.batches[index])
         position, results = 0, []
@@ -256,10 +271,14 @@ class Path:
         self, index: int, values: _Values, start: int, stop: int, run_module: Callable | None = None,
         results: dict[int, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Run the nodes from one position to another; values are dropped after their last reader.
+        """Run the nodes from ``start`` to before ``stop`` in place, and drop values after their last reader.
 
         Args:
-            results: position -> what a layer gave there before its compensation.
+            index: number of the batch.
+            values: the values alive at ``start``; updated to those at ``stop``.
+            start, stop: positions in the graph.
+            run_module: computes a module's output; the network's own if not given.
+            results: position -> products of the layer called there, which it does not compute again.
         """
         route = self.routes[index]
         for number in range(start, stop):
@@ -276,14 +295,15 @@ class Path:
             route.drop(values, number)
 
     def hold(self, index: int, *places: tuple) -> None:
-        """Wait in the first of these places where not much more is alive than where the walk waits now.
+        """Store the first of several positions whose values are at most ``GROWTH`` times as large as the stored ones.
 
-        Where that is none, the walk stays, and runs again what it ran since; it does so once, and then waits in the
-        first place all the same.
+        If there is none, the batch keeps its stored position, and later runs the same operations again. This happens at
+        most once in a row; the next time, the first position is stored regardless of its size.
 
         Args:
-            places: the position of a node to wait in front of, the values that are alive there, and, if given, what its
-                layer gave before its compensation; the first lies behind all that was run.
+            index: number of the batch.
+            places: tuples of a position, the values that are alive there and, optionally, the products of its layer by
+                position. The first place lies behind everything that has run.
         """
         states = [
             (number, {node.name: value for node, value in values.items()}, *results)
@@ -300,7 +320,7 @@ class Path:
 
 
 class _Values(dict):
-    """Values by node; parameters and the network's inputs are looked up where they are."""
+    """Values by node; parameters and the network's inputs are looked up in the model and the batch."""
 
     def __init__(self, model: GraphModel, batch: Inputs):
         super().__init__()

@@ -1,7 +1,8 @@
-"""Compensations, one file each, which reads as its paper: `fit(walk, recipe)` changes the walk's model.
+"""Compensation methods, one file each, written to follow their papers.
 
-What is registered is a dataclass of the settings. For reports it says its `LABEL`, its `ORDER` among the others and its
-`COLOUR`; its property `exportable` tells whether integer engines can run what it makes with these settings.
+Each method registers a dataclass of its settings. Its method ``fit(walk, recipe)`` compensates the walk's model in
+place. Its class attributes ``LABEL``, ``ORDER`` (among the methods) and ``COLOUR`` are for reports. Its property
+``exportable`` tells whether integer engines can run the result.
 """
 
 from qwt2.registry import Registry

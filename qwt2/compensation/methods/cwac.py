@@ -1,8 +1,8 @@
 """QwT-v2: channel-wise affine compensation (CWAC), arXiv 2505.20932.
 
-y = alpha * y_q + beta per output channel of each quantized module, in closed form from joint
-moments of the quantized and the full-precision output. :func:`qwt2.fold` turns alpha and beta into
-the integer layer's own scales and biases.
+y = alpha * y_q + beta per output channel of each quantized module. The parameters follow in closed form from the joint
+moments of the quantized and the full-precision output. :func:`qwt2.fold` folds alpha and beta into the integer layer's
+own scales and biases.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qwt2.quantization.layers import QuantizedLayer
 from qwt2.quantization.recipe import Recipe
 from qwt2.quantization.walk import Visit, Walk
 
-# alpha by estimator, of channels that vary; beta = mean(y_f) - alpha * mean(y_q). Least squares is QwT-v2's.
+# Estimators of alpha for channels that are not constant; beta = mean(y_f) - alpha * mean(y_q). QwT-v2: least squares.
 ESTIMATORS: dict[str, Callable[[Moments], Tensor]] = {
     "least_squares": lambda m: m.cov / m.var_q,
     "moment": lambda m: (m.var_f / m.var_q).sqrt(),
@@ -46,16 +46,19 @@ class CWAC:
     """Settings of CWAC.
 
     Args:
-        target: "global", the full-precision network's own output of the module; "local", the
-            full-precision module's output on the input that the quantized module gets.
-        order: "sequential", each module on top of the already compensated ones; "one_pass", all
+        target: "global" for the module's output in the full-precision network; "local" for the full-precision module's
+            output on the quantized module's input.
+        order: "sequential" fits each module after the modules before it are compensated; "one_pass" fits all modules
             on the uncompensated network.
-        granularity: "module", every Linear and Conv2d (folds away completely); "block", every
-            block's output (an extra operation that cannot be folded).
+        granularity: "module" compensates every Linear and Conv2d, which folds away completely; "block" compensates
+            every block's output by an extra operation that cannot be folded.
         estimator: "least_squares", "moment" or "bias_only".
-        gate: on held-out calibration batches, keep a compensation only if it lowers the squared
-            error of the "module" as a whole, or of each "channel" by itself; "none" keeps all.
+        gate: keep a compensation only if it lowers the squared error on held-out calibration batches: "module" decides
+            per module, "channel" per channel, and "none" keeps all.
         holdout: share of the batches held out for the gate, at least one batch.
+
+    Raises:
+        Qwt2Error: if a setting has an unknown value.
     """
 
     LABEL: ClassVar[str] = "CWAC"
@@ -78,11 +81,22 @@ class CWAC:
 
     @property
     def exportable(self) -> bool:
-        """Whether integer engines can run the result: an operation behind a whole block cannot be folded."""
+        """Whether integer engines can run the result; a compensation of a whole block cannot be folded."""
         return self.granularity == "module"
 
     def fit(self, walk: Walk, recipe: Recipe) -> list[ModuleReport]:
-        """Fit and apply, in place; see :func:`qwt2.compensate`. What an earlier fit left in the layers is removed."""
+        """Fit and apply the compensation in place; an earlier one in the layers is removed first.
+
+        Args:
+            walk: the calibration set on its way through the quantized model.
+            recipe: the PTQ method's grids; not used.
+
+        Returns:
+            One report per module or block, in execution order.
+
+        Raises:
+            Qwt2Error: if the gate has fewer than two batches, or an output is NaN or infinite (the module is named).
+        """
         if self.gate != "none" and len(walk.batches) < 2:
             raise Qwt2Error(
                 "cwac: the gate holds out whole batches; give at least two calibration batches or gate='none'"
@@ -90,7 +104,7 @@ class CWAC:
         for layer in walk.model.calls(QuantizedLayer):
             walk.model.get_submodule(layer).set_compensation(None, None)
         fits = []
-        for place in PLACES[self.granularity](walk):  # execution order; what comes before is compensated already
+        for place in PLACES[self.granularity](walk):  # in execution order
             fits.append(self._fit(place, len(walk.batches)))
             if self.order == "sequential":
                 fits[-1].apply()
@@ -108,23 +122,24 @@ class CWAC:
                 raise Qwt2Error(f"{place.name} gives NaN or infinity on the calibration images; check its weights")
             part = held_out if self.gate != "none" and _is_held_out(index, batches, self.holdout) else fitted
             part[:] = [part[0] + moments] if part else [moments]
-        # The gate decides by parameters fitted without what it looks at; the final ones use every calibration image.
+        # The gate judges parameters that were fitted without the held-out images; the final ones use all images.
         every = fitted[0] + held_out[0] if held_out else fitted[0]
         fit = _Fit(place, every, *affine(every, self.estimator))
         return fit.gated(held_out[0], affine(fitted[0], self.estimator), self.gate) if held_out else fit
 
 
 def affine(moments: Moments, estimator: str = "least_squares") -> tuple[Tensor, Tensor]:
-    """alpha and beta, float64 (C,), that bring the quantized output to the full-precision one (QwT-v2, section 3)."""
+    """Return alpha and beta, float64 (C,), that map the quantized to the full-precision output (QwT-v2, section 3)."""
     alpha = torch.where(moments.varies, ESTIMATORS[estimator](moments), torch.ones_like(moments.var_q))
     return alpha, moments.mean_f - alpha * moments.mean_q
 
 
 class LayerPlace:
-    """A layer, whose compensation folds away.
+    """A layer, whose compensation can be folded.
 
     Attributes:
-        name, channel_axis: of it.
+        name: name of the layer.
+        channel_axis: channel axis of its output.
     """
 
     def __init__(self, visit: Visit):
@@ -132,34 +147,39 @@ class LayerPlace:
         self.channel_axis = visit.module.channel_axis
 
     def apply(self, alpha: Tensor, beta: Tensor) -> None:
-        """Give the layer its alpha and beta, (C_out,)."""
+        """Set the layer's alpha and beta, (C_out,)."""
         self.layer.set_compensation(alpha.float(), beta.float())
 
     @classmethod
     def all(cls, walk: Walk) -> Iterator[LayerPlace]:
-        """Every layer in execution order."""
+        """Yield every layer in execution order."""
         return map(cls, walk.visits(QuantizedLayer))
 
 
 class BlockPlace:
-    """The output of a block."""
+    """A block, whose compensation is a module of its own after the block.
+
+    Attributes:
+        name: name of the block.
+        channel_axis: channel axis of its output.
+    """
 
     def __init__(self, visit: Visit, block: str):
         self.model, self.visit, self.name = visit.walk.model, visit, block
         self.channel_axis = channel_axis(self.model, block)
 
     def outputs(self, target: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(batch, the quantized block's output, its target), for every batch."""
+        """Yield (batch number, the quantized block's output, its target) for every batch."""
         for index, (_, y_q), (_, y_f) in self.visit.block_outputs(self.name, target):
             yield index, y_q, y_f
 
     def apply(self, alpha: Tensor, beta: Tensor) -> None:
-        """Put alpha and beta, (C,), behind the block."""
+        """Insert alpha and beta, (C,), after the block."""
         put_behind(self.model, self.name, AffineCompensation(alpha.float(), beta.float(), self.channel_axis))
 
     @classmethod
     def all(cls, walk: Walk) -> Iterator[BlockPlace]:
-        """Every block in execution order."""
+        """Yield every block in execution order."""
         for visit, block in visits_behind_blocks(walk):
             yield cls(visit, block)
 
@@ -170,7 +190,7 @@ PLACES: dict[str, Callable[[Walk], Iterator[Place]]] = {"module": LayerPlace.all
 
 @dataclass(frozen=True)
 class _Fit:
-    """What was fitted in one place, and whether the gate kept it."""
+    """The parameters fitted in one place, and the decision of the gate."""
 
     place: Place
     moments: Moments
@@ -182,7 +202,13 @@ class _Fit:
     gate_after_db: float = math.nan
 
     def gated(self, held_out: Moments, fitted: tuple[Tensor, Tensor], gate: str) -> _Fit:
-        """The fit with what lowers no error on held-out images taken out, given what the other images led to."""
+        """Return the fit without parameters that do not lower the error on held-out images.
+
+        Args:
+            held_out: moments of the held-out images.
+            fitted: alpha and beta fitted on the other images, (C,).
+            gate: "module" or "channel".
+        """
         gain = held_out.squared_error() - held_out.squared_error(*fitted)
         better = gain > 0 if gate == "channel" else (gain.sum() > 0).expand_as(gain)
         before, after = held_out.sqnr_db(), held_out.sqnr_db(*fitted)
@@ -217,6 +243,6 @@ class _Fit:
 
 
 def _is_held_out(index: int, count: int, share: float) -> bool:
-    """Every n-th batch, spread evenly; never all of them and never none."""
+    """Return whether a batch is held out; held-out batches are spread evenly, at least one and never all."""
     held = min(max(round(count * share), 1), count - 1)
     return (index + 1) * held // count != index * held // count

@@ -1,8 +1,8 @@
 """QwT: a linear layer beside each block (arXiv 2411.13918, CVPR 2025).
 
-y = block_q(x) + W x + b, with (W, b) the least-squares solution of block_f(x) - block_q(x) on
-[x, 1]. For blocks that work on images, W is a grouped convolution with the block's stride. A block
-whose regression explains nothing (R^2 <= 0) is left as it was.
+y = block_q(x) + W x + b, where (W, b) is the least-squares solution of block_f(x) - block_q(x) on [x, 1]. For blocks
+that work on images, W is a grouped convolution with the block's stride. A block whose regression explains nothing
+(R^2 <= 0) is not compensated.
 """
 
 from __future__ import annotations
@@ -35,15 +35,18 @@ class QwT:
     """Settings of QwT.
 
     Args:
-        target: "local", the full-precision block on the quantized network's input (the paper);
-            "global", the full-precision network's own output of the block.
-        dtype: "float16" (the paper) or "float32" for the added layer's weight. Where integer engines
-            can run the model, the simulation widens it to float32 as they do; else it multiplies in it.
-        kernel_size: of the convolution beside image blocks, odd.
-        channels_per_group: input channels that one group of that convolution sees, at least.
-        damping: share of the Gram matrix' mean diagonal that is added to its diagonal.
-        r2: "pooled" measures R^2 about each channel's mean; "positional" about the mean of each
-            channel and position, as the public ResNet code does (it can reject good blocks).
+        target: "local" for the full-precision block's output on the quantized network's input (as in the paper);
+            "global" for the block's output in the full-precision network.
+        dtype: type of the added layer's weight, "float16" (as in the paper) or "float32". If integer engines can run
+            the model, the simulation converts the weight to float32 as they do; else it multiplies in this type.
+        kernel_size: kernel size of the convolution beside image blocks, odd.
+        channels_per_group: least number of input channels per group of that convolution.
+        damping: share of the Gram matrix's mean diagonal that is added to its diagonal.
+        r2: "pooled" measures R^2 about each channel's mean; "positional" measures it about the mean of each channel and
+            position, as the public ResNet code does (this can reject good blocks).
+
+    Raises:
+        Qwt2Error: if a setting has an unknown value.
     """
 
     LABEL: ClassVar[str] = "QwT"
@@ -72,17 +75,28 @@ class QwT:
 
     @property
     def exportable(self) -> bool:
-        """Whether integer engines can run the result: they compute the added layers in float."""
+        """Whether integer engines can run the result; they compute the added layers in float."""
         return True
 
     def fit(self, walk: Walk, recipe: Recipe) -> list[ModuleReport]:
-        """Fit and apply, in place; see :func:`qwt2.compensate`."""
+        """Fit and apply the compensation in place.
+
+        Args:
+            walk: the calibration set on its way through the quantized model.
+            recipe: the PTQ method's grids; the added layers compute in float32 if engines can run them.
+
+        Returns:
+            One report per block, in execution order.
+
+        Raises:
+            Qwt2Error: if the model has no blocks, or an output is NaN or infinite (the block is named).
+        """
         if not quantization_info(walk.model).blocks:
             raise Qwt2Error("qwt: the model has no blocks to put a layer beside; name them with quantize(blocks=[...])")
         return [self._fit_block(visit, block, recipe) for visit, block in visits_behind_blocks(walk)]
 
     def _fit_block(self, visit: Visit, name: str, recipe: Recipe) -> ModuleReport:
-        """Fit one block and put its layer behind it."""
+        """Fit one block and insert its layer after it."""
         info = quantization_info(visit.walk.model)
         if {layer for layer in info.layers if is_inside(layer, name)} <= set(info.repeated):
             return ModuleReport(name, math.nan, math.nan, math.nan, False, "the block runs several times in one pass")
@@ -98,12 +112,12 @@ class QwT:
                 raise Qwt2Error(f"{name} gives NaN or infinity on the calibration images; check its weights")
             sums = Regression.of(rows.of_input(x), rows.of_output(y_f - y_q))
             regression = sums if regression is None else regression + sums
-        assert regression is not None, name  # there is a batch
+        assert regression is not None, name  # there is at least one batch
         weight, bias = regression.solve(self.damping)
         r2 = rows.positional_r2(regression, weight, error) if self.r2 == "positional" else regression.r2(weight)
         before, kept = decibel(signal, error), r2 > 0
         if kept:
-            # What goes to an engine is simulated in the arithmetic that engines have.
+            # A model for engines is simulated in the arithmetic that engines support.
             arithmetic = "float32" if recipe.exportable else self.dtype
             stored, bias = rows.layer(weight, bias)
             layer = LinearCompensation(stored.to(DTYPES[self.dtype]), bias, rows.stride, rows.groups, arithmetic)
@@ -119,26 +133,26 @@ class QwT:
 
 
 class Tokens:
-    """Rows of the regression where channels are the last axis: one linear map."""
+    """Rows of the regression if channels are the last axis: one linear map."""
 
     stride, groups = 1, 1
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
-        """Whether input and output have the same positions."""
+        """Return whether input and output have the same positions."""
         return x.shape[:-1] == y.shape[:-1]
 
     def of_input(self, x: Tensor) -> Tensor:
-        """(..., C) -> (1, n, C)."""
+        """Reshape (..., C) to rows (1, n, C)."""
         return x.flatten(0, -2)[None]
 
     of_output = of_input
 
     def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (C_out, C_in) and bias (C_out,) of the layer, float32."""
+        """Return the layer's weight (C_out, C_in) and bias (C_out,), float32."""
         return weight[0].T.float(), bias[0].float()
 
     def positional_r2(self, regression: Regression, weight: Tensor, power: float) -> float:
-        """The same as about each channel's mean."""
+        """Return R^2 about each channel's mean, as "pooled" does."""
         return regression.r2(weight)
 
 
@@ -147,6 +161,7 @@ class Patches:
 
     Args:
         x, y: shapes of the block's input and output, (N, C, H, W).
+        settings: kernel size and channels per group.
     """
 
     def __init__(self, x: tuple, y: tuple, settings: QwT):
@@ -158,32 +173,38 @@ class Patches:
         self.samples, self.position_sum = 0, torch.zeros(())
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
-        """Whether the convolution gives as many positions as the block."""
+        """Return whether the convolution's output has as many positions as the block's."""
         pad = self.kernel // 2
         size = [(x.shape[d] + 2 * pad - self.kernel) // s + 1 for d, s in zip((2, 3), self.stride)]
         return size == list(y.shape[2:])
 
     def of_input(self, x: Tensor) -> Tensor:
-        """Patches of images (N, C, H, W) as rows (groups, N * positions, C / groups * k * k)."""
+        """Return patches of images (N, C, H, W) as rows (groups, N * positions, C / groups * k * k)."""
         return self._rows(F.unfold(x, self.kernel, padding=self.kernel // 2, stride=self.stride))
 
     def of_output(self, error: Tensor) -> Tensor:
-        """The targets as rows (groups, N * positions, C / groups); they are summed per position too."""
+        """Return targets (N, C, H, W) as rows (groups, N * positions, C / groups), and sum them up per position."""
         self.samples += error.shape[0]
         self.position_sum = self.position_sum + error.double().sum(0)
         return self._rows(error.flatten(2))
 
     def _rows(self, values: Tensor) -> Tensor:
-        """(N, G * d, positions) -> (G, N * positions, d)."""
+        """Reshape (N, G * d, positions) to (G, N * positions, d)."""
         n, _, positions = values.shape
         return values.reshape(n, self.groups, -1, positions).permute(1, 0, 3, 2).reshape(self.groups, n * positions, -1)
 
     def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (C_out, C_in / groups, k, k) and bias (C_out,) of the layer, float32."""
+        """Return the layer's weight (C_out, C_in / groups, k, k) and bias (C_out,), float32."""
         kernel = weight.transpose(1, 2).reshape(-1, self.channels // self.groups, self.kernel, self.kernel)
         return kernel.float(), bias.reshape(-1).float()
 
     def positional_r2(self, regression: Regression, weight: Tensor, power: float) -> float:
-        """As the public ResNet code measures it: about the mean of each channel and position."""
+        """Return R^2 about the mean of each channel and position, as in the public ResNet code.
+
+        Args:
+            regression: the sums over all batches.
+            weight: its coefficients, (groups, d, o).
+            power: sum of the squared targets.
+        """
         total = power - float((self.position_sum.square() / self.samples).sum())
         return 1 - regression.residual(weight) / total if total > 0 else -math.inf

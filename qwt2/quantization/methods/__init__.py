@@ -1,4 +1,4 @@
-"""PTQ methods, one file each: how quantizers are laid out, and what happens after calibration."""
+"""PTQ methods, one file each: their grids, and how they are fitted."""
 
 from qwt2.registry import Registry
 

@@ -1,4 +1,4 @@
-"""Plain reference: every range by the minmax observer."""
+"""A simple baseline: the minmax observer chooses every range."""
 
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.recipe import PTQMethod, Recipe
@@ -6,6 +6,6 @@ from qwt2.quantization.recipe import PTQMethod, Recipe
 
 @PTQ_METHODS.register("minmax")
 class MinMax(PTQMethod):
-    """Ranges from the smallest to the largest value."""
+    """PTQ with ranges from the smallest to the largest value."""
 
     recipe = Recipe(observer="minmax")

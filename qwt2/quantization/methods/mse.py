@@ -1,4 +1,4 @@
-"""Plain reference: every range by the mse observer."""
+"""A simple baseline: the mse observer chooses every range."""
 
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.recipe import PTQMethod, Recipe
@@ -6,6 +6,6 @@ from qwt2.quantization.recipe import PTQMethod, Recipe
 
 @PTQ_METHODS.register("mse")
 class MSE(PTQMethod):
-    """Ranges of least squared error."""
+    """PTQ with ranges of least mean squared error."""
 
     recipe = Recipe(observer="mse")

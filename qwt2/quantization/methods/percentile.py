@@ -6,14 +6,14 @@ from qwt2.quantization.recipe import PAPER, PTQMethod, Recipe
 
 @PTQ_METHODS.register("percentile")
 class Percentile(PTQMethod):
-    """Percentile ranges on grids that integer engines have."""
+    """PTQ with percentile ranges, on grids that integer engines support."""
 
     recipe = Recipe(observer="percentile")
 
 
 @PTQ_METHODS.register("percentile_published")
 class PublishedPercentile(PTQMethod):
-    """The public code's ResNets: "W4A4" is W4/A8 there, with BatchNorm left in float; simulation only."""
+    """PTQ of ResNets as in the public code, where "W4A4" is W4A8 with BatchNorm in float; simulation only."""
 
     recipe = Recipe(
         observer="percentile",

@@ -1,9 +1,8 @@
 """RepQ-ViT (arXiv 2212.08254): scale re-parameterisation for post-LayerNorm activations.
 
-LayerNorm outputs are calibrated with one scale and zero point per channel, which no integer kernel
-can run. The channel-wise part then moves into the LayerNorm's affine parameters and the following
-Linear's weight and bias (equations 6-9), which leaves one scale and one zero point per tensor and
-does not change the float function.
+LayerNorm outputs are calibrated with one scale and zero point per channel, which no integer kernel can run. The
+channel-wise part then moves into the LayerNorm's affine parameters and the following Linear's weight and bias
+(equations 6-9). This leaves one scale and one zero point per tensor, and does not change the float function.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from qwt2.quantization.walk import Walk
 
 @PTQ_METHODS.register("repq")
 class RepQ(PTQMethod):
-    """RepQ-ViT on grids that integer engines have."""
+    """RepQ-ViT on grids that integer engines support."""
 
     recipe = Recipe(observer="percentile")
 
     def fit(self, walk: Walk, recipe: Recipe) -> None:
-        """Choose the ranges, those behind a LayerNorm per channel, and re-parameterise."""
+        """Choose the ranges, per channel after a LayerNorm, and re-parameterise."""
 
         def modules(names: list[str]) -> list[QuantizedLinear]:
             return [walk.model.get_submodule(name) for name in names]
@@ -45,13 +44,13 @@ def reparameterize(norm: nn.LayerNorm, linears: list[QuantizedLinear], recipe: R
     """Move the channel-wise scales of a LayerNorm's output into the norm and the Linears, in place.
 
     With r = scale / mean(scale) and b = min / r - target_min per channel: norm.weight /= r,
-    norm.bias = norm.bias / r - b, Linear.weight *= r per column, Linear.bias += weight @ b. The
-    function is preserved for any target zero point, so rounding it (which integer engines need)
-    costs nothing.
+    norm.bias = norm.bias / r - b, Linear.weight *= r per column, Linear.bias += weight @ b. The float function is the
+    same for any target zero point, so rounding the zero point (which integer engines need) costs nothing.
 
     Args:
         norm: the LayerNorm, affine or not.
         linears: every Linear that reads its output, calibrated with per-channel input quantizers.
+        recipe: the grids; tells whether to round the zero point.
     """
     first: Any = linears[0].input_quantizer
     scale, zero_point = first.scale, first.zero_point
