@@ -81,7 +81,7 @@ def _quantize_again(addition: ir.Node, position: int, dequantize: ir.Node) -> No
 
 
 def _is_convolution(value: ir.Value | None) -> bool:
-    """Whether a tensor is a convolution's output, perhaps activated or clipped, that only one node reads."""
+    """Return whether a tensor is a convolution's output, perhaps activated or clipped, that only one node reads."""
     node = None if value is None or len(value.uses()) > 1 else value.producer()
     if node is None:
         return False
@@ -89,7 +89,7 @@ def _is_convolution(value: ir.Value | None) -> bool:
 
 
 def _is_behind_convolution(dequantize: ir.Node) -> bool:
-    """Whether the quantizer that ends with ``dequantize`` reads a convolution's output (:func:`_is_convolution`)."""
+    """Return whether the quantizer that ends with ``dequantize`` reads a convolution's output."""
     codes = dequantize.inputs[0]
     quantize = None if codes is None else codes.producer()
     return quantize is not None and _is_convolution(quantize.inputs[0])

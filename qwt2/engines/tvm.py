@@ -154,7 +154,7 @@ def _calls(function: relax.Function) -> Counter:
 
 
 def _has_integer_product(function: PrimFunc) -> bool:
-    """Whether a loop nest has a product in int32.
+    """Return whether a loop nest has a product in int32.
 
     The scaling is fused behind the product, so the product's sums are in an intermediate buffer.
     """

@@ -371,8 +371,8 @@ def _unique(names: Iterable[str]) -> list[str]:
 def fit_record(fit: Any) -> dict[str, Any]:
     """Return the effect of a compensation on a module as a record for JSON.
 
-    JSON has no infinity and no NaN: an exact output gets :data:`EXACT_DB`, an unknown value ``None``. Alpha and beta are
-    summarized by their quantiles over channels (:data:`QUANTILES`), mean, deviation and root mean square.
+    JSON has no infinity and no NaN: an exact output gets :data:`EXACT_DB`, an unknown value ``None``. Alpha and beta
+    are summarized by their quantiles over channels (:data:`QUANTILES`), mean, deviation and root mean square.
 
     Args:
         fit: a :class:`qwt2.compensation.report.ModuleReport`.

@@ -129,7 +129,7 @@ def merge_reshapes(graph: ir.Graph) -> None:
 
 
 def _is_absolute(reshape: ir.Node) -> bool:
-    """Whether a Reshape's shape has no 0. In ONNX, 0 copies the size from the Reshape's input."""
+    """Return whether a Reshape's shape has no 0. In ONNX, 0 copies the size from the Reshape's input."""
     joined = maker(reshape.inputs[1], "Concat")
     stored = map(constant, reshape.inputs[1:] if joined is None else joined.inputs)
     return all(values.all() for values in stored if values is not None)

@@ -124,7 +124,7 @@ def _projection(gemm: ir.Node) -> _Projection | None:
 
 
 def _has_own_constants(dequantize: ir.Node | None) -> TypeGuard[ir.Node]:
-    """Whether a node dequantizes stored tensors that no other node reads."""
+    """Return whether a node dequantizes stored tensors that no other node reads."""
     if dequantize is None or not all(value.is_initializer() for value in dequantize.inputs):
         return False
     return all(len(value.uses()) == 1 for value in (*dequantize.inputs, *dequantize.outputs))

@@ -68,7 +68,7 @@ def fuse_additions(graph: ir.Graph) -> None:
 
 
 def _is_rounded_once(operand: ir.Value) -> bool:
-    """Whether a value is an operand of a sum that, perhaps after activations, only equal quantizers read."""
+    """Return whether a value is an operand of a sum that, perhaps after activations, only equal quantizers read."""
     node = only_reader(operand)
     if node is None or node.op_type != "Add":
         return False

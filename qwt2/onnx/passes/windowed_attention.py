@@ -126,7 +126,7 @@ def _quantize_before(dequantize: ir.Node, chain: list[ir.Node], moves: list[ir.N
 
 
 def _moves_far(node: ir.Node) -> bool:
-    """Whether a node is a Concat, or a Transpose that keeps long runs of values together."""
+    """Return whether a node is a Concat, or a Transpose that keeps long runs of values together."""
     if node.op_type != "Transpose":
         return node.op_type == "Concat"
     order, shape, run = node.attributes.get_ints("perm"), sizes(node.inputs[0]), 1
