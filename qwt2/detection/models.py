@@ -161,7 +161,8 @@ def window_reverse(size: int, windows: Tensor, height: int, width: int) -> Tenso
     Args:
         size: height and width of a window.
         windows: the windows, image by image in row-major order.
-        height, width: size of the maps.
+        height: height of the maps.
+        width: width of the maps.
     """
     x = windows.view(-1, height // size, width // size, size, size, windows.shape[-1])
     return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
