@@ -1,4 +1,5 @@
-"""Classifiers, the counterpart of `qwt2.detection`.
+"""Classifiers, the counterpart of :mod:`qwt2.detection`.
 
-In come a model's configuration and a dataset; out comes the float classifier, with weights loaded or trained.
+This package builds the float classifier that a configuration describes, and loads its weights or trains them on a
+dataset.
 """

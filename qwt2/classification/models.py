@@ -1,4 +1,4 @@
-"""Classification models: timm architectures by name, with weights from training, from timm or from a file."""
+"""Classification models: timm architectures by name, or custom models, with weights from timm or from a file."""
 
 import difflib
 import importlib
@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 
 
 def build_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
-    """Build the model that `cfg` describes, in evaluation mode, its random weights drawn with `seed`.
+    """Build the model that ``cfg`` describes.
 
-    A model of one's own has the keys `factory` ("package.module:function"), `kwargs` (the function's arguments) and
-    `checkpoint` (a file, see `load_weights`, or None). A model of timm's is built by :func:`build_timm_model`.
+    Args:
+        cfg: for a custom model, ``factory`` ("package.module:function"), ``kwargs`` (the function's arguments) and
+            ``checkpoint`` (a file for :func:`load_weights`, or ``None``); else the keys of :func:`build_timm_model`.
+        seed: seed of the random weights.
 
-    Raises `Qwt2Error` for a function that cannot be found or refuses its arguments, and for weights that do not fit.
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        Qwt2Error: the function cannot be found or refuses its arguments, or the weights do not fit.
     """
     import torch
 
@@ -40,16 +46,20 @@ def build_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
 
 
 def call_factory(spec: str, **arguments: Any) -> "nn.Module":
-    """The model that a function returns, named as ``package.module:function``.
+    """Call a function and return the model that it builds.
+
+    Args:
+        spec: the function's name, as ``package.module:function``.
+        **arguments: the function's arguments.
 
     Raises:
-        Qwt2Error: the module cannot be imported or has no such function, the function refuses the arguments or returns
-            something else than an ``nn.Module``.
+        Qwt2Error: the module cannot be imported or does not have the function, or the function refuses the arguments or
+            does not return an ``nn.Module``.
     """
     from torch import nn
 
     module_name, _, name = spec.partition(":")
-    sys.path.insert(0, "")  # as `python -m` has it, whatever started this
+    sys.path.insert(0, "")  # search the working directory, as ``python -m`` does
     try:
         factory = getattr(importlib.import_module(module_name), name)
     except (ImportError, ValueError) as error:
@@ -69,13 +79,20 @@ def call_factory(spec: str, **arguments: Any) -> "nn.Module":
 
 
 def build_timm_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
-    """Build the timm model that `cfg` describes, in evaluation mode, its random weights drawn with `seed`.
+    """Build the timm model that ``cfg`` describes.
 
-    Keys of `cfg`: `timm` (a registered timm name), `kwargs` (what its constructor takes besides the
-    number of classes), `num_classes`, `pretrained` (load timm's weights of that name; needs them in timm's
-    cache or a network) and `checkpoint` (a file, see `load_weights`; at most one of the two).
+    Args:
+        cfg: ``timm`` (a registered timm name), ``kwargs`` (other arguments of its constructor), ``num_classes``,
+            ``pretrained`` (whether to load timm's weights of that name, from timm's cache or the network) and
+            ``checkpoint`` (a file for :func:`load_weights`, or ``None``). ``pretrained`` and ``checkpoint`` exclude
+            each other.
+        seed: seed of the random weights.
 
-    Raises `Qwt2Error` for an unknown name, a refused argument, or weights that do not fit.
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        Qwt2Error: timm is missing, does not know the name, or refuses an argument; or the weights do not fit.
     """
     import torch
 
@@ -111,13 +128,17 @@ def build_timm_model(cfg: Mapping[str, Any], seed: int = 0) -> "nn.Module":
 
 
 def load_weights(model: "nn.Module", path: str | os.PathLike) -> None:
-    """Load a file's weights into `model`, in place; every name and shape must fit.
+    """Load a file's weights into ``model``, in place. Every name and shape must fit.
 
-    `path` is a safetensors file, or a torch file holding a state dict, bare or under `state_dict` or
-    `model`; it is read with `weights_only=True`, so nothing in it is executed. timm's own filters then
-    convert published checkpoints (e.g. Microsoft's Swin, Facebook's DeiT) to timm's names.
+    timm's own filters convert published checkpoints (such as Microsoft's Swin and Facebook's DeiT) to timm's names.
 
-    Raises `Qwt2Error` naming the file and what does not fit.
+    Args:
+        model: the model.
+        path: a safetensors file, or a torch file with a state dict, bare or under ``state_dict`` or ``model``. A torch
+            file is read with ``weights_only=True``, so that no code in it is executed.
+
+    Raises:
+        Qwt2Error: the file cannot be read or does not fit; the message names the file and what does not fit.
     """
     state = read_state(Path(path))
     if convert := _published_names_filter(model):
@@ -127,7 +148,16 @@ def load_weights(model: "nn.Module", path: str | os.PathLike) -> None:
 
 
 def fit_weights(model: "nn.Module", state: Mapping[str, "torch.Tensor"], path: str | os.PathLike) -> None:
-    """Load a state dict into `model`, in place; `Qwt2Error` naming the file `path` unless every name and shape fits."""
+    """Load a state dict into ``model``, in place.
+
+    Args:
+        model: the model.
+        state: names -> tensors.
+        path: the file of the state dict, for messages.
+
+    Raises:
+        Qwt2Error: a name or shape does not fit.
+    """
     import torch
 
     own = model.state_dict()
@@ -146,7 +176,10 @@ def fit_weights(model: "nn.Module", state: Mapping[str, "torch.Tensor"], path: s
 
 
 def _check_pretrained(cfg: Mapping[str, Any]) -> None:
-    """Refuse what timm would answer with a random classifier in place of the trained one."""
+    """Raise if timm has no pretrained weights of this name and number of classes.
+
+    timm itself would replace the trained classifier by a random one for another number of classes.
+    """
     import timm
 
     try:
@@ -162,12 +195,16 @@ def _check_pretrained(cfg: Mapping[str, Any]) -> None:
         )
 
 
-# What torch.compile and data parallel training put in front of names.
+# Prefixes that torch.compile and data-parallel training add to names.
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 def read_state(path: Path) -> dict[str, "torch.Tensor"]:
-    """The state dict in a weight file (see `load_weights`)."""
+    """Read the state dict of a weight file; see :func:`load_weights` for the formats.
+
+    Raises:
+        Qwt2Error: the file is missing, cannot be read, or does not hold a state dict.
+    """
     content = load_tensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
     return {_PREFIXES.sub("", name): value for name, value in content.items()}
 
@@ -194,7 +231,7 @@ def _read_torch_file(path: Path) -> Mapping[str, "torch.Tensor"]:
 
 
 def _published_names_filter(model: "nn.Module") -> Any:
-    """timm's `checkpoint_filter_fn` of the model's own file, where it has one."""
+    """Return timm's ``checkpoint_filter_fn`` of the model's module, or ``None``."""
     import sys
 
     return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

@@ -16,13 +16,21 @@ from qwt2.extras import extra
 
 
 def train(model: nn.Module, dataset: Dataset, cfg: Mapping[str, Any], progress: bool = True) -> nn.Module:
-    """Train `model` from scratch, in place, on the training split and return it in evaluation mode.
+    """Train ``model`` from scratch, in place, on the training split.
 
-    Linear layers and position embeddings are drawn anew (`initialize`). AdamW with linear warm-up and cosine decay.
-    Keys of `cfg`: `steps`, `batch_size`, `learning_rate`, `weight_decay`, `warmup_steps`, `label_smoothing`, `autocast`
-    (bfloat16 arithmetic; weights stay float32) and `seed` (of those weights, of the images' order, of everything random
-    inside the model). With the same number of threads the result is the same on every run. `progress` shows a bar on a
-    terminal.
+    Linear layers and position embeddings are initialized first (:func:`initialize`). The optimizer is AdamW with linear
+    warm-up and cosine decay. With the same number of threads, every run gives the same weights.
+
+    Args:
+        model: the model.
+        dataset: the dataset.
+        cfg: ``steps``, ``batch_size``, ``learning_rate``, ``weight_decay``, ``warmup_steps``, ``label_smoothing``,
+            ``autocast`` (bfloat16 arithmetic; weights stay float32) and ``seed``. The seed determines the initial
+            weights, the order of the images and everything random inside the model.
+        progress: whether to show a progress bar on a terminal.
+
+    Returns:
+        ``model``, in evaluation mode.
     """
     with extra("timm"):
         from timm.optim import param_groups_weight_decay
@@ -55,26 +63,26 @@ def train(model: nn.Module, dataset: Dataset, cfg: Mapping[str, Any], progress: 
 def predict(
     model: nn.Module, dataset: Dataset, split: str = "val", batch_size: int = 100, progress: bool = False
 ) -> np.ndarray:
-    """Logits (N, classes) float32 of a whole split, in the dataset's order."""
+    """Return the logits (N, classes), float32, of a whole split in the dataset's order."""
     total = math.ceil(dataset.size(split) / batch_size)
     bar = tqdm(dataset.batches(split, batch_size), "predict", total, unit="batch", disable=None if progress else True)
     return torch.cat([model(images).float() for images, _ in bar]).numpy()
 
 
 def warmup_cosine(step: int, warmup_steps: int, steps: int) -> float:
-    """Factor on the learning rate: linear from 1/warmup_steps to 1, then half a cosine down to 0."""
+    """Return the factor of the learning rate: linear from 1/warmup_steps to 1, then half a cosine down to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Draw weights that let a *narrow* transformer learn from its first steps; in place.
+    """Initialize weights, in place, so that a *narrow* transformer learns from its first steps.
 
     timm draws every linear layer and position embedding with a standard deviation of 0.02, tuned for widths
-    of 192 and up. At widths of 48 to 96 signals vanish and positions do not count beside contents: training
-    then stays at chance for hundreds of steps. Xavier weights and position embeddings of the contents'
-    own size remove that plateau. Convolutions keep timm's values.
+    of 192 and up. At widths of 48 to 96, signals vanish and position embeddings are negligible beside patch
+    embeddings, so that training stays at chance for hundreds of steps. Xavier weights, and position embeddings
+    as large as patch embeddings, remove that plateau. Convolutions keep timm's values.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,7 +95,7 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 @contextmanager
 def unfused_attention(model: nn.Module) -> Iterator[None]:
-    """Compute timm's attention as plain matrix products: on a CPU, training small models is twice as fast."""
+    """Compute timm's attention as plain matrix products, which trains small models twice as fast on a CPU."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
@@ -99,7 +107,7 @@ def unfused_attention(model: nn.Module) -> Iterator[None]:
 
 
 def _endless_batches(dataset: Dataset, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of one epoch after another, each in another order, without the smaller last batch."""
+    """Yield the batches of one epoch after another, each in another order, without the smaller last batch."""
     batch_size = min(batch_size, dataset.size("train"))
     for epoch in count():
         for images, labels in dataset.batches("train", batch_size, shuffle=[seed, epoch]):

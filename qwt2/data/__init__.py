@@ -1,10 +1,10 @@
-"""Datasets, one file each, registered under the name that configurations use.
+"""Datasets, one module each, registered under the names that configurations use.
 
-What is registered is a dataclass whose fields are the keys of the dataset's configuration. It has:
+A dataset is registered as a dataclass whose fields are the keys of the dataset's configuration. It has:
 
-* ``TASK``: name of the task whose models take it;
-* ``write(cfg, folder)``: check the data that `cfg` describes and store in `folder` what later steps need of it;
-* ``open(cfg, folder, model)``: the stored dataset; `model` is the model's configuration.
+* ``TASK``: name of the task whose models take the dataset;
+* ``write(cfg, folder)``: checks the data that ``cfg`` describes, and stores in ``folder`` what later steps need;
+* ``open(cfg, folder, model)``: returns the stored dataset; ``model`` is the model's configuration.
 """
 
 from __future__ import annotations
@@ -22,20 +22,32 @@ DATASETS: Registry[Any] = Registry("dataset", __name__, "qwt2.datasets")
 
 
 def write_dataset(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Prepare the dataset that `cfg` describes and store what later steps need of it in `folder`."""
+    """Prepare the dataset that ``cfg`` describes, and store in ``folder`` what later steps need.
+
+    Args:
+        cfg: the dataset's configuration.
+        folder: the output folder.
+
+    Raises:
+        Qwt2Error: no dataset of this name is registered, or the data or settings cannot be used.
+    """
     DATASETS.get(cfg["name"]).write(cfg, folder)
 
 
 def open_dataset(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None = None) -> Any:
-    """Open a dataset that `write_dataset` stored in `folder`.
+    """Open a dataset that :func:`write_dataset` stored in ``folder``.
 
     Args:
         cfg: the dataset's configuration.
-        folder: where it was stored.
-        model: the model's configuration. `imagefolder` needs it, because every model has its own input transform; the
+        folder: the folder of the stored dataset.
+        model: the model's configuration. ``imagefolder`` needs it, because every model has its own input transform. The
             digits are stored as their models expect them.
 
     Returns:
-        A `Dataset` of images with classes, or :class:`qwt2.data.coco.Scenes` for detectors.
+        A :class:`Dataset` of images with classes, or :class:`qwt2.data.coco.Scenes` for detectors.
+
+    Raises:
+        Qwt2Error: no dataset of this name is registered, the stored files cannot be read, or ``imagefolder`` got no
+            ``model``.
     """
     return DATASETS.get(cfg["name"]).open(cfg, folder, model)

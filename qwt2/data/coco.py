@@ -1,12 +1,12 @@
 """Detection data in COCO's format: a folder in COCO's own layout, or the embedded scenes.
 
-The layout is ``<path>/annotations/instances_train2017.json``, ``<path>/train2017/<images>`` and the same for
-``val2017``. Images stay where they are. Preparing checks everything that later steps read and stores in the output
-folder ``train.json`` and ``val.json``, the annotations of the images that were chosen, and ``dataset.json``: ``name``,
+The layout is ``<path>/annotations/instances_train2017.json`` and ``<path>/train2017/<images>``, and the same for
+``val2017``. Images stay where they are. Preparing the data checks everything that later steps read. The output folder
+then holds ``train.json`` and ``val.json``, the annotations of the chosen images, and ``dataset.json`` with ``name``,
 ``classes`` and the folders of the ``images``.
 
-As in mmdet, a box that lies outside its image or has no area is left out by who reads the annotations, and an image
-without objects is a validation image but not a training image.
+As in mmdet, readers of the annotations skip boxes that lie outside their image or have no area, and images without
+objects are used for validation but not for training.
 """
 
 import json
@@ -33,10 +33,10 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Scenes:
-    """Where a prepared detection dataset lies.
+    """The files of a prepared detection dataset.
 
     Attributes:
-        classes: names, in the order of the models' outputs.
+        classes: names of the classes, in the order of the models' outputs.
         annotations: split -> COCO annotation file.
         images: split -> folder of the images.
     """
@@ -49,7 +49,15 @@ class Scenes:
 @DATASETS.register("coco")
 @dataclass
 class Coco:
-    """Keys of its configuration: `path`, and how many images of each split to draw by `seed`; null takes all."""
+    """The dataset and the keys of its configuration.
+
+    Attributes:
+        name: "coco".
+        path: folder in COCO's layout.
+        num_classes: number of categories in the annotations.
+        train_images, val_images: number of images to draw from each split; ``None`` takes all.
+        seed: seed of the draw.
+    """
 
     TASK: ClassVar[str] = "detection"
     name: str
@@ -66,12 +74,12 @@ class Coco:
 
     @staticmethod
     def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Scenes:
-        """The annotations that were stored, with the images where they are."""
+        """Return the stored annotations and the folders of the images."""
         return stored_scenes(folder, _root(cfg))
 
 
 def stored_scenes(folder: str | os.PathLike, root: Path) -> Scenes:
-    """The dataset that was stored in `folder`, with its images below `root`."""
+    """Return the dataset that was stored in ``folder``, with its images below ``root``."""
     folder = Path(folder)
     description = read_json(folder / "dataset.json")
     return Scenes(
@@ -82,11 +90,14 @@ def stored_scenes(folder: str | os.PathLike, root: Path) -> Scenes:
 
 
 def write_coco(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Check COCO's files below `cfg["path"]` and store the chosen annotations in `folder`.
+    """Check COCO's files below ``cfg["path"]`` and store the chosen annotations in ``folder``.
 
-    Keys of `cfg`: `path`, `num_classes`, `train_images` and `val_images` (how many to draw by `seed`; null takes all).
+    Args:
+        cfg: ``path``, ``num_classes``, ``train_images``, ``val_images`` and ``seed``; see :class:`Coco`.
+        folder: the output folder.
 
-    Raises `Qwt2Error` naming the file, and in it the image, annotation or category that cannot be used.
+    Raises:
+        Qwt2Error: a file cannot be used; the message names it and the image, annotation or category.
     """
     root, folder = _root(cfg), Path(folder)
     names = {split: f"{split}2017" for split in SPLITS}
@@ -109,10 +120,11 @@ def write_coco(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """A COCO annotation file whose parts fit each other.
+    """Read a COCO annotation file and check that its parts fit each other.
 
-    Raises `Qwt2Error` for a file that is missing, not JSON or not COCO's, and for an annotation of an image or category
-    that the file does not define.
+    Raises:
+        Qwt2Error: the file is missing, is not JSON or not in COCO's format, or has an annotation with an unknown image,
+            an unknown category or an invalid box.
     """
     content = read_json(path)
     for part, keys in _FIELDS.items():

@@ -1,4 +1,4 @@
-"""What every stage may ask of a dataset, whatever it is made of."""
+"""The interface of every classification dataset."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,37 +13,46 @@ if TYPE_CHECKING:
 
 
 class Dataset(ABC):
-    """Labelled images in the splits `train` and `val`, normalised as the model expects them.
+    """Labelled images in the splits ``train`` and ``val``, normalised as the model expects them.
 
-    A subclass says what the labels are and loads images by index; the order of everything below follows
-    only from its arguments. NumPy is the base, so that stages which run no torch need not import it.
+    A subclass provides the labels and loads images by index. The order of images depends only on the arguments of the
+    methods. Arrays are NumPy's, so that stages without torch do not need to import it.
+
+    Attributes:
+        classes: names of the classes, in the order of the class numbers.
     """
 
     classes: list[str]
 
     @abstractmethod
     def labels(self, split: str) -> np.ndarray:
-        """Class numbers (N,) int64 of a split."""
+        """Return the class numbers (N,), int64, of a split."""
 
     @abstractmethod
     def images(self, split: str, indices: np.ndarray) -> np.ndarray:
-        """The images (len(indices), 3, H, W) of a split, normalised float32."""
+        """Return the images (len(indices), 3, H, W) of a split, normalised float32."""
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """The number of classes."""
         return len(self.classes)
 
     def size(self, split: str) -> int:
-        """Number of images of a split."""
+        """Return the number of images of a split."""
         return len(self.labels(split))
 
     def array_batches(
         self, split: str, batch_size: int, shuffle: int | Sequence[int] | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (images, labels) of a whole split: in stored order, or in the order that the seed `shuffle` gives.
+        """Iterate over a whole split in batches. The last batch may be smaller.
 
-        The last batch may be smaller.
+        Args:
+            split: "train" or "val".
+            batch_size: images per batch.
+            shuffle: seed of a random order; without it, images come in stored order.
+
+        Yields:
+            Images (N, 3, H, W), float32, and labels (N,), int64.
         """
         labels = self.labels(split)
         order = np.arange(len(labels))
@@ -56,17 +65,26 @@ class Dataset(ABC):
     def batches(
         self, split: str, batch_size: int, shuffle: int | Sequence[int] | None = None
     ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-        """`array_batches` as torch tensors: images (N, 3, H, W) float32, labels (N,) int64."""
+        """Iterate over a whole split as :meth:`array_batches` does, and yield torch tensors."""
         import torch
 
         for images, labels in self.array_batches(split, batch_size, shuffle):
             yield torch.from_numpy(images), torch.from_numpy(labels)
 
     def calibration(self, count: int, seed: int) -> "torch.Tensor":
-        """`count` training images (count, 3, H, W) float32, drawn without replacement as `seed` says.
+        """Draw training images without replacement.
 
-        A larger count with the same seed starts with the images of the smaller one. Raises `Qwt2Error`
-        if the training split is smaller than `count`, or `count` is not positive.
+        A larger count with the same seed starts with the images of a smaller count.
+
+        Args:
+            count: number of images.
+            seed: seed of the draw.
+
+        Returns:
+            Images (count, 3, H, W), float32.
+
+        Raises:
+            Qwt2Error: ``count`` is not positive or larger than the training split.
         """
         import torch
 

@@ -2,17 +2,17 @@
 
 The only input is the file of 1,797 8x8 scans that scikit-learn ships (UCI "Optical Recognition of
 Handwritten Digits"), so nothing is downloaded. Scans are split between training and validation *before*
-images are made from them: no validation image shows a scan that a training image shows.
+images are made from them, so that no validation image shows a scan that a training image shows.
 
-Each image is one scan, enlarged, warped (rotation, scale, shear, shift, smooth displacement), drawn in a
+Each image is one scan, enlarged, warped (rotation, scale, shear, shift, smooth displacement) and drawn in a
 random bright colour over a random darker background (colour ramp, smooth texture, sensor noise).
 
-Stored in a folder:
+The dataset's folder holds:
 
 * ``train.safetensors`` and ``val.safetensors``, each with ``images`` (N, 3, H, W) uint8, ``labels`` (N,)
   int64 and ``sources`` (N,) int64, the row of the scan in scikit-learn's file;
 * ``dataset.json``: ``name``, ``classes``, ``mean`` and ``std`` (per channel, of the training images / 255),
-  and the settings the images were made with.
+  and the settings that the images were made with.
 """
 
 import gzip
@@ -34,13 +34,21 @@ from qwt2.io import load_arrays, read_json, save_arrays, write_json
 CLASSES = [str(digit) for digit in range(10)]
 VALIDATION_FRACTION = 0.2
 _ENLARGE = 4  # spline enlargement of the 8x8 scans before the (bilinear) warp
-_CHUNK = 1000  # images made at once; bounds memory at about 100 MB
+_CHUNK = 1000  # images that are made at once; limits memory to about 100 MB
 
 
 @DATASETS.register("digits")
 @dataclass
 class Digits:
-    """Keys of its configuration: how many images of each split to make, how large (pixels), by which seed."""
+    """The dataset and the keys of its configuration.
+
+    Attributes:
+        name: "digits".
+        num_classes: 10.
+        image_size: height and width of the images, in pixels.
+        train_images, val_images: number of images to make for each split.
+        seed: seed of the split and of the images.
+    """
 
     TASK: ClassVar[str] = "classification"
     name: str
@@ -57,7 +65,7 @@ class Digits:
 
     @staticmethod
     def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Dataset:
-        """The images that were stored."""
+        """Return the stored dataset."""
         return DigitsDataset(folder)
 
 
@@ -83,9 +91,14 @@ class DigitsDataset(Dataset):
 
 
 def write_digits(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Make the dataset from `cfg` (train_images, val_images, image_size, num_classes, seed) and store it.
+    """Make the dataset and store it.
 
-    Raises `Qwt2Error` if the settings ask for another number of classes, or for no images at all.
+    Args:
+        cfg: ``train_images``, ``val_images``, ``image_size``, ``num_classes`` and ``seed``; see :class:`Digits`.
+        folder: the output folder.
+
+    Raises:
+        Qwt2Error: ``num_classes`` is not 10, or a split has fewer images than classes.
     """
     if cfg["num_classes"] != len(CLASSES):
         raise Qwt2Error(f"data.num_classes is {cfg['num_classes']}, but the digits have {len(CLASSES)} classes")
@@ -111,9 +124,12 @@ def write_digits(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
 
 
 def read_scans() -> tuple[np.ndarray, np.ndarray]:
-    """Scikit-learn's digit scans (1797, 8, 8) float32 in [0, 1] and labels (1797,) int64.
+    """Read scikit-learn's digit scans from the data file of the installed package.
 
-    Reads the data file of the installed package: importing `sklearn.datasets` for it would cost seconds.
+    Importing ``sklearn.datasets`` instead would take seconds.
+
+    Returns:
+        Scans (1797, 8, 8), float32 in [0, 1], and labels (1797,), int64.
     """
     with extra("pipeline"):
         scikit_learn = importlib.metadata.distribution("scikit-learn")
@@ -124,7 +140,15 @@ def read_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_sources(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Row numbers of the scans for `train` and `val`: disjoint, the same share of every class in each."""
+    """Split scans into ``train`` and ``val`` with the same share of every class.
+
+    Args:
+        labels: labels (N,) of the scans.
+        seed: seed of the split.
+
+    Returns:
+        Split -> row numbers of its scans, int64. The splits are disjoint.
+    """
     rng = np.random.default_rng(seed)
     train, val = [], []
     for digit in range(len(CLASSES)):
@@ -136,13 +160,13 @@ def split_sources(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 
 
 def render(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw each scan (N, 8, 8) in [0, 1] as a colour image (N, 3, size, size) uint8."""
+    """Draw each scan (N, 8, 8) in [0, 1] as a colour image (N, 3, size, size), uint8."""
     parts = [scans[start : start + _CHUNK] for start in range(0, len(scans), _CHUNK)]
     return np.concatenate([_render_chunk(part, size, rng) for part in parts])
 
 
 def _balanced_draw(labels: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` of the given rows with repetition, classes as equal as `count` allows, in random order."""
+    """Draw ``count`` of the rows with repetition, in random order, with class counts that differ by at most 1."""
     digits = rng.permutation(np.arange(count) % len(CLASSES))
     chosen = np.empty(count, np.int64)
     for digit in range(len(CLASSES)):
@@ -155,7 +179,7 @@ def _render_chunk(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.
     ink = warped_ink(scans, size, rng)[:, None]
     background = background_texture(len(scans), size, rng)
     colour = ink_colour(background.mean(axis=(2, 3)), rng)[:, :, None, None]
-    # Ink is unevenly dark, as in a scan; full opacity would make the digit a flat cut-out.
+    # Opacity varies per image, as in scans; a fully opaque digit would be a flat cut-out.
     opacity = ink * rng.uniform(0.75, 1.0, (len(scans), 1, 1, 1)).astype(np.float32)
     image = background * (1 - opacity) + colour * opacity
     image += rng.normal(0, 1, image.shape).astype(np.float32) * _per_image(rng, len(scans), 0.01, 0.06)
@@ -163,12 +187,12 @@ def _render_chunk(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.
 
 
 def warped_ink(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Coverage (N, size, size) in [0, 1] of the warped digits."""
+    """Warp scans (N, 8, 8) and return the ink's coverage of every pixel (N, size, size), in [0, 1]."""
     with extra("pipeline"):
         from scipy.ndimage import map_coordinates
 
     count, margin = len(scans), 2
-    # A margin of empty cells: the warp may look beyond the scan, and must find paper there.
+    # A margin of empty cells, because the warp may read beyond the scan and must find paper there.
     padded = np.pad(scans, ((0, 0), (margin, margin), (margin, margin)))
     large = np.clip(_enlarged(padded, padded.shape[-1] * _ENLARGE, order=3), 0, 1)
 
@@ -178,7 +202,7 @@ def warped_ink(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
     points = np.einsum("nij,jyx->niyx", _inverse_affine(count, rng), canvas) - shift
     points += _smooth_field(count, 2, size, cells=4, rng=rng) * 0.025
 
-    # The scan's own 8 cells span -0.5 .. 0.5; the margin lies around them.
+    # The scan's 8 cells span -0.5 .. 0.5, and the margin lies around them.
     cells = (points + 0.5) * 8 + margin
     index = np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None], (count, size, size))
     coordinates = [index, cells[:, 0] * _ENLARGE - 0.5, cells[:, 1] * _ENLARGE - 0.5]
@@ -189,7 +213,7 @@ def warped_ink(scans: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
 
 
 def _inverse_affine(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Random maps (N, 2, 2) from canvas to scan coordinates: rotation, anisotropic scale and shear."""
+    """Draw random maps (N, 2, 2) from canvas to scan coordinates: rotation, anisotropic scale and shear."""
     angle = rng.uniform(-0.20, 0.20, count)  # radians, about 11 degrees
     scale = rng.uniform(0.80, 1.05, (count, 1)) * rng.uniform(0.93, 1.07, (count, 2))
     shear = rng.uniform(-0.15, 0.15, count)
@@ -200,7 +224,7 @@ def _inverse_affine(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def background_texture(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Backgrounds (N, 3, size, size): a base colour, a linear ramp and two octaves of smooth texture."""
+    """Draw backgrounds (N, 3, size, size): a base colour, a linear ramp and two octaves of smooth texture."""
     axis = np.linspace(-0.5, 0.5, size, dtype=np.float32)
     direction = rng.uniform(-0.2, 0.2, (count, 3, 2, 1, 1)).astype(np.float32)
     ramp = direction[:, :, 0] * axis[:, None] + direction[:, :, 1] * axis[None, :]
@@ -211,22 +235,22 @@ def background_texture(count: int, size: int, rng: np.random.Generator) -> np.nd
 
 
 def ink_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Colours (N, 3), brighter by 0.45 to 0.75 than the mean background colour (N, 3)."""
-    # Always brighter: having both polarities to learn lengthens training far more than it adds to the benchmark.
+    """Draw colours (N, 3) that are brighter by 0.45 to 0.75 than the mean background colours (N, 3)."""
+    # Always brighter: learning both polarities would lengthen training far more than it adds to the benchmark.
     colour = background + rng.uniform(0.45, 0.75, (len(background), 1))
     return np.clip(colour + rng.uniform(-0.15, 0.15, colour.shape), 0, 1).astype(np.float32)
 
 
 def _smooth_field(count: int, channels: int, size: int, cells: int, rng: np.random.Generator) -> np.ndarray:
-    """Smooth random fields (N, channels, size, size) of about unit variance, `cells` knots along an axis."""
+    """Draw smooth random fields (N, channels, size, size) of about unit variance, with ``cells`` knots per axis."""
     return _enlarged(rng.normal(0, 1, (count, channels, cells, cells)).astype(np.float32), size, order=1)
 
 
 def _enlarged(images: np.ndarray, size: int, order: int) -> np.ndarray:
-    """Square images (..., n, n) as (..., size, size) by splines of the given order.
+    """Enlarge square images (..., n, n) to (..., size, size) by splines of the given order.
 
-    Interpolation is linear and separable, so two products with the matrix that enlarges the identity do
-    what `zoom` would do to each image, many times faster.
+    Interpolation is linear and separable. Two products with the matrix that enlarges the identity therefore give the
+    same result as ``zoom`` on each image, many times faster.
     """
     with extra("pipeline"):
         from scipy.ndimage import zoom
@@ -242,9 +266,9 @@ def _per_image(rng: np.random.Generator, count: int, low: float, high: float) ->
 
 
 def _channel_moments(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of uint8 images, in units of the full range.
+    """Return mean and standard deviation per channel of uint8 images, in units of the full range.
 
-    From exact integer sums, so that they do not depend on the order of summation.
+    They come from exact integer sums, so that they do not depend on the order of summation.
     """
     pixels = images.size // 3
     sums = images.sum(axis=(0, 2, 3), dtype=np.int64)

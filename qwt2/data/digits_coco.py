@@ -1,11 +1,11 @@
 """Embedded detection data: scenes of real handwritten digits with boxes and masks, in COCO's format.
 
-Made of the same scans as :mod:`qwt2.data.digits`, split between training and validation in the same way before scenes
-are composed. A scene shows one to five digits of several sizes, warped and coloured, beside each other on a textured
-background. A digit's mask is its ink; its box is the mask's.
+The scenes are composed of the scans of :mod:`qwt2.data.digits`, with the same split between training and validation. A
+scene shows one to five digits of several sizes, warped and coloured, beside each other on a textured background. A
+digit's mask is its ink, and its box is the bounding box of the mask.
 
-Stored in a folder (:mod:`qwt2.data.coco` reads it): ``train/`` and ``val/`` with PNG images, ``train.json`` and
-``val.json`` with annotations, and ``dataset.json``.
+The dataset's folder, which :mod:`qwt2.data.coco` reads, holds ``train/`` and ``val/`` with PNG images, ``train.json``
+and ``val.json`` with annotations, and ``dataset.json``.
 """
 
 import os
@@ -26,16 +26,24 @@ from qwt2.io import atomic_path, write_json, write_text
 with extra("detection"):
     from PIL import Image
 
-SIZES = (28, 36, 44, 54)  # pixels along a digit's side
+SIZES = (28, 36, 44, 54)  # side of a digit in pixels
 MOST_DIGITS = 5
-_TRIES = 20  # places tried for a digit before it is left out
-_INKED = 0.5  # coverage from which a pixel belongs to the mask
+_TRIES = 20  # places that are tried for a digit before it is left out
+_INKED = 0.5  # smallest coverage of a pixel that belongs to the mask
 
 
 @DATASETS.register("digits_coco")
 @dataclass
 class DigitsCoco:
-    """Keys of its configuration: how many scenes of each split to compose, how large (pixels), by which seed."""
+    """The dataset and the keys of its configuration.
+
+    Attributes:
+        name: "digits_coco".
+        num_classes: 10.
+        image_size: height and width of the scenes, in pixels.
+        train_images, val_images: number of scenes to compose for each split.
+        seed: seed of the split and of the scenes.
+    """
 
     TASK: ClassVar[str] = "detection"
     name: str
@@ -52,21 +60,26 @@ class DigitsCoco:
 
     @staticmethod
     def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Scenes:
-        """The scenes that were stored."""
+        """Return the stored scenes."""
         return stored_scenes(folder, Path(folder))
 
 
 def write_digits_coco(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Compose the scenes that `cfg` (train_images, val_images, image_size, num_classes, seed) describes and store them.
+    """Compose the scenes and store them.
 
-    Raises `Qwt2Error` for another number of classes, no images, or images too small for the digits.
+    Args:
+        cfg: ``train_images``, ``val_images``, ``image_size``, ``num_classes`` and ``seed``; see :class:`DigitsCoco`.
+        folder: the output folder.
+
+    Raises:
+        Qwt2Error: ``num_classes`` is not 10, a split has no images, or the images are too small for the digits.
     """
     _check(cfg)
     folder = Path(folder)
     scans, labels = read_scans()
     sources = split_sources(labels, cfg["seed"])
     for number, split in enumerate(("train", "val")):
-        rng = np.random.default_rng([cfg["seed"], 2 + number])  # 0 and 1 made the classification images
+        rng = np.random.default_rng([cfg["seed"], 2 + number])  # qwt2.data.digits uses 0 and 1
         scenes = _compose(scans, labels, sources[split], cfg[f"{split}_images"], cfg["image_size"], rng)
         (folder / split).mkdir(parents=True, exist_ok=True)
         for index, (image, _) in enumerate(scenes):
@@ -93,11 +106,16 @@ def _check(cfg: Mapping[str, Any]) -> None:
 def _compose(
     scans, labels, rows, count: int, size: int, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, list[dict]]]:
-    """Scenes: an image (size, size, 3) uint8 and its objects, each with ``category``, ``source`` and ``mask``."""
+    """Compose scenes.
+
+    Returns:
+        For every scene, an image (size, size, 3), uint8, and its objects, each with ``category``, ``source`` and
+        ``mask``.
+    """
     digits = rng.integers(1, MOST_DIGITS + 1, count)
     chosen, sizes = rng.choice(rows, digits.sum()), rng.choice(SIZES, digits.sum())
     inks = [np.empty(0)] * digits.sum()
-    for side in SIZES:  # all of a size at once: warping one by one would take minutes
+    for side in SIZES:  # warp all digits of a size at once: one by one would take minutes
         places = np.flatnonzero(sizes == side)
         for place, ink in zip(places, warped_ink(scans[chosen[places]], side, rng)):
             inks[place] = ink
@@ -132,7 +150,7 @@ def _scene(background: np.ndarray, digits: list, rng: np.random.Generator) -> tu
 
 
 def _free_place(occupied: np.ndarray, side: int, rng: np.random.Generator) -> tuple[int, int] | None:
-    """Top and left of a square that touches no other digit's; None if none was found. The first always fits."""
+    """Return top and left of a square without occupied pixels, or ``None`` if none is found. The first always fits."""
     for _ in range(_TRIES):
         top, left = rng.integers(0, len(occupied) - side + 1, 2)
         if not occupied[top : top + side, left : left + side].any():
@@ -141,7 +159,7 @@ def _free_place(occupied: np.ndarray, side: int, rng: np.random.Generator) -> tu
 
 
 def _annotations(scenes: list[list[dict]], size: int) -> str:
-    """COCO's annotation file; masks are run lengths, compressed as pycocotools does."""
+    """Return the content of COCO's annotation file. Masks are run lengths that pycocotools compresses."""
     import json
 
     with extra("detection"):

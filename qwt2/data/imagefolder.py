@@ -1,12 +1,12 @@
 """Folders in ImageNet's layout: ``<path>/train/<class>/<image>`` and ``<path>/val/<class>/<image>``.
 
-Nothing is copied. Preparing stores ``index.json`` in the output folder:
+No image is copied. Preparing the data stores ``index.json`` in the output folder:
 
-* ``name``, ``classes`` (the class folders' names, sorted; a label is a position in this list),
+* ``name``, and ``classes``: the sorted names of the class folders; a label is a position in this list,
 * ``train`` and ``val``, each with ``files`` (relative to ``<path>/<split>``) and ``labels``,
-* ``skipped``: images left out because they cannot be decoded.
+* ``skipped``: images that are left out because they cannot be decoded.
 
-Every image of the index was decoded once when it was prepared, so labels, logits and images stay aligned
+Every image of the index was decoded once when the data was prepared, so labels, logits and images stay aligned
 through all later stages.
 """
 
@@ -35,9 +35,15 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 @DATASETS.register("imagefolder")
 @dataclass
 class ImageFolder:
-    """Keys of its configuration.
+    """The dataset and the keys of its configuration.
 
-    `path`, how many images of each split to draw by `seed`, and what to do with damaged ones.
+    Attributes:
+        name: "imagefolder".
+        path: folder in ImageNet's layout.
+        num_classes: number of class folders.
+        train_images, val_images: number of images to draw from each split; ``None`` takes all.
+        seed: seed of the draw.
+        skip_corrupt: whether to leave out images that cannot be decoded instead of raising.
     """
 
     TASK: ClassVar[str] = "classification"
@@ -56,14 +62,14 @@ class ImageFolder:
 
     @staticmethod
     def open(cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any] | None) -> Dataset:
-        """The images of the stored index, transformed as the model expects them."""
+        """Return the images of the stored index, transformed as the model expects them."""
         if model is None:
             raise Qwt2Error("imagefolder: every model has its own input transform; give open_dataset the model too")
         return ImageFolderDataset(cfg, folder, model)
 
 
 class ImageFolderDataset(Dataset):
-    """The indexed images, decoded when asked for and put through timm's own transform of the model."""
+    """The indexed images, which are decoded on access and pass through timm's transform of the model."""
 
     def __init__(self, cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any]):
         with extra("timm"):
@@ -89,13 +95,16 @@ class ImageFolderDataset(Dataset):
 
 
 def write_index(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Index the images below `cfg["path"]` and store the index in `folder`.
+    """Index the images below ``cfg["path"]`` and store the index in ``folder``.
 
-    Keys of `cfg`: `path`, `num_classes`, `train_images` and `val_images` (how many to draw, by `seed`; null
-    takes all), `skip_corrupt` (leave out what cannot be decoded instead of refusing).
+    Args:
+        cfg: ``path``, ``num_classes``, ``train_images``, ``val_images``, ``seed`` and ``skip_corrupt``; see
+            :class:`ImageFolder`.
+        folder: the output folder.
 
-    Raises `Qwt2Error` naming the folder that is missing or empty, the classes that do not agree, or the
-    image that cannot be decoded.
+    Raises:
+        Qwt2Error: a folder is missing or empty, the classes do not agree, or an image cannot be decoded; the message
+            names it.
     """
     root = _root(cfg)
     classes = _class_names(root / "train")
@@ -126,13 +135,21 @@ def write_index(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:
 
 
 def read_image(path: Path, mode: str = "RGB") -> Image.Image:
-    """Decode an image of any colour mode (CMYK, grayscale, palette, ...) as RGB or "L"; `Qwt2Error` names a bad one."""
+    """Decode an image of any colour mode (CMYK, grayscale, palette, ...).
+
+    Args:
+        path: the image file.
+        mode: "RGB", or "L" for grayscale.
+
+    Raises:
+        Qwt2Error: the file is missing or cannot be decoded.
+    """
     try:
         with Image.open(path) as image:
             return image.convert(mode)
     except FileNotFoundError as error:
         raise Qwt2Error(f"{path} does not exist any more; prepare the data again (dvc repro --force data)") from error
-    # Pillow's decoders report damage as any of these.
+    # Pillow's decoders raise any of these for a damaged file.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise Qwt2Error(
             f"{path} cannot be decoded ({error}); repair or remove it, or set data.skip_corrupt to true"
@@ -155,7 +172,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, classes: list[str]) -> list[str]:
-    """The images of all classes, relative to `folder`, sorted."""
+    """Return the images of all classes, relative to ``folder``, sorted."""
     files = []
     for name in classes:
         names = sorted(entry.name for entry in os.scandir(folder / name) if entry.name.lower().endswith(SUFFIXES))
@@ -166,7 +183,7 @@ def _files(folder: Path, classes: list[str]) -> list[str]:
 
 
 def _undecodable(folder: Path, files: list[str], skip: bool) -> set[str]:
-    """Decode every file; return those that fail if `skip`, else raise on the first."""
+    """Decode every file, and return the files that fail; without ``skip``, raise at the first of them."""
     corrupt = set()
     for file in tqdm(files, f"check {folder.name}", unit="image", disable=None):
         try:

@@ -1,18 +1,24 @@
-"""How images become a model's input."""
+"""Input transforms of models."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from qwt2.extras import extra
 
-# What most classifiers that are not timm's were trained with.
+# The settings that most classifiers outside timm were trained with.
 IMAGENET = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def transform_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's input settings (`resolve_data_config`) of the model that `cfg` describes, without building it.
+    """Return timm's input settings (``resolve_data_config``) of the model that ``cfg`` describes.
 
-    Those of a model of one's own (key `factory`) are ImageNet's, at its `image_size`.
+    The model is not built. A custom model (key ``factory``) has ImageNet's settings with the size ``image_size``.
+
+    Args:
+        cfg: the model's configuration.
+
+    Raises:
+        Qwt2Error: timm is missing.
     """
     if "factory" in cfg:
         return IMAGENET | {"input_size": (3, cfg["image_size"], cfg["image_size"])}

@@ -1,1 +1,1 @@
-"""Detectors: mmdet's models, configurations and scoring, quantized and run on integer engines like classifiers."""
+"""Detectors: models of mmdet with its configurations and metrics, quantized and run on engines like classifiers."""

@@ -1,4 +1,4 @@
-"""Detectors by an mmdet configuration and overrides, with weights from training or from a file."""
+"""Detectors built from an mmdet configuration and overrides, with random weights or weights from a file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from qwt2.extras import extra
 
 
 def detector_config(cfg: Mapping[str, Any]) -> Any:
-    """mmdet's configuration (`mmengine.Config`) of the detector that `cfg` describes.
+    """Return mmdet's configuration (``mmengine.Config``) of the detector that ``cfg`` describes.
 
-    Keys of `cfg`: `mmdet`, a file of mmdet's own `configs` folder or of one's own; `options`, nested keys that replace
-    some of it (a dictionary with `_delete_: true` replaces instead of merging; keys may be dotted, lists take numbers).
+    Args:
+        cfg: ``mmdet`` is a file in mmdet's ``configs`` folder, or any other file. ``options`` are nested keys that
+            override that file. Keys may be dotted, and numbers are indices of lists. A dictionary with
+            ``_delete_: true`` replaces the file's dictionary instead of merging with it.
 
-    Raises `Qwt2Error` for a file that does not exist and for options that do not fit it.
+    Raises:
+        Qwt2Error: the file does not exist, the options do not fit it, or mmdet is missing.
     """
     ensure_operators()
     with extra("detection"):
@@ -46,11 +49,17 @@ def detector_config(cfg: Mapping[str, Any]) -> Any:
 
 
 def build_detector(cfg: Mapping[str, Any], seed: int = 0) -> nn.Module:
-    """The mmdet detector that `cfg` describes (see `detector_config`), in evaluation mode; weights drawn with `seed`.
+    """Build the mmdet detector that ``cfg`` describes. Backbone weights are never downloaded.
 
-    `checkpoint` is a weight file (see `load_detector`) or None. Backbones are not fetched from anywhere.
+    Args:
+        cfg: the keys of :func:`detector_config`, and ``checkpoint``, a weight file (:func:`load_detector`) or ``None``.
+        seed: seed of the random weights.
 
-    Raises `Qwt2Error` for arguments that mmdet refuses, and for weights that do not fit.
+    Returns:
+        The detector, in evaluation mode.
+
+    Raises:
+        Qwt2Error: the configuration is not usable, mmdet refuses its arguments, or the weights do not fit.
     """
     config = detector_config(cfg)
     from mmdet.registry import MODELS
@@ -72,12 +81,15 @@ def build_detector(cfg: Mapping[str, Any], seed: int = 0) -> nn.Module:
 
 
 def load_detector(detector: nn.Module, path: str | os.PathLike) -> None:
-    """Load weights into `detector`, in place; every name and shape must fit.
+    """Load weights into ``detector``, in place. Every name and shape must fit.
 
-    `path` is a safetensors file or a torch file that only holds tensors, in mmdet's names or in those of
-    Swin-Transformer-Object-Detection, which are converted (:func:`convert_swin`).
+    Args:
+        detector: the mmdet detector.
+        path: a safetensors file, or a torch file that holds only tensors. Names are mmdet's, or those of
+            Swin-Transformer-Object-Detection, which are converted (:func:`convert_swin`).
 
-    Raises `Qwt2Error` naming the file and what does not fit.
+    Raises:
+        Qwt2Error: the file cannot be read or does not fit; the message names the file and what does not fit.
     """
     from qwt2.classification.models import fit_weights, read_state
 
@@ -88,10 +100,16 @@ def load_detector(detector: nn.Module, path: str | os.PathLike) -> None:
 
 
 def convert_swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in the names and layout of Swin-Transformer-Object-Detection, as mmdet 3's Swin wants them.
+    """Convert weights of Swin-Transformer-Object-Detection to the names and layout of Swin in mmdet 3.
 
-    Its patch merging takes the four pixels of a patch one after the other, mmdet's takes them channel by channel (as
-    `nn.Unfold` does) and the two middle ones in the other order. Attention masks are computed, not stored.
+    Patch merging there concatenates the four pixels of a patch. mmdet orders them channel by channel, as ``nn.Unfold``
+    does, with the two middle pixels swapped. Attention masks are left out, because mmdet computes them.
+
+    Args:
+        state: names -> tensors.
+
+    Returns:
+        Names -> tensors for mmdet.
     """
     result = {}
     for name, tensor in state.items():
@@ -116,20 +134,20 @@ _SWIN_NAMES = (
 
 
 def _plain(value: Any) -> Any:
-    """Without the containers of a configuration file's reader."""
+    """Convert the containers of a configuration reader to plain dictionaries and lists."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _remove_downloads(model: Any) -> None:
-    """mmdet's configurations fetch the backbone's ImageNet weights, which the detector's own replace anyway."""
+    """Disable the download of the backbone's ImageNet weights, which the detector's own weights replace anyway."""
     if (model.get("backbone") or {}).get("init_cfg"):
         model.backbone.init_cfg = None
 
 
 def _divide_windows_exactly(detector: nn.Module) -> None:
-    """mmdet's Swin divides in floating point to find the batch size, which exporters cannot follow."""
+    """Replace the window reversal of mmdet's Swin, whose floating-point batch size exporters cannot trace."""
     from mmdet.models.backbones.swin import ShiftWindowMSA
 
     for module in detector.modules():
@@ -138,14 +156,21 @@ def _divide_windows_exactly(detector: nn.Module) -> None:
 
 
 def window_reverse(size: int, windows: Tensor, height: int, width: int) -> Tensor:
-    """Windows (windows * N, size, size, C) put together again, (N, height, width, C)."""
+    """Join windows (windows * N, size, size, C) to maps (N, height, width, C).
+
+    Args:
+        size: height and width of a window.
+        windows: the windows, image by image in row-major order.
+        height: height of the maps.
+        width: width of the maps.
+    """
     x = windows.view(-1, height // size, width // size, size, size, windows.shape[-1])
     return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """mmengine logs every weight that it draws: its own logger, and no other, says nothing but errors in the block."""
+    """Let mmengine's logger report only errors inside the block; it logs every weight that it draws."""
     from mmengine.logging import MMLogger
 
     def is_error(record: logging.LogRecord) -> bool:

@@ -1,9 +1,9 @@
-"""A detector as a network that can be quantized: everything with weights, run on given regions.
+"""A detector as a network that can be quantized: all modules with weights, run on given regions.
 
-A two-stage detector chooses the regions that its heads look at from its own outputs, so the full-precision and the
-quantized network look at different ones, and their outputs do not pair up. Here the regions are inputs: those that the
-full-precision network chose (:func:`regions`). The dense part and each head are captured by themselves; between them
-stands mmdet's own extraction of a region's features, which cannot be traced.
+A two-stage detector chooses the regions for its heads from its own outputs. The full-precision and the quantized
+network therefore choose different regions, and their outputs cannot be compared. Here the regions are inputs, chosen by
+the full-precision network (:func:`regions`). The dense part and each head are captured separately. mmdet's own
+extraction of region features, which cannot be traced, stays between them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from qwt2.detection.patching import replaced_forward
 from qwt2.errors import Qwt2Error
 
 PARTS = ("backbone", "neck", "heads")
-REGIONS = "_regions"  # behind a head's name: the module that takes its regions out of the features
+REGIONS = "_regions"  # suffix of a head's name: the module that extracts the features of the head's regions
 
 
 class Detector(nn.Module):
     """Backbone, neck, dense head, and the box and mask heads of an mmdet detector on given regions.
 
     Args:
-        detector: an mmdet detector; with a RoI head of one stage (Mask R-CNN) or several (Cascade Mask R-CNN), or none.
+        detector: an mmdet detector with a RoI head of one stage (Mask R-CNN) or several stages (Cascade Mask R-CNN), or
+            without a RoI head.
     """
 
     def __init__(self, detector: nn.Module):
@@ -37,12 +38,12 @@ class Detector(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor, boxes: Tensor | None = None, mask_boxes: Tensor | None = None) -> list[Any]:
-        """The heads' raw outputs.
+        """Return the raw outputs of the dense head, then of the box heads, then of the mask heads.
 
         Args:
             images: (N, 3, H, W), normalized.
-            boxes: (N, stages, K, 4) regions for the box heads, in pixels.
-            mask_boxes: (N, L, 4) regions for the mask heads.
+            boxes: regions (N, stages, K, 4) for the box heads, in pixels.
+            mask_boxes: regions (N, L, 4) for the mask heads, in pixels.
         """
         features = self.detector.extract_feat(images)
         outputs = [self.dense_head(features, images)]
@@ -57,7 +58,14 @@ class Detector(nn.Module):
         return outputs
 
     def capture_parts(self, example: dict[str, Tensor]) -> GraphModel:
-        """One graph of the parts, joined by :class:`RegionFeatures`; see :func:`qwt2.capture.export.capture`."""
+        """Capture the parts (:func:`qwt2.capture.export.capture`), and join them by :class:`RegionFeatures`.
+
+        Args:
+            example: example inputs by name, from :func:`regions`.
+
+        Returns:
+            One graph of all parts.
+        """
         images = example["images"]
         extraction = self._extraction(example)
         with torch.no_grad(), evaluation_mode(self):
@@ -73,7 +81,7 @@ class Detector(nn.Module):
         return join.finish(found, tree_flatten(outputs)[1])
 
     def _extraction(self, example: dict[str, Tensor]) -> dict[str, tuple[RegionFeatures, Tensor]]:
-        """For every head its features' module, and the regions that it gets."""
+        """Return, for every head, the module that extracts its features, and its regions."""
         found = {}
         for key, heads, kind in (
             ("boxes", box_heads, "bbox_roi_extractor"),
@@ -87,7 +95,7 @@ class Detector(nn.Module):
         return found
 
     def dense_head(self, features: tuple[Tensor, ...], images: Tensor) -> Any:
-        """What is computed at every position, or by a transformer for the whole image."""
+        """Return the outputs of the dense head at every position, or of a transformer for the whole image."""
         if hasattr(self.detector, "forward_transformer"):
             return self.detector.bbox_head(**self.detector.forward_transformer(features, _whole_images(images)))
         head = getattr(self.detector, "rpn_head", None) or self.detector.bbox_head
@@ -102,13 +110,13 @@ class DensePart(nn.Module):
         self.detector, self.dense_head = network.detector, network.dense_head
 
     def forward(self, images: Tensor) -> list[Any]:
-        """Features of all levels, then what the dense head gives, for images (N, 3, H, W)."""
+        """Return the features of all levels, then the outputs of the dense head, for images (N, 3, H, W)."""
         features = self.detector.extract_feat(images)
         return [*features, *tree_flatten(self.dense_head(features, images))[0]]
 
 
 class HeadPart(nn.Module):
-    """One head, its modules named as in the network: features of regions (K, C, h, w) to every output in order."""
+    """One head, with modules named as in the network: features of regions (K, C, h, w) to the head's outputs."""
 
     def __init__(self, network: Detector, name: str):
         super().__init__()
@@ -121,15 +129,16 @@ class HeadPart(nn.Module):
         holder.add_module(child, network.get_submodule(name))
 
     def forward(self, regions: Tensor) -> list[Any]:
-        """What the head gives for features of regions (R, C, h, w)."""
+        """Return the head's outputs, in order, for features of regions (K, C, h, w)."""
         return tree_flatten(self.get_submodule(self.name)(regions))[0]
 
 
 class RegionFeatures(nn.Module):
-    """Features (N * K, C, h, w) of regions (N, K, 4), or of those of one stage (N, stages, K, 4).
+    """Extracts features (N * K, C, h, w) of regions (N, K, 4), or of one stage of regions (N, stages, K, 4).
 
     Args:
         extract: mmdet's extractor.
+        stage: number of the stage; ``None`` for regions without stages.
     """
 
     def __init__(self, extract: nn.Module, stage: int | None = None):
@@ -137,14 +146,14 @@ class RegionFeatures(nn.Module):
         self.extract, self.stage = extract, stage
 
     def forward(self, boxes: Tensor, *features: Tensor) -> Tensor:
-        """Features (R, C, h, w) of boxes (N, [stages,] boxes, 4) from the levels' features."""
+        """Return features (N * K, C, h, w) of boxes (N, [stages,] K, 4) from the features of every level."""
         boxes = boxes if self.stage is None else boxes[:, self.stage]
         numbers = torch.arange(len(boxes), dtype=boxes.dtype, device=boxes.device).repeat_interleave(boxes.shape[1])
         return self.extract(features[: self.extract.num_inputs], torch.cat([numbers[:, None], boxes.flatten(0, 1)], 1))
 
 
 class _Join:
-    """Puts graphs of parts into one."""
+    """Joins the graphs of parts into one."""
 
     def __init__(self, network: Detector, example: dict[str, Tensor]):
         self.network, self.example = network, example
@@ -159,7 +168,7 @@ class _Join:
         return node
 
     def add(self, part: GraphModel, source: fx.Node) -> list[fx.Node]:
-        """The part's outputs when it reads a node."""
+        """Add a part that reads the node ``source``, and return the nodes of its outputs."""
         self.parts.append(part)
         copied: Any = self.graph.graph_copy(part.graph, {part.inputs[0]: source})
         return list(copied)
@@ -184,25 +193,27 @@ class _Join:
 
 
 def stages(module: nn.Module) -> list[nn.Module]:
-    """A cascade's modules of one kind, one a stage; of other detectors the only one."""
+    """Return a cascade's modules of one kind, one per stage; for other detectors, a list of the only one."""
     return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
 def box_heads(detector: nn.Module) -> dict[str, nn.Module]:
-    """The box heads of a two-stage detector by their names in :class:`Detector`, in the order of the stages."""
+    """Return a two-stage detector's box heads by their names in :class:`Detector`, in the order of the stages."""
     return _heads(detector, "bbox_head")
 
 
 def mask_heads(detector: nn.Module) -> dict[str, nn.Module]:
-    """The mask heads likewise."""
+    """Return a two-stage detector's mask heads by their names in :class:`Detector`, in the order of the stages."""
     return _heads(detector, "mask_head")
 
 
 def parts(detector: nn.Module, names: list[str]) -> list[str]:
-    """Names of the modules to quantize for some of :data:`PARTS`; what is neither backbone nor neck is a head.
+    """Return the names of the modules to quantize for some of :data:`PARTS`.
+
+    Every child with layers that is neither backbone nor neck counts as a head.
 
     Raises:
-        Qwt2Error: another name, or none.
+        Qwt2Error: ``names`` is empty or has a name that is not in :data:`PARTS`.
     """
     if unknown := set(names) - set(PARTS) or (not names and {""}):
         raise Qwt2Error(f"model.parts names {sorted(unknown)[0]!r}; choose some of {', '.join(PARTS)}")
@@ -215,13 +226,17 @@ def parts(detector: nn.Module, names: list[str]) -> list[str]:
 
 
 def regions(detector: nn.Module, images: Tensor, samples: list[Any], count: int, mask_count: int) -> dict[str, Tensor]:
-    """The inputs of :class:`Detector` for a batch: the regions that the full-precision detector chooses.
+    """Return the inputs of :class:`Detector` for a batch, with the regions that the full-precision detector chooses.
 
     Args:
+        detector: the full-precision mmdet detector.
         images: (N, 3, H, W), from the detector's data preprocessor.
         samples: mmdet's data samples of the images.
-        count: regions an image and box head; fewer proposals are repeated.
-        mask_count: regions an image and mask head.
+        count: regions per image and box head. If there are fewer proposals, they are repeated.
+        mask_count: regions per image and mask head.
+
+    Returns:
+        ``images``; for a two-stage detector also ``boxes`` and, with mask heads, ``mask_boxes``.
     """
     if not hasattr(detector, "roi_head"):
         return {"images": images}
@@ -233,12 +248,12 @@ def regions(detector: nn.Module, images: Tensor, samples: list[Any], count: int,
         for extractor in stages(getattr(detector.roi_head, "mask_roi_extractor", nn.ModuleList())):
             if extractor not in of_boxes:
                 stack.enter_context(replaced_forward(extractor, _stopping(chosen["mask"])))
-        with suppress(_AllChosen):  # masks themselves are not needed
+        with suppress(_AllChosen):  # the masks themselves are not needed
             detector.predict(images, samples, rescale=False)
     stage_boxes = [_by_image(rois, len(images), count) for rois in chosen["bbox"]]
     inputs = {"images": images, "boxes": torch.stack(stage_boxes, 1)}
     if mask_heads(detector):
-        # Where nothing was detected, the first proposals stand in.
+        # In images without detections, the proposals of the first stage are used instead.
         rois = chosen["mask"][0] if chosen["mask"] else chosen["bbox"][0][:0]
         inputs["mask_boxes"] = _by_image(rois, len(images), mask_count, fallback=stage_boxes[0])
     return inputs
@@ -265,7 +280,16 @@ def _stopping(seen: list[Tensor]):
 
 
 def _by_image(rois: Tensor, images: int, count: int, fallback: Tensor | None = None) -> Tensor:
-    """Regions (K, 5) with image numbers as (N, count, 4), repeated in turn where there are too few."""
+    """Group regions (K, 5), whose first column is the image number, into (N, count, 4).
+
+    Regions are repeated in turn in images that have fewer than ``count``.
+
+    Args:
+        rois: the regions.
+        images: number of images, N.
+        count: regions per image.
+        fallback: regions (N, count, 4) for images without any; zeros if it is not given.
+    """
     result = []
     for number in range(images):
         boxes = rois[rois[:, 0] == number, 1:]
@@ -284,7 +308,7 @@ def _heads(detector: nn.Module, kind: str) -> dict[str, nn.Module]:
 
 
 def _whole_images(images: Tensor) -> list[Any]:
-    """Data samples that say that no image of the batch is padded; one tells it of all, whatever their number."""
+    """Return one data sample which says that no image of the batch is padded; it applies to any batch size."""
     from mmdet.structures import DetDataSample
 
     size = tuple(images.shape[-2:])

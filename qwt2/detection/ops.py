@@ -1,7 +1,7 @@
-"""mmcv's compiled operators where it has none: NMS and RoIAlign of torchvision in their place.
+"""Replacement of mmcv's compiled operators by torchvision's NMS and RoIAlign where mmcv is not compiled.
 
-mmcv has no wheels for recent PyTorch releases, and compiling it takes minutes and a compiler. mmcv-lite is the same
-package without the operators; detectors need two of them, which torchvision has too. A compiled mmcv is used as it is.
+mmcv has no wheels for recent PyTorch releases, and compiling it takes minutes and a compiler. mmcv-lite is mmcv without
+the operators. Detectors need two of them, and torchvision has both. A compiled mmcv is used as it is.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ _EXTENSION = "mmcv._ext"
 
 
 def ensure_operators() -> str:
-    """Make ``mmcv.ops`` importable; call it before mmdet's models are imported.
+    """Make ``mmcv.ops`` importable. Call this before mmdet's models are imported.
 
     Returns:
-        "mmcv" where its own operators are compiled, else "torchvision".
+        "mmcv" if its own operators are compiled, else "torchvision".
+
+    Raises:
+        Qwt2Error: torchvision is missing; the message names the extra that installs it.
     """
     if isinstance(sys.modules.get(_EXTENSION), _Bridge):
         return "torchvision"
@@ -38,11 +41,11 @@ def ensure_operators() -> str:
 
 
 class _Bridge(ModuleType):
-    """Stands for mmcv's extension module; operators it does not have can be imported, and refuse to run."""
+    """Stands in for mmcv's extension module. Operators that it does not have can be imported but raise when called."""
 
     def __init__(self, name: str):
         super().__init__(name)
-        self.__spec__ = ModuleSpec(name, loader=None)  # who looks for the extension looks for this
+        self.__spec__ = ModuleSpec(name, loader=None)  # importlib.util.find_spec needs it
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -51,10 +54,10 @@ class _Bridge(ModuleType):
 
     @staticmethod
     def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-        """Indices of the boxes (N, 4) that are kept, by falling score."""
+        """Return the indices of the boxes (N, 4) that are kept, by decreasing score."""
         from torchvision.ops import nms
 
-        # mmcv's offset makes a box's width x2 - x1 + offset, which moving its far corner does as well.
+        # With mmcv's offset a box has the width x2 - x1 + offset. Moving its far corner has the same effect.
         return nms(boxes + boxes.new_tensor([0, 0, offset, offset]) if offset else boxes, scores, iou_threshold)
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""The parts of a detector that an integer engine runs, inside the mmdet detector that does the rest.
+"""Execution of a detector's parts on an integer engine, inside the mmdet detector that does the rest.
 
-Files hold the dense part (backbone, neck and dense head), and each box and mask head. Anchors, NMS, RoIAlign and the
-pasting of masks stay in PyTorch, so that mmdet's own code makes detections of what the engine computes.
+There is one file for the dense part (backbone, neck and dense head) and one for each box and mask head. Anchors, NMS,
+RoIAlign and the pasting of masks stay in PyTorch, where mmdet's own code turns the engine's outputs into detections.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from qwt2.detection.patching import replaced_forward
 from qwt2.errors import Qwt2Error
 
 DENSE = "dense"
-_REGIONS_AT_ONCE = 32  # engines are compiled for one number of regions; the last ones are filled up with zeros
+_REGIONS_AT_ONCE = 32  # engines are compiled for one number of regions; the last batch is padded with zeros
 
 Run = Callable[[np.ndarray], Any]
 
 
 def part_names(network: Detector) -> list[str]:
-    """The names of a network's parts, the dense one first."""
+    """Return the names of a network's parts, the dense part first."""
     return [DENSE, *box_heads(network.detector), *mask_heads(network.detector)]
 
 
 def split(model: GraphModel) -> dict[str, GraphModel]:
-    """A captured detector's parts by name, the dense one first; each takes one tensor and gives a tuple.
+    """Split a captured detector into its parts.
 
-    The dense part gives the features of every level, if there are heads, and then what the dense head gives.
+    Args:
+        model: the captured :class:`qwt2.detection.network.Detector`.
+
+    Returns:
+        Parts by name, the dense part first. Each takes one tensor and returns a tuple. The dense part returns the
+        features of every level, if there are box or mask heads, and then the outputs of the dense head.
     """
     regions = model.calls(RegionFeatures)
     sources = {name.removesuffix(REGIONS): call for name, [call] in regions.items()}
@@ -48,7 +53,7 @@ def split(model: GraphModel) -> dict[str, GraphModel]:
 
 
 def _head_of(node: fx.Node, sources: dict[str, fx.Node]) -> str:
-    """Which part computes a node."""
+    """Return the name of the part that computes a node."""
     seen, waiting = {node}, [node]
     while waiting:
         current = waiting.pop()
@@ -62,7 +67,7 @@ def _head_of(node: fx.Node, sources: dict[str, fx.Node]) -> str:
 
 
 def part_inputs(model: GraphModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parts of a captured detector, and what each is called with when the whole is called with ``inputs``."""
+    """Return the input of every part, by name, when the captured detector is called with ``inputs``."""
     seen = {DENSE: inputs["images"]}
 
     def note(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -77,7 +82,10 @@ def part_inputs(model: GraphModel, inputs: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def simulation_runs(model: GraphModel) -> dict[str, Run]:
-    """What computes each part of a captured detector, as an engine does: arrays in, arrays by number out."""
+    """Return a function per part of a captured detector that runs it in PyTorch, with the interface of an engine.
+
+    Each function takes an array and returns the part's outputs as arrays by number.
+    """
 
     def run_of(part: GraphModel) -> Run:
         def run(x: np.ndarray) -> dict[int, np.ndarray]:
@@ -95,13 +103,20 @@ def _arrays(outputs: Any) -> list[np.ndarray]:
 
 @contextmanager
 def running_on(network: Detector, runs: Mapping[str, Run], size: tuple[int, int]) -> Iterator[nn.Module]:
-    """The mmdet detector, its parts computed by ``runs`` inside the `with` block.
+    """Let ``runs`` compute the parts of the mmdet detector inside the ``with`` block.
 
     Args:
-        network: its parts are not run.
-        runs: for every part, arrays in and arrays out (:class:`qwt2.engines.Engine`).
-        size: height and width that the dense part takes; smaller images are padded, as mmdet pads those of a batch. A
-            transformer would take padding for a part of the image, so its images must have this size.
+        network: the network of the mmdet detector. Its own parts do not run.
+        runs: a function per part that takes an array and returns arrays (:class:`qwt2.engines.Engine`).
+        size: height and width of the dense part's input, in pixels. Smaller images are padded, as mmdet pads the images
+            of a batch. A transformer would treat the padding as a part of the image, so its images must have this size.
+
+    Yields:
+        The mmdet detector.
+
+    Raises:
+        Qwt2Error: inside the block, for an image that is larger than ``size``, or smaller if the detector is a
+            transformer.
     """
     detector = network.detector
     dense = _Dense(detector, runs[DENSE], size)
@@ -115,7 +130,7 @@ def running_on(network: Detector, runs: Mapping[str, Run], size: tuple[int, int]
 
 @contextmanager
 def without_masks(detector: nn.Module) -> Iterator[None]:
-    """A detector that finds only boxes inside the `with` block; their masks take it half of its time."""
+    """Let a detector find only boxes inside the ``with`` block. Masks take half of its time."""
     masks = detector.roi_head.mask_head
     detector.roi_head.mask_head = None
     try:
@@ -125,7 +140,7 @@ def without_masks(detector: nn.Module) -> Iterator[None]:
 
 
 class _Dense:
-    """Runs the dense part once an image batch; neck features and head outputs are asked for one after the other."""
+    """Runs the dense part once per batch. The detector asks for neck features first and for head outputs later."""
 
     def __init__(self, detector: nn.Module, run: Run, size: tuple[int, int]):
         self.detector, self.run, self.size = detector, run, size
@@ -134,7 +149,7 @@ class _Dense:
     def replacements(self) -> Iterator[tuple[nn.Module, str, Callable]]:
         yield self.detector, "extract_feat", self.features
         if hasattr(self.detector, "forward_transformer"):
-            # The head looks up its last layer's input before it is called.
+            # mmdet indexes the last hidden state before it calls ``forward``.
             yield self.detector, "forward_transformer", lambda *args, **kwargs: {"hidden_states": torch.zeros(1, 1)}
             yield self.detector.bbox_head, "forward", lambda *args, **kwargs: tuple(self.outputs)
         else:
@@ -153,15 +168,23 @@ class _Dense:
         return tuple(outputs[:levels])
 
     def by_kind(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Scores and box offsets, each a list over the levels."""
+        """Return scores and box offsets, each as a list over the levels."""
         levels = len(self.outputs) // 2
         return self.outputs[:levels], self.outputs[levels:]
 
 
 def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images with zeros at the bottom and on the right, up to a height and width.
+    """Pad images with zeros at the bottom and on the right.
 
-    Raises `Qwt2Error` for larger ones.
+    Args:
+        images: (N, C, H, W).
+        size: height and width of the result.
+
+    Returns:
+        Images (N, C, height, width).
+
+    Raises:
+        Qwt2Error: the images are larger than ``size``.
     """
     height, width = images.shape[-2:]
     if height > size[0] or width > size[1]:
@@ -191,7 +214,7 @@ def _is_two_stage(detector: nn.Module) -> bool:
 
 @contextmanager
 def _replaced(target: nn.Module, name: str, new: Callable) -> Iterator[None]:
-    """Like `replaced_forward`, for any method."""
+    """Temporarily replace any method of a module; see :func:`replaced_forward`."""
     setattr(target, name, new)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Standing in for a module for a while."""
+"""Temporary replacement of a module's forward method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Stop(Exception):  # noqa: N818, it is no error
-    """Ends a forward pass once what was wanted has been captured."""
+    """Ends a forward pass once the wanted values have been captured."""
 
 
 @contextmanager

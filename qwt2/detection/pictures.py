@@ -1,4 +1,4 @@
-"""What several detectors find in the same scenes, as one picture: a row a scene, a column a detector."""
+"""Pictures of the detections of several detectors in the same scenes: one row per scene, one column per detector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwt2.extras import extra
 with extra("detection"):
     from PIL import Image, ImageDraw
 
-_WIDTH = 256  # pixels of a scene
+_WIDTH = 256  # width of a scene in pixels
 _GAP, _HEAD = 8, 22
 _COLOURS = (
     "#e6194b",
@@ -31,12 +31,16 @@ _COLOURS = (
 
 
 def draw_grid(columns: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, classes: Sequence[str]) -> bytes:
-    """A PNG file.
+    """Draw detections as a grid of pictures.
 
     Args:
-        columns: heading -> what was found in each scene (:func:`qwt2.detection.scenes.shown`), the same scenes in all.
-        folder: of the scenes' images.
-        classes: names.
+        columns: heading -> the detections in each scene (:func:`qwt2.detection.scenes.shown`). All columns have the
+            same scenes.
+        folder: the folder of the scenes' images.
+        classes: names of the classes.
+
+    Returns:
+        The bytes of a PNG file.
     """
     rows = [[_scene(found, folder, classes) for found in scene] for scene in zip(*columns.values(), strict=True)]
     heights = [max(picture.height for picture in row) for row in rows]

@@ -1,4 +1,4 @@
-"""Detection data through mmdet's own pipelines, and mmdet's CocoMetric on what a detector finds."""
+"""Detection data from mmdet's own pipelines, and scores of detections from mmdet's CocoMetric."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ METRICS = {"bbox_ap": "coco/bbox_mAP", "bbox_ap50": "coco/bbox_mAP_50", "segm_ap
 
 
 def dataset_config(config: Any, scenes: Scenes, split: str, training: bool = False) -> dict[str, Any]:
-    """mmdet's settings of a split, with the pipeline that the detector's configuration has for it."""
+    """Return mmdet's settings of a split as a dataset, with the pipeline of the detector's configuration.
+
+    Args:
+        config: the detector's configuration.
+        scenes: the dataset.
+        split: "train" or "val".
+        training: whether to use the pipeline for training instead of the one for testing.
+    """
     loader = config.train_dataloader if training else config.test_dataloader
     settings = loader.dataset
-    while "pipeline" not in settings:  # wrapped (RepeatDataset and the like)
+    while "pipeline" not in settings:  # a wrapper such as RepeatDataset
         settings = settings.dataset
     return {
         "type": "CocoDataset",
@@ -37,23 +44,23 @@ def dataset_config(config: Any, scenes: Scenes, split: str, training: bool = Fal
 
 
 def build_dataset(config: Any, scenes: Scenes, split: str) -> Any:
-    """mmdet's `CocoDataset` of a split for testing, in the order of its annotation file."""
+    """Return mmdet's ``CocoDataset`` of a split for testing, in the order of the annotation file."""
     from mmdet.registry import DATASETS
 
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long it took
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints how long it took
         return DATASETS.build(dataset_config(config, scenes, split))
 
 
 class Batches:
-    """Images (N, 3, H, W), padded to one size, and their data samples, as a detector takes them, batch by batch.
+    """An iterable of batches: images (N, 3, H, W), padded to one size, and their data samples.
 
-    Small sets are kept in memory, because they are gone through many times.
+    Small sets are kept in memory, because they are read many times.
 
     Args:
         config: the detector's configuration.
-        dataset: mmdet's.
-        batch_size: images; the last batch may be smaller.
-        indices: which images in which order; all, if not given.
+        dataset: the mmdet dataset.
+        batch_size: images per batch; the last batch may be smaller.
+        indices: numbers of the images, in order; without it, all images.
     """
 
     def __init__(self, config: Any, dataset: Any, batch_size: int, indices: np.ndarray | None = None):
@@ -81,9 +88,20 @@ class Batches:
 
 
 def draw_calibration(available: int, count: int, seed: int) -> np.ndarray:
-    """Which of the training images calibrate; a larger count with the same seed starts with those of the smaller one.
+    """Draw the training images for calibration without replacement.
 
-    Raises `Qwt2Error` for fewer images than asked for.
+    A larger count with the same seed starts with the images of a smaller count.
+
+    Args:
+        available: number of training images.
+        count: number of images to draw.
+        seed: seed of the draw.
+
+    Returns:
+        Indices (count,) of training images.
+
+    Raises:
+        Qwt2Error: ``count`` is not positive or larger than ``available``.
     """
     if not 0 < count <= available:
         raise Qwt2Error(
@@ -94,12 +112,21 @@ def draw_calibration(available: int, count: int, seed: int) -> np.ndarray:
 
 @torch.inference_mode()
 def detect(detector: nn.Module, batches: Batches) -> list[Any]:
-    """mmdet's data samples of all images with what the detector finds (`pred_instances`)."""
+    """Return mmdet's data samples of all images, with the detections as ``pred_instances``."""
     return [sample for images, samples in batches for sample in detector.predict(images, samples)]
 
 
 def shown(sample: Any, least_score: float = 0.3) -> dict[str, Any]:
-    """What a picture of one image shows: file, boxes, labels, scores, masks (COCO run lengths) of sure detections."""
+    """Return what a picture of one image shows.
+
+    Args:
+        sample: the image's data sample, from :func:`detect`.
+        least_score: smallest score of the detections to show.
+
+    Returns:
+        The image's ``file`` name, and ``boxes``, ``labels``, ``scores`` and ``masks`` (COCO run lengths) of the
+        detections.
+    """
     from pycocotools import mask as coco_mask
 
     found = sample.pred_instances[sample.pred_instances.scores >= least_score].to_dict()
@@ -117,9 +144,18 @@ def shown(sample: Any, least_score: float = 0.3) -> dict[str, Any]:
 
 
 def score(found: list[Any], scenes: Scenes, split: str = "val") -> dict[str, float]:
-    """Average precision in percent from mmdet's `CocoMetric`: `bbox_ap`, `bbox_ap50`, and `segm_ap` if there are masks.
+    """Compute average precision with mmdet's ``CocoMetric``.
 
-    Raises `Qwt2Error` where a detector gives something that is not finite.
+    Args:
+        found: the detections in all images of the split, from :func:`detect`.
+        scenes: the dataset.
+        split: "train" or "val".
+
+    Returns:
+        ``bbox_ap``, ``bbox_ap50`` and, if there are masks, ``segm_ap``, in percent.
+
+    Raises:
+        Qwt2Error: boxes or scores hold NaN or infinity.
     """
     from mmdet.evaluation.metrics import CocoMetric
 
@@ -133,7 +169,7 @@ def score(found: list[Any], scenes: Scenes, split: str = "val") -> dict[str, flo
         metric.dataset_meta = {"classes": tuple(scenes.classes)}
         metric.process({}, [sample.to_dict() for sample in found])
         figures = metric.evaluate(len(found))
-    # mmdet rounds to three digits, and gives no figures where nothing at all is found.
+    # mmdet rounds to three digits, and returns no figures if there are no detections at all.
     return {
         name: round(100.0 * figures.get(key, 0.0), 1)
         for name, key in METRICS.items()
@@ -143,7 +179,7 @@ def score(found: list[Any], scenes: Scenes, split: str = "val") -> dict[str, flo
 
 @contextlib.contextmanager
 def _only_what_is_asked() -> Iterator[None]:
-    """Halve CocoMetric's time: no detour through JSON files, no figures of small, medium and large objects."""
+    """Halve CocoMetric's time inside the block: write no JSON files, and do not score object sizes separately."""
     from mmdet.evaluation.metrics import coco_metric
 
     def of_all_areas(*args: Any) -> Any:

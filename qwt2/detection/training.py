@@ -1,4 +1,4 @@
-"""Training of the micro detectors from scratch, by mmengine's Runner."""
+"""Training of the micro detectors from scratch with mmengine's Runner."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ from qwt2.detection.scenes import dataset_config
 
 
 def train(detector: nn.Module, config: Any, scenes: Scenes, cfg: Mapping[str, Any]) -> nn.Module:
-    """Train `detector` in place on the training split and return it in evaluation mode.
+    """Train ``detector`` in place on the training split, by AdamW with linear warm-up and cosine decay.
 
-    AdamW with linear warm-up and cosine decay. Keys of `cfg`: `steps`, `batch_size`, `learning_rate`, `weight_decay`,
-    `warmup_steps` and `seed` (of the images' order and everything random inside the detector). With the same number of
-    threads the result is the same on every run.
+    With the same number of threads, every run gives the same weights.
+
+    Args:
+        detector: the mmdet detector.
+        config: the detector's configuration, from :func:`qwt2.detection.models.detector_config`.
+        scenes: the dataset.
+        cfg: ``steps``, ``batch_size``, ``learning_rate``, ``weight_decay``, ``warmup_steps`` and ``seed``. The seed
+            determines the order of the images and everything random inside the detector.
+
+    Returns:
+        ``detector``, in evaluation mode.
     """
     from mmengine.runner import Runner
 
@@ -47,7 +55,7 @@ def train(detector: nn.Module, config: Any, scenes: Scenes, cfg: Mapping[str, An
             log_level="ERROR",
             experiment_name="qwt2",
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long it took to read the annotations
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints how long it took to read the annotations
             runner.train()
     return detector.eval()
 

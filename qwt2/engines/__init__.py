@@ -1,4 +1,4 @@
-"""Integer inference engines, one file each, all with one interface: arrays in, arrays out."""
+"""Integer inference engines, one module each, with one interface: arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ ENGINES: Registry = Registry("engine", __name__, "qwt2.engines")
 
 
 class Session(Protocol):
-    """A model compiled for fixed input shapes: feeds by name in, outputs by name out.
+    """A model compiled for fixed input shapes, called with arrays by input name.
 
-    A class attribute ``package`` names the module that it needs from the extra of the engine's name.
+    A class attribute ``package`` may name a module that the engine needs. The extra with the engine's name installs it.
     """
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the model on arrays of the shapes it was compiled for."""
+        """Run the model on arrays of the shapes it was compiled for, and return its outputs by name."""
         ...
 
     def operations(self) -> list[Operation]:
-        """The nodes that run, as the engine itself reports them after its optimizations."""
+        """Return the nodes that run, as the engine itself reports them after its optimizations."""
         ...
 
 
 class Engine:
     """An exported model on one engine.
 
-    The model is compiled for each batch size it meets, on first use: every engine plans integer
-    kernels best for fixed shapes.
+    The model is compiled once for each batch size, on first use, because engines choose the best integer kernels for
+    fixed shapes.
 
     Args:
         model: the ONNX model.
@@ -53,27 +53,31 @@ class Engine:
         self._sessions: dict[int, Session] = {}
 
     def session(self, batch_size: int) -> Session:
-        """The compiled model for one batch size."""
+        """Return the model compiled for one batch size."""
         if batch_size not in self._sessions:
             self._sessions[batch_size] = self.compile(with_batch_size(self.model, batch_size), self.threads)
         return self._sessions[batch_size]
 
     def operations(self) -> list[Operation]:
-        """The nodes that run, for the batch size that was met first; for one image if none was."""
+        """Return the nodes that run for the first batch size that was used, or for one image if none was."""
         return self.session(next(iter(self._sessions), 1)).operations()
 
     def __call__(self, inputs: np.ndarray | Mapping[str, np.ndarray]) -> np.ndarray | dict[str, np.ndarray]:
-        """Logits of a batch; of a model with several outputs, arrays by name in the file's order.
+        """Run the model on a batch.
 
         Args:
-            inputs: images (N, C, H, W), of the exported size; of a model with several inputs, arrays by name.
+            inputs: images (N, C, H, W) of the exported size, or arrays by name for a model with several inputs.
+
+        Returns:
+            The output, such as logits (N, classes); for a model with several outputs, arrays by name in the file's
+            order.
 
         Raises:
-            Qwt2Error: another name, shape or type.
+            Qwt2Error: an input has another name, shape or type than the model's.
         """
         feeds = dict(inputs) if isinstance(inputs, Mapping) else {self.input.name: inputs}
         known = {value.name: value.type.tensor_type for value in self.model.graph.input}
-        if len(feeds) == len(known) == 1:  # there is nothing to mistake
+        if len(feeds) == len(known) == 1:  # a single input may have any name
             feeds = dict(zip(known, feeds.values()))
         if feeds.keys() != known.keys():
             raise Qwt2Error(f"{self.name} got inputs {', '.join(feeds)}; the model takes {', '.join(known)}")
@@ -90,10 +94,10 @@ class Engine:
 
 
 def check_engine(name: str) -> None:
-    """Refuse an engine that is unknown, or whose package cannot be imported, before any work is done for it.
+    """Raise if an engine is unknown or its package cannot be imported, before any work is done for it.
 
     Raises:
-        Qwt2Error: naming the engine, or the extra that brings its package.
+        Qwt2Error: the engine is unknown, or the extra that installs its package is missing; the message names it.
     """
     package = getattr(ENGINES.get(name), "package", None)
     if package is not None:
@@ -106,10 +110,13 @@ def load_engine(path: str | os.PathLike, name: str = "onnxruntime", threads: int
 
     Args:
         path: a file from :func:`qwt2.export_onnx`.
-        name: "onnxruntime", "openvino", "inductor", "tvm", or "torch_int8" (exact and slow: the oracle).
+        name: "onnxruntime", "openvino", "inductor", "tvm", "tensorrt" or "torch_int8" (exact but slow: the oracle).
         threads: CPU threads.
 
+    Returns:
+        The engine, which compiles the model on its first call.
+
     Raises:
-        Qwt2Error: no such file, a file that is not ours, or an unknown engine.
+        Qwt2Error: the file does not exist or was not exported by this library, or the engine is unknown.
     """
     return Engine(load_onnx(path), name, threads)

@@ -1,4 +1,4 @@
-"""PyTorch's Inductor on x86 CPUs: oneDNN's int8 kernels, everything between them compiled to C++ by gcc."""
+"""PyTorch's Inductor on x86 CPUs: oneDNN's int8 kernels, with everything between them compiled from C++ by gcc."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _INTEGER_KERNELS = ("qlinear", "qconv", "_int_mm")
 
 @ENGINES.register("inductor")
 class InductorSession:
-    """See :class:`qwt2.engines.Session`; :mod:`qwt2.engines.interpreter.qdq_graph` says what is given to Inductor.
+    """See :class:`qwt2.engines.Session`; :mod:`qwt2.engines.interpreter.qdq_graph` describes the graph it compiles.
 
-    Linears and convolutions run in integers. Inductor has no integer kernel for products of two
-    activations: their codes are multiplied as float32, which is exact up to sums of 2^24.
+    Linear layers and convolutions run in integers. Inductor has no integer kernel for products of two activations:
+    their codes are multiplied as float32, which is exact for sums up to 2^24.
     """
 
     def __init__(self, model: onnx.ModelProto, threads: int):
@@ -49,21 +49,21 @@ class InductorSession:
             torch.set_num_threads(before)
 
     def operations(self) -> list[Operation]:
-        """See :meth:`qwt2.engines.Session.operations`; read off the graph after Inductor's last pass."""
+        """See :meth:`qwt2.engines.Session.operations`; taken from the graph after Inductor's last pass."""
         if self._compiled is None:
             self({value.name: np.zeros(_shape(value), np.float32) for value in self.graph.input_values})
         nodes = [node for graph in self._optimized for node in graph.nodes if node.op == "call_function"]
         return [Operation(kind, kind.startswith(_INTEGER_KERNELS)) for kind in map(_kind, nodes)]
 
     def _compile(self, images: list[Tensor]) -> tuple[Tensor, ...]:
-        """Compile for inputs of these shapes, and return their outputs."""
+        """Compile the graph for inputs of these shapes, and return the outputs for these inputs."""
         import torch
         from torch._inductor import config
         from torch._inductor.exc import InductorError
 
         self._compiled = torch.compile(self.graph.trace(images), backend="inductor", dynamic=False)
-        # Set around the first call: Dynamo, too, asks for `freezing`, without which no int8 kernel is chosen.
-        # One compiling thread: a pool of processes would stay behind.
+        # The settings must hold during the first call. Dynamo also reads ``freezing``, without which no int8 kernel is
+        # chosen. There is one compiling thread, because a pool of processes would outlive the call.
         settings = {"freezing": True, "compile_threads": 1, "post_grad_custom_post_pass": self._optimized.append}
         with config.patch(settings), quiet("torch.utils.cpp_extension"):
             try:
@@ -77,7 +77,7 @@ class InductorSession:
 
 
 def _kind(node: fx.Node) -> str:
-    """Name of what a node calls; Inductor's integer kernels are partial functions."""
+    """Return the name of the function that a node calls; Inductor's integer kernels are partial functions."""
     target: Any = getattr(node.target, "func", node.target)
     return getattr(target, "_opname", target.__name__)
 

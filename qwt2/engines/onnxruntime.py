@@ -28,7 +28,7 @@ class OnnxRuntimeSession:
 
         self.model = model.SerializeToString()
         self.options = onnxruntime.SessionOptions()
-        self.options.log_severity_level = 3  # errors; the process' own level is its user's
+        self.options.log_severity_level = 3  # errors; the level of the whole process is left to the user
         self.options.intra_op_num_threads, self.options.inter_op_num_threads = threads, 1
         self.session = onnxruntime.InferenceSession(self.model, self.options, providers=["CPUExecutionProvider"])
         self.outputs = [output.name for output in self.session.get_outputs()]
@@ -40,7 +40,7 @@ class OnnxRuntimeSession:
     def operations(self) -> list[Operation]:
         """See :meth:`qwt2.engines.Session.operations`.
 
-        Integer kernels have names of their own, and a Clip of codes has ends that are stored as codes.
+        Integer kernels are recognized by their names, and Clips of codes by bounds that are stored as codes.
         """
         import onnxruntime
 

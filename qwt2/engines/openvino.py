@@ -19,8 +19,8 @@ _FUSED = ("Clip", "Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")
 class OpenVinoSession:
     """See :class:`qwt2.engines.Session`.
 
-    What stays in float is computed in float32: OpenVINO's default on recent CPUs is bfloat16, which
-    would blur the comparison with the simulation.
+    Float operations run in float32. OpenVINO's default on recent CPUs is bfloat16, whose rounding would add to the
+    differences from the simulation.
     """
 
     package = "openvino"
@@ -41,11 +41,11 @@ class OpenVinoSession:
         self.outputs = [output.any_name for output in self.compiled.outputs]
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """See :class:`qwt2.engines.Session`."""
+        """See :meth:`qwt2.engines.Session.__call__`."""
         return dict(zip(self.outputs, self.compiled(feeds).values()))
 
     def operations(self) -> list[Operation]:
-        """See :meth:`qwt2.engines.Session.operations`; OpenVINO tells every node's run-time precision."""
+        """See :meth:`qwt2.engines.Session.operations`; OpenVINO reports the run-time precision of every node."""
         facts = [node.get_rt_info() for node in self.compiled.get_runtime_model().get_ordered_ops()]
         return [
             Operation(fact["layerType"].astype(str), fact["runtimePrecision"].astype(str) in ("i8", "u8"))
@@ -54,11 +54,11 @@ class OpenVinoSession:
 
 
 def quantize_added_twice(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose additions read the quantized outputs of convolutions through a second, equal quantizer.
+    """Return a copy whose additions read quantized outputs of convolutions through a second, equal quantizer.
 
-    Where OpenVINO (2026.4) computes a convolution, the quantizer behind it and an addition in one kernel, it leaves out
-    the quantizer's rounding. A repeated one changes no value, and the rounding is kept. Models of target="openvino" are
-    meant to run without it.
+    OpenVINO (2026.4) skips the rounding of a quantizer that it computes in one kernel with the convolution in front of
+    it and an addition behind it. A second quantizer changes no value and keeps the rounding. Models quantized with
+    target="openvino" are meant to run without that rounding and are returned as they are.
     """
     if properties(model).get(TARGET_KEY) == "openvino":
         return model
@@ -81,7 +81,7 @@ def _quantize_again(addition: ir.Node, position: int, dequantize: ir.Node) -> No
 
 
 def _is_convolution(value: ir.Value | None) -> bool:
-    """Whether a tensor is a convolution's output that nothing else reads, perhaps activated or clipped."""
+    """Return whether a tensor is a convolution's output, perhaps activated or clipped, that only one node reads."""
     node = None if value is None or len(value.uses()) > 1 else value.producer()
     if node is None:
         return False
@@ -89,7 +89,7 @@ def _is_convolution(value: ir.Value | None) -> bool:
 
 
 def _is_behind_convolution(dequantize: ir.Node) -> bool:
-    """Whether a quantizer, of which this is the end, reads such an output."""
+    """Return whether the quantizer that ends with ``dequantize`` reads a convolution's output."""
     codes = dequantize.inputs[0]
     quantize = None if codes is None else codes.producer()
     return quantize is not None and _is_convolution(quantize.inputs[0])

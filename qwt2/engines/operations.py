@@ -1,4 +1,4 @@
-"""Which operations an engine computes in integers and which in float, read off the graph that it really runs."""
+"""Counts of the operations that an engine computes in integers and in float, taken from the graph that it runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Movement and conversion: no arithmetic that anybody would want in integers.
+# Operations that move or convert values; they have no arithmetic that could run in integers.
 _MOVES = {
     "Input", "Output", "Const", "Constant", "Reshape", "Transpose", "Concat", "Concatenation", "Split", "Squeeze",
     "Unsqueeze", "Gather", "GatherND", "Slice", "StridedSlice", "Expand", "Pad", "Shape", "Cast", "Convert", "Identity",
@@ -24,8 +24,8 @@ class Operation:
     """One node of an engine's optimized graph.
 
     Attributes:
-        kind: the engine's own name of it ("QLinearConv", "FullyConnected").
-        integer: whether it takes codes of at most 8 bits.
+        kind: the engine's name for the operation ("QLinearConv", "FullyConnected").
+        integer: whether the operation takes codes of at most 8 bits.
     """
 
     kind: str
@@ -33,10 +33,10 @@ class Operation:
 
 
 def count_operations(operations: Iterable[Operation]) -> dict[str, dict[str, int]]:
-    """How many nodes of each kind compute in integers and in float; what only moves values is left out.
+    """Count the nodes of each kind that compute in integers and in float; nodes that only move values do not count.
 
     Returns:
-        {"integer": {kind: count}, "float": {kind: count}}, kinds in alphabetical order.
+        ``{"integer": {kind: count}, "float": {kind: count}}``, with kinds in alphabetical order.
     """
     counted = Counter(operation for operation in operations if operation.kind not in _MOVES)
     return {

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @ENGINES.register("tensorrt")
 class TensorRTSession:
-    """See :class:`qwt2.engines.Session`; ``threads`` means nothing on a GPU.
+    """See :class:`qwt2.engines.Session`; ``threads`` has no effect on a GPU.
 
     Raises:
         Qwt2Error: TensorRT or a GPU is missing, the file breaks TensorRT's rules (:mod:`qwt2.onnx.tensorrt_rules`),
-            or TensorRT refuses it all the same.
+            or TensorRT cannot read or build the model.
     """
 
     package = "tensorrt"
@@ -59,7 +59,7 @@ class TensorRTSession:
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
     def operations(self) -> list[Operation]:
-        """See :meth:`qwt2.engines.Session.operations`; TensorRT tells every layer's input formats."""
+        """See :meth:`qwt2.engines.Session.operations`; TensorRT reports the input formats of every layer."""
         import tensorrt as trt
 
         text = self.engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
@@ -70,12 +70,12 @@ class TensorRTSession:
 
 
 def _build(model: onnx.ModelProto, logger: tensorrt.ILogger) -> tensorrt.IHostMemory:
-    """The compiled model, in the types that the file states (a strongly typed network)."""
+    """Compile the model with the types that the file states (a strongly typed network)."""
     import tensorrt as trt
 
     try:
         builder = trt.Builder(logger)
-    except (TypeError, RuntimeError) as error:  # what pybind makes of a null pointer
+    except (TypeError, RuntimeError) as error:  # pybind raises one of these for a null pointer
         raise Qwt2Error("TensorRT found no usable NVIDIA GPU; run this file on another engine") from error
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)

@@ -1,4 +1,4 @@
-"""Plain PyTorch, in exact integers: the oracle for the other engines, on any device that torch has."""
+"""Plain PyTorch in exact integers, on any device that torch has: the oracle for the other engines."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import onnx
 from qwt2.engines import ENGINES
 from qwt2.engines.operations import Operation
 
-# What TorchGraph moves as codes.
+# Operations whose input TorchGraph moves as codes.
 KEEP_CODES = ("Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Expand")
 
 
 @ENGINES.register("torch_int8")
 class TorchInt8Session:
-    """See :class:`qwt2.engines.Session`; :mod:`qwt2.engines.interpreter.graph` says how it computes.
+    """See :class:`qwt2.engines.Session`; :mod:`qwt2.engines.interpreter.graph` describes the arithmetic.
 
     Args:
         device: "cpu" or "cuda".

@@ -1,4 +1,4 @@
-"""Apache TVM: the file becomes Relax, its integer products are written out in integers, and LLVM compiles it."""
+"""Apache TVM: the file is imported to Relax, its quantized products are rewritten in integers, and LLVM compiles it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _PRODUCTS = ("matmul", "conv2d")
 class TvmSession:
     """See :class:`qwt2.engines.Session`.
 
-    TVM's importer leaves products of dequantized codes in float32. They are replaced here by products
-    of the codes in int32 (TVM's default schedules have no int8 kernels), scaled once at the end; the
-    bias is added in float32. One thread, whatever is asked for: without tuning no loop is parallel.
+    TVM's importer leaves products of dequantized codes in float32. They are replaced here by int32 products of the
+    codes, which are scaled once at the end; TVM's default schedules have no int8 kernels. The bias is added in float32.
+    The model always runs on one thread, because TVM parallelizes no loop without tuning.
     """
 
     package = "tvm"
@@ -43,7 +43,7 @@ class TvmSession:
         target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
         self.inputs = [value.name for value in model.graph.input]
         self.outputs = [value.name for value in model.graph.output]
-        with quiet():  # it warns of every name that is not an identifier
+        with quiet():  # the importer warns about every name that is not an identifier
             imported = from_onnx(with_constant_shapes(model))
         module = in_integers(imported)
         with target:
@@ -61,9 +61,9 @@ class TvmSession:
         return {name: result.numpy() for name, result in zip(self.outputs, results)}
 
     def operations(self) -> list[Operation]:
-        """See :meth:`qwt2.engines.Session.operations`; read off the loops that TVM generates code from.
+        """See :meth:`qwt2.engines.Session.operations`; taken from the loop nests that TVM generates code from.
 
-        A fused loop nest is named after what it fuses, and is integer where its product is written in int32.
+        A fused loop nest is named after the operations that it fuses. It is integer if its product is in int32.
         """
         found = []
         for name, count in _calls(self.optimized["main"]).items():
@@ -73,7 +73,7 @@ class TvmSession:
 
 
 def in_integers(module: IRModule) -> IRModule:
-    """Every product of two dequantized tensors as a product of their codes."""
+    """Return the module with every product of two dequantized tensors replaced by a product of their codes."""
     from tvm import relax
 
     @relax.expr_functor.mutator
@@ -93,14 +93,19 @@ def in_integers(module: IRModule) -> IRModule:
 
 @dataclass(frozen=True)
 class _Codes:
-    """values: int32, codes less their zero point; scale: float32, () or one a channel."""
+    """A quantized tensor.
+
+    Attributes:
+        values: int32 codes minus their zero point.
+        scale: float32, of shape () or (channels,).
+    """
 
     values: relax.Expr
     scale: np.ndarray
 
 
 def _codes(expr: relax.Expr, binding: Any) -> _Codes | None:
-    """What ``expr`` dequantizes, if it does, directly or through a change of shape."""
+    """Return the codes that ``expr`` dequantizes, directly or behind a reshape or transpose; ``None`` for any other."""
     from tvm import relax
 
     call = binding(expr) if isinstance(expr, relax.Var) else expr
@@ -135,7 +140,7 @@ def _integer_product(call: relax.Call, name: str, a: _Codes, b: _Codes) -> relax
 
 
 def _calls(function: relax.Function) -> Counter:
-    """How often a Relax function calls each compiled one."""
+    """Return how often a Relax function calls each compiled function."""
     from tvm import relax
 
     calls: Counter = Counter()
@@ -149,7 +154,10 @@ def _calls(function: relax.Function) -> Counter:
 
 
 def _has_integer_product(function: PrimFunc) -> bool:
-    """The scaling is fused behind the product, whose sums are then an intermediate buffer."""
+    """Return whether a loop nest has a product in int32.
+
+    The scaling is fused behind the product, so the product's sums are in an intermediate buffer.
+    """
     buffers = function.body.block.alloc_buffers
     products = [buffer for buffer in buffers if any(product in buffer.name.lower() for product in _PRODUCTS)]
     return any(str(buffer.dtype) == "int32" for buffer in products)

@@ -1,5 +1,5 @@
-"""What a model or engine costs and gives.
+"""Measurements of models and engines.
 
-In come outputs, models and compiled engines; out come accuracy, latency, operation counts, differences between two
-executions of one model, and what machine they were taken on.
+This package measures accuracy, latency, size and differences between two executions of one model, and describes the
+machine of a measurement.
 """

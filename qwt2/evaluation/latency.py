@@ -1,4 +1,4 @@
-"""Latency of several models, measured interleaved so that a noisy machine disturbs all alike."""
+"""Latency of several models, measured in turns so that a noisy machine disturbs all of them equally."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one call.
+    """Latency of one call.
 
     Attributes:
-        wall_ms, cpu_ms: medians of wall time and of the process' CPU time.
-        ratio: median over rounds of this call's wall time over the base call's in the same round.
+        wall_ms, cpu_ms: median wall time and median CPU time of the process, in milliseconds.
+        ratio: median over rounds of this call's wall time, divided by the base call's in the same round.
     """
 
     wall_ms: float
@@ -27,18 +27,20 @@ class Latency:
 def measure_latency(
     calls: Mapping[str, Sequence[Callable[[], Any]]], base: str, repeats: int, warmup: int = 5
 ) -> dict[str, Latency]:
-    """Time ``calls`` in rounds, each round every name once, in an order drawn anew for each round.
+    """Time ``calls`` in rounds. Each round times every name once, in a random order.
 
-    Every timed call follows an untimed one of the same kind, so that what another model left in the
-    caches does not count.
+    Every timed call follows an untimed one of the same kind, so that it does not start with the caches that another
+    model left behind.
 
     Args:
-        calls: name -> equivalent functions without arguments. Several instances of a model, used in
-            turn, keep the luck of one instance's place in memory (up to 10 % for millisecond
-            models) out of the ratios.
+        calls: name -> equivalent functions without arguments, which are used in turn. Give several instances of a
+            model: the place of one instance in memory changes the latency of millisecond models by up to 10 %.
         base: the name that ratios refer to.
-        repeats: rounds that count.
-        warmup: rounds before those.
+        repeats: number of timed rounds.
+        warmup: number of untimed rounds before those.
+
+    Returns:
+        Name -> :class:`Latency`, in the order of ``calls``.
     """
     names = list(calls)
     wall, cpu = np.zeros((repeats, len(names))), np.zeros((repeats, len(names)))

@@ -1,4 +1,7 @@
-"""What a measurement ran on: CPU, instruction set and versions. No date and no host name, so equal machines agree."""
+"""Description of the machine of a measurement: CPU, instruction sets and versions.
+
+It has no date and no host name, so that equal machines have equal descriptions.
+"""
 
 import importlib.metadata
 import os
@@ -6,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-# Instruction sets that decide how fast (and by which kernel) 8-bit integer products run, in /proc/cpuinfo's spelling.
+# Instruction sets that decide the kernel and speed of 8-bit integer products, in the spelling of /proc/cpuinfo.
 _INTEGER_ISA = (
     *("sse4_2", "avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "amx_int8"),
     *("asimd", "asimddp", "i8mm", "sve"),
@@ -15,7 +18,7 @@ _PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "openvino", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """Name, architecture, usable cores and integer instruction sets of this CPU, and the versions that matter."""
+    """Return this CPU's name, architecture, usable cores and integer instruction sets, and the relevant versions."""
     fields = _cpuinfo()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return {
@@ -29,7 +32,7 @@ def describe() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Version of an installed package; None where it is missing."""
+    """Return the version of an installed package; ``None`` if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -37,7 +40,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Fields of the first processor; empty where the system has no /proc/cpuinfo."""
+    """Return the fields of the first processor; empty if the system does not have /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

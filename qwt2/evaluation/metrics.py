@@ -1,24 +1,29 @@
-"""Accuracy of logits, in NumPy."""
+"""Accuracy of logits, computed in NumPy."""
 
 import numpy as np
 
 
 def topk_percent(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share in percent (0-100) of rows of `logits` (N, classes) whose label is among the k largest.
+    """Return the share of rows whose label is among the k largest logits, in percent (0-100).
 
-    Ties are broken by the class number, so that the figure does not depend on the sort's internals.
+    Ties are broken by the class number, so that the result does not depend on the sort's internals.
     With fewer than k classes every row counts.
+
+    Args:
+        logits: (N, classes).
+        labels: class numbers (N,).
+        k: number of largest logits.
     """
     best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     return 100.0 * float((best == labels[:, None]).any(axis=1).mean())
 
 
 def agreement_percent(logits: np.ndarray, reference: np.ndarray) -> float:
-    """Share in percent of rows for which two models, (N, classes) each, choose the same class."""
+    """Return the share of rows in percent for which two models choose the same class; both arrays are (N, classes)."""
     return 100.0 * float((logits.argmax(axis=1) == reference.argmax(axis=1)).mean())
 
 
 def sqnr_db(logits: np.ndarray, reference: np.ndarray) -> float:
-    """Power of the reference over power of the difference, in decibel; infinite where they are equal."""
+    """Return the power of the reference over the power of the difference, in decibels; infinite for equal arrays."""
     noise = np.square(logits.astype(np.float64) - reference).sum()
     return float(10 * np.log10(np.square(reference, dtype=np.float64).sum() / noise)) if noise else float("inf")

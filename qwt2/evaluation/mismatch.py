@@ -1,9 +1,9 @@
-"""How far apart two executions of the same integer module are, in output steps (LSB).
+"""Differences between two executions of the same integer module, in output steps (LSB).
 
 Whole-network outputs of low-bit models differ by rounding: a value that falls on the other
 side of a rounding boundary changes everything after it. Modules are therefore compared one by one,
-each fed with the same recorded input. A step is the scale of the quantizer at the module's output,
-or, where there is none, 1/255 of the output's range.
+and both executions get the same recorded input. A step is the scale of the quantizer at the module's
+output, or 1/255 of the output's range where there is no quantizer.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Difference of one module's two outputs.
+    """Difference between two outputs of one module.
 
     Attributes:
         steps: largest difference, in output steps.
-        fraction: share of elements that differ by half a step or more.
+        fraction: share of elements (0-1) that differ by half a step or more.
     """
 
     steps: float
@@ -38,22 +38,26 @@ class Mismatch:
 
     @classmethod
     def of(cls, actual: np.ndarray, expected: np.ndarray, step: float) -> Mismatch:
-        """Compare two outputs of one shape, given the size of an output step."""
+        """Compare two outputs of equal shape, given the size of an output step."""
         difference = np.abs(actual.astype(np.float64) - expected) / step
         return cls(float(difference.max()), float((difference >= 0.5).mean()))
 
     @classmethod
     def worst(cls, mismatches: list[Mismatch]) -> Mismatch:
-        """The largest of either figure over modules."""
+        """Return the largest ``steps`` and the largest ``fraction`` over modules."""
         return cls(max(m.steps for m in mismatches), max(m.fraction for m in mismatches))
 
 
 def record_modules(folded: nn.Module, inputs: Inputs) -> dict[str, np.ndarray]:
-    """Inputs and outputs of every integer module of a folded model on some images (of its first call there).
+    """Record inputs and outputs of every integer module of a folded model in the first call of the module.
+
+    Args:
+        folded: a model from :func:`qwt2.fold`.
+        inputs: the inputs of the forward pass.
 
     Returns:
-        Arrays named "<module>.input" (or ".a" and ".b" for products) and "<module>.result". Linear
-        layers are recorded with two dimensions.
+        Arrays named "<module>.input" (or ".a" and ".b" for products) and "<module>.result". Those of linear layers have
+        two dimensions.
     """
     import torch
 
@@ -69,7 +73,7 @@ def record_modules(folded: nn.Module, inputs: Inputs) -> dict[str, np.ndarray]:
         roles = ("a", "b") if isinstance(module, IntegerMatmul) else ("input",)
         for role, value in zip((*roles, "result"), (*args, output)):
             flat = value.flatten(0, -2) if isinstance(module, IntegerLinear) else value
-            # Cloned: networks with in-place activations overwrite what was seen.
+            # Cloned, because in-place activations overwrite these tensors.
             records[f"{name}.{role}"] = flat.clone(memory_format=torch.contiguous_format).numpy()
 
     kinds = (IntegerLayer, IntegerMatmul)
@@ -88,6 +92,13 @@ def engine_mismatch(
         model: the exported model.
         engine: a registered engine.
         records: from :func:`record_modules` on the folded model that was exported.
+        threads: CPU threads of the engine.
+
+    Returns:
+        Module name -> :class:`Mismatch`.
+
+    Raises:
+        Qwt2Error: the engine is unknown, or its package is missing.
     """
     inputs = {name: array for name, array in records.items() if not name.endswith(".result")}
     sliced, slices = slice_modules(model, inputs)
@@ -100,9 +111,17 @@ def engine_mismatch(
 
 
 def fold_mismatch(qmodel: GraphModel, folded: GraphModel, inputs: Inputs) -> dict[str, Mismatch]:
-    """Compare the folded integer modules with the unfolded fake-quantized ones, layer by layer.
+    """Compare the folded integer layers with the unfolded fake-quantized ones, layer by layer.
 
     Both get the inputs that the layer has in the unfolded model.
+
+    Args:
+        qmodel: the fake-quantized model.
+        folded: the same model after :func:`qwt2.fold`.
+        inputs: the inputs of the forward pass.
+
+    Returns:
+        Layer name -> :class:`Mismatch`; for a layer that runs several times, the worst of its calls.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""The files that engines read.
+"""ONNX files for integer engines.
 
-In comes an integer model; out comes an ONNX file whose graph engines run in integers. What is read from such files,
-whole or module by module, is here too.
+This package exports an integer model to an ONNX file, rewrites its graph so that engines run it in integers, and reads
+such files, whole or module by module.
 """

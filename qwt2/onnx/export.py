@@ -27,7 +27,7 @@ from qwt2.onnx.passes.names import FIRST_NAMES
 from qwt2.onnx.tensorrt_rules import violations
 from qwt2.quantization.targets import TARGETS, find_target
 
-# In files of later opsets, ONNX Runtime 1.32 gives quantizers the wrong type when it moves them past other operations.
+# ONNX Runtime 1.32 moves quantizers past other operations; from opset 21 on, it gives them the wrong type there.
 OPSETS = (18, 19, 20)
 WEIGHT_STORAGE = ("int8", "int4")
 # The exporter reports its progress on the console and through warnings; a library must not.
@@ -42,31 +42,29 @@ def write_onnx(
     opset: int = OPSETS[-1],
     output_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write a folded model as an ONNX file with a dynamic batch dimension; :func:`qwt2.export_onnx` checks it too.
+    """Write a folded model as an ONNX file with a dynamic batch dimension.
 
-    Weights are int8 and biases int32 in the file; activations pass through QuantizeLinear and
-    DequantizeLinear pairs that engines turn into integer kernels. Codes of fewer than 8 bits are
-    8-bit codes behind a Clip to those of the grid.
+    :func:`qwt2.export_onnx` also checks the file. Weights are int8 and biases int32 in the file. Activations pass
+    through pairs of QuantizeLinear and DequantizeLinear, which engines turn into integer kernels. Codes of fewer than
+    8 bits are 8-bit codes followed by a Clip to the codes of the grid.
 
     Args:
-        folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks). One quantized with
-            target="tensorrt" gets float biases and nothing that breaks TensorRT's rules
-            (:mod:`qwt2.onnx.tensorrt_rules`).
+        folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks). A model quantized with
+            target="tensorrt" gets float biases and must keep TensorRT's rules (:mod:`qwt2.onnx.tensorrt_rules`).
         path: the file; written atomically.
-        example_input: one input batch; the file's inputs are called "images", or as in a dictionary.
-        weight_storage: "int4" stores codes of at most 4 bits in half the bytes; :func:`qwt2.load_engine` makes
-            the same int8 model of it. The file is of opset 21, the first one with INT4, and the model that is
-            restored of ``opset``.
-        opset: version of ONNX's operators, 18 to 20; the outputs are the same.
-        output_names: names of what the model returns, in order; not given, "logits" for one tensor, the keys of a
-            dictionary, and else the exporter's.
+        example_input: one input batch. The file's input is named "images"; inputs from a dictionary keep its keys.
+        weight_storage: "int8", or "int4" to store codes of at most 4 bits in half the bytes. An "int4" file is of
+            opset 21, the first with INT4; :func:`qwt2.load_engine` restores the int8 model of ``opset`` from it.
+        opset: version of ONNX's operators, 18 to 20; all of them give equal outputs.
+        output_names: names of the model's outputs, in order. Without it, a single tensor is named "logits", the
+            values of a dictionary are named by their keys, and all others as the exporter names them.
 
     Returns:
         ``path``.
 
     Raises:
-        Qwt2Error: a quantized model that was not folded, a model that cannot be exported, an unknown
-            storage, an unsupported opset, or a model that the target's rules or the storage cannot hold.
+        Qwt2Error: the model is quantized but not folded, or cannot be exported; the weight storage or the opset is
+            not supported; or the model breaks the target's rules or does not fit the weight storage.
     """
     _refuse_unfolded(folded)
     info = getattr(folded, "quantization", None)
@@ -99,7 +97,7 @@ def write_onnx(
 
 
 def _example(inputs: Inputs) -> tuple[dict[str, Any], Any]:
-    """The exporter's arguments for a model called with these inputs, and which axes are free: the first of each."""
+    """Return the exporter's arguments for a model with these inputs, and its dynamic axes: the first of each input."""
     # A batch of one would be specialized to a constant.
     grown = {name: x.expand(2, *x.shape[1:]) if len(x) == 1 else x for name, x in tensors(inputs).items()}
     batch = torch.export.Dim("batch")
@@ -109,7 +107,7 @@ def _example(inputs: Inputs) -> tuple[dict[str, Any], Any]:
 
 
 def _output_names(model: nn.Module) -> list[str]:
-    """Names of a captured model's outputs; none where they have no names."""
+    """Return the names of a captured model's outputs; an empty list where they have no names."""
     if not isinstance(model, GraphModel) or len(model.output.args[0]) == 1:
         return ["logits"]
     names = tree_unflatten(list(range(len(model.output.args[0]))), model.signature.out_spec)
@@ -118,7 +116,10 @@ def _output_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Collect no garbage: the exporter's millions of objects live until its end; the search is a fifth of its time."""
+    """Switch the garbage collector off: the exporter keeps its objects to the end, so collecting only wastes time.
+
+    The collector's search through those millions of objects takes a fifth of the export's time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -129,10 +130,10 @@ def _without_collection() -> Iterator[None]:
 
 
 def check_format(target: str, weight_storage: str, opset: int) -> None:
-    """Refuse a target, storage or opset that :func:`write_onnx` does not have.
+    """Raise unless :func:`write_onnx` supports the target, the weight storage and the opset.
 
     Raises:
-        Qwt2Error: one of them is unknown, or two exclude each other.
+        Qwt2Error: one of them is not supported, or target and weight storage exclude each other.
     """
     if opset not in OPSETS:
         raise Qwt2Error(f"opset {opset} is not supported; use one of: {', '.join(map(str, OPSETS))}")
@@ -162,7 +163,7 @@ def _translations() -> dict:
 
 
 def _first_names(folded: nn.Module) -> dict[str, str]:
-    """Names of stored tensors -> their first ones, where a module has several."""
+    """Map the names of stored tensors to their first names, where a module is registered under several."""
     first = {id(tensor): name for name, tensor in (*folded.named_parameters(), *folded.named_buffers())}
     names = {name: first[id(tensor)] for name, tensor in folded.state_dict(keep_vars=True).items()}
     return {name: other for name, other in names.items() if name != other}

@@ -1,4 +1,4 @@
-"""Reading and writing the ONNX files of this library; needs no torch."""
+"""Reading and writing the ONNX files of this library, without torch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def load_onnx(path: str | os.PathLike) -> onnx.ModelProto:
-    """Read an ONNX file that this library exported; INT4 weights come back as the int8 they were made from.
+    """Read an ONNX file that this library exported. INT4 weights are restored to int8.
 
     Raises:
-        Qwt2Error: no such file, not ONNX, or not ours.
+        Qwt2Error: the file does not exist, is not an ONNX file, or was not exported by this library.
     """
     if not Path(path).is_file():
         raise Qwt2Error(f"{path} does not exist; export the model with qwt2.export_onnx first")
     try:
         model = onnx.load(path)
-    except Exception as error:  # protobuf has no common base for what it raises
+    except Exception as error:  # protobuf's exceptions have no common base class
         raise Qwt2Error(f"{path} is not an ONNX file; export the model with qwt2.export_onnx") from error
     notes = properties(model)
     if PRODUCER_KEY not in notes:
@@ -38,7 +38,7 @@ def load_onnx(path: str | os.PathLike) -> onnx.ModelProto:
 
 
 def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnx_ir as ir  # takes half a second, which only these files need
+    import onnx_ir as ir  # imported here, because it takes half a second and only INT4 files need it
 
     from qwt2.onnx.int4 import widen_int4
 
@@ -48,7 +48,7 @@ def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def save_onnx(model: ir.Model, path: str | os.PathLike) -> Path:
-    """Write ``model`` atomically; equal models give equal bytes."""
+    """Write ``model`` atomically and return ``path``. Equal models give equal bytes."""
     import onnx_ir as ir
 
     data = ir.to_proto(model).SerializeToString(deterministic=True)
@@ -58,10 +58,10 @@ def save_onnx(model: ir.Model, path: str | os.PathLike) -> Path:
 
 
 def with_batch_size(model: onnx.ModelProto, batch_size: int) -> onnx.ModelProto:
-    """A copy with a fixed batch dimension; OpenVINO's integer passes need it before they read a model."""
+    """Return a copy with a fixed batch dimension, which OpenVINO needs before its integer passes read a model."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
-    batch = fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the same of all inputs
+    batch = fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # all inputs share it
     for value in (*fixed.graph.input, *fixed.graph.output, *fixed.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if batch and dim.dim_param == batch:
@@ -70,15 +70,15 @@ def with_batch_size(model: onnx.ModelProto, batch_size: int) -> onnx.ModelProto:
 
 
 def with_constant_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without arithmetic on shapes, for importers that need every shape as a number.
+    """Return a copy without arithmetic on shapes, for importers that need every shape as a number.
 
     Args:
-        model: of a fixed batch size.
+        model: a model with a fixed batch size.
     """
     folded = onnx.ModelProto()
     folded.CopyFrom(model)
     before = -1
-    while len(folded.graph.node) != before:  # shapes that follow from other shapes take another round
+    while len(folded.graph.node) != before:  # shapes that depend on computed shapes need another round
         before = len(folded.graph.node)
         folded = _fold_constants(onnx.shape_inference.infer_shapes(folded, data_prop=True))
     del folded.graph.value_info[:]
@@ -86,7 +86,7 @@ def with_constant_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Compute what depends only on constants and known shapes, except dequantized weights."""
+    """Compute the nodes that depend only on constants and known shapes, except dequantized weights."""
     graph = model.graph
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     described = (*graph.input, *graph.value_info)

@@ -1,13 +1,14 @@
-"""Weight codes of at most 4 bits stored as ONNX INT4: half the bytes in the file, the very same int8 model when loaded.
+"""Storage of weight codes of at most 4 bits as ONNX INT4, which halves their bytes in the file.
 
-Folding shifts low-bit codes left inside int8 and divides the scale by the same power of two, and a negative alpha
-flips the codes of its channel, whose -8 then is a +8. Both are undone in the file, exactly: its scales bear the
-power of two and the sign, so that the file as it is means the same to anybody who knows ONNX's opset 21. But
-ONNX Runtime 1.32 and OpenVINO 2026.4 multiply INT4 weights in float (and the former's optimizations break some graphs
-of opset 21, whatever their weights): :func:`qwt2.load_engine` restores the int8 model first.
+Folding shifts low-bit codes left inside int8 and divides the scale by the same power of two. A negative alpha flips
+the codes of its channel, which turns -8 into +8. The file undoes both exactly: its scales carry the power of two and
+the sign, so that any reader of ONNX's opset 21 computes the same values from it. However, ONNX Runtime 1.32 and
+OpenVINO 2026.4 multiply INT4 weights in float, and ONNX Runtime's optimizations break some graphs of opset 21 whatever
+their weights. :func:`qwt2.load_engine` therefore restores the int8 model, bit for bit, before an engine reads it.
 
-Shift and signs are read off the codes, not taken from the layers: a channel whose scale had to grow for its bias has
-codes that no shift gives back, parts of a split layer may differ, and a file can be packed without its model.
+Shift and signs are derived from the codes and not taken from the layers, for three reasons. A channel whose scale had
+to grow for its bias has codes that no shift restores. The parts of a split layer may differ. And a file can be packed
+without its model.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from qwt2.errors import Qwt2Error
 from qwt2.onnx.graph import store, stored
 from qwt2.onnx.metadata import INT4_KEY
 
-OPSET = 21  # the first whose DequantizeLinear takes INT4
+OPSET = 21  # the first opset whose DequantizeLinear takes INT4
 LOW, HIGH = -8, 7
 
 
 def pack_int4(model: ir.Model) -> None:
-    """Store weights of at most 4 bits as INT4, in place; the others stay as they are.
+    """Store weights of at most 4 bits as INT4, in place. Other weights stay as they are.
 
     Raises:
-        Qwt2Error: no weight has so few bits.
+        Qwt2Error: no weight has at most 4 bits.
     """
     shifts = {}
     for dequantize in _weights(model.graph, ir.DataType.INT8):
@@ -54,10 +55,7 @@ def pack_int4(model: ir.Model) -> None:
 
 
 def widen_int4(model: ir.Model) -> None:
-    """Restore the int8 model that :func:`pack_int4` was given, bit for bit.
-
-    A model without INT4 storage stays as it is.
-    """
+    """Undo :func:`pack_int4` in place, bit for bit. A model without INT4 storage stays as it is."""
     packed = json.loads(model.metadata_props.pop(INT4_KEY, "{}"))
     for dequantize in _weights(model.graph, ir.DataType.INT4):
         codes, scale, zero_point = dequantize.inputs
@@ -71,7 +69,7 @@ def widen_int4(model: ir.Model) -> None:
 
 
 def _weights(graph: ir.Graph, kind: ir.DataType) -> list[ir.Node]:
-    """A dequantizer of every stored weight of one type, however often its layer runs."""
+    """Return one dequantizer for every stored weight of one type, however often its layer runs."""
     found = {
         node.inputs[0]: node
         for node in graph
@@ -81,13 +79,13 @@ def _weights(graph: ir.Graph, kind: ir.DataType) -> list[ir.Node]:
 
 
 def _shift(codes: np.ndarray) -> int:
-    """How many low bits are zero in every code."""
+    """Return the number of low bits that are zero in every code."""
     used = int(np.bitwise_or.reduce(codes.view(np.uint8), axis=None))
     return (used & -used).bit_length() - 1 if used else 0
 
 
 def _signs(codes: np.ndarray, axis: int) -> np.ndarray:
-    """-1 for channels that hold a +8, which INT4 does not have, but no -8; int8 (channels,)."""
+    """Return int8 signs (channels,): -1 for channels whose largest code is +8, which INT4 does not have, else 1."""
     others = tuple(a for a in range(codes.ndim) if a != axis)
     return np.where(codes.max(others) == HIGH + 1, -1, 1).astype(np.int8)
 

@@ -1,4 +1,4 @@
-"""What a file says about itself, beside its graph."""
+"""Metadata of the ONNX files of this library."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 PRODUCER_KEY = "qwt2"
-TARGET_KEY = "qwt2_target"  # what the model was quantized for
+TARGET_KEY = "qwt2_target"  # the target that the model was quantized for
 STRUCTURE_KEY = "qwt2_structure"
 SHARED_KEY = "qwt2_shared"  # quantizers that are not in the file -> equal ones that do their work
-SHARED = "shared quantizers"  # the same, in Graph.meta, as qwt2.onnx.passes.quantizers.share_quantizers leaves it
-INT4_KEY = "qwt2_int4"  # the opset of the int8 model, and how far its codes are shifted left
+SHARED = "shared quantizers"  # that mapping in Graph.meta, where qwt2.onnx.passes.quantizers.share_quantizers puts it
+INT4_KEY = "qwt2_int4"  # the opset of the int8 model, and by how many bits its codes are shifted left
 
 
 def properties(model: onnx.ModelProto) -> dict[str, str]:
-    """The metadata of a file."""
+    """Return the metadata of a file."""
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def stamp(model: ir.Model, folded: nn.Module, target: str = "portable") -> None:
-    """Note in a file which model it holds, and how that was quantized."""
+    """Write into a file's metadata which model it holds and how that model was quantized."""
     info = getattr(folded, "quantization", None)
     label = "float" if info is None else f"{info.method} W{info.precision.weight_bits}A{info.precision.activation_bits}"
-    # Files with float biases differ where the names and types of what they were made from are the same.
+    # Models with equal names and types give different files if only one of the targets has float biases.
     form = f"{target} {structure(folded)}" if TARGETS[target].float_biases else structure(folded)
     shared = model.graph.meta.get(SHARED) or shared_quantizers(model.metadata_props)
     notes = {PRODUCER_KEY: label, STRUCTURE_KEY: form, TARGET_KEY: info and info.target}
@@ -42,13 +42,13 @@ def stamp(model: ir.Model, folded: nn.Module, target: str = "portable") -> None:
 
 
 def structure(model: nn.Module) -> str:
-    """A digest of the names, shapes and types of everything a model stores."""
+    """Return a digest of the names, shapes and types of everything that a model stores."""
     stored = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
     return hashlib.sha256(json.dumps(stored).encode()).hexdigest()
 
 
 def shared_quantizers(notes: Mapping[str, str]) -> dict[str, str]:
-    """Quantizers that are not in a file -> the equal ones that do their work; see :data:`SHARED`.
+    """Return which quantizers are not in a file, each with the equal one that does its work; see :data:`SHARED`.
 
     Args:
         notes: the file's metadata.

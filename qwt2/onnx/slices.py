@@ -1,4 +1,4 @@
-"""Slicing of the ONNX files that this library writes: every integer module by itself; needs no torch."""
+"""Slicing of the ONNX files of this library into their integer modules, without torch."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from qwt2.onnx.graph import constant, copy_node, make, only_reader, readers
 from qwt2.onnx.metadata import properties, shared_quantizers
 from qwt2.onnx.names import POOLED, part_names
 
-# Between a layer and the next quantizer, engines merge these into the layer's integer kernel.
+# Operations between a layer and the next quantizer that engines merge into the layer's integer kernel.
 _MERGED = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
 
 
 def slice_modules(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, dict[str, Slice]]:
-    """One model that runs every integer module by itself.
+    """Build one model that runs every integer module by itself.
 
-    Each module becomes a separate piece of the graph with its own inputs and output: from the float
-    tensor before its quantizer to its output, or, where the exported graph goes on to the next
-    quantizer through nothing but an activation, to there (engines then run one integer kernel).
+    Each module becomes a separate piece of the graph with its own inputs and output. It starts at the float tensor
+    before the module's quantizer and ends at the module's output. If only an activation lies between that output and
+    the next quantizer, the piece ends behind that quantizer, because engines run all of it in one integer kernel.
 
     Args:
         model: an exported model.
         inputs: arrays named "<module>.input", or "<module>.a" and "<module>.b" for products.
 
     Returns:
-        The model, whose inputs bear those names, and module name -> :class:`Slice`.
+        The model, with inputs of those names, and a dictionary from module name to :class:`Slice`.
     """
     modules = _Modules(model)
     recorded = {name: ir.val(name, ir.DataType.FLOAT, array.shape) for name, array in inputs.items()}
@@ -51,19 +51,19 @@ def slice_modules(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> t
 
 
 class Slice:
-    """Where a module's slice ends, and what follows the module inside the slice.
+    """The end of a module's slice, and the nodes behind the module inside the slice.
 
     Attributes:
         output: name of the slice's output tensor.
-        epilogue: kind and constants of each node that follows; ``None`` for an end that a Clip does not have.
-        scale: of the module's own output quantizer, if it has one.
+        epilogue: kind and constants of each node behind the module; ``None`` for a bound that a Clip does not have.
+        scale: scale of the module's own output quantizer, if it has one.
     """
 
     def __init__(self, output: str, epilogue: list[tuple[str, list[Any]]], scale: float | None):
         self.output, self.epilogue, self.scale = output, epilogue, scale
 
     def expected(self, y: np.ndarray) -> np.ndarray:
-        """The slice's output, from the module's own output."""
+        """Return the slice's output for the module's own output ``y``."""
         for kind, constants in self.epilogue:
             if kind == "Relu":
                 y = np.maximum(y, 0)
@@ -79,7 +79,7 @@ class Slice:
         return y
 
     def step(self, expected: np.ndarray) -> float:
-        """One output step: the quantizer's scale at the slice's end, or an 8-bit step of its range."""
+        """Return one output step: the scale of the last quantizer, or 1/255 of the range of ``expected``."""
         for kind, constants in reversed(self.epilogue):
             if kind == "DequantizeLinear":
                 return float(constants[0])
@@ -97,9 +97,9 @@ class _Modules:
     def piece(
         self, module: str, recorded: Mapping[str, ir.Value]
     ) -> tuple[list[ir.Node], list[ir.Node], dict[ir.Value, ir.Value]]:
-        """Nodes of one module, the part of its slice after it, and what is read in the slice in place of other values.
+        """Return a module's nodes, the nodes of its slice behind it, and the values that the slice reads for others.
 
-        Of a module that runs several times in one pass, the first run is taken.
+        For a module that runs several times in one forward pass, these are the nodes of the first run.
         """
         roles = ["input"] if part_names(f"{module}.weight", self.stored) else ["a", "b"]
         operations, nodes = self._layer(module) if roles == ["input"] else self._products(module)
@@ -109,7 +109,7 @@ class _Modules:
             aliases[quantizer[0].inputs[0]] = recorded[f"{module}.{role}"]
             aliases[quantizer[-1].inputs[0]] = quantizer[-2].outputs[0]  # codes may be rolled between the two
             nodes += quantizer
-            # A reshape or transpose may lie between; the recorded inputs are as the module saw them.
+            # A reshape or transpose may lie between; the recorded inputs have the shape that the module saw.
             aliases |= {operation.inputs[operand]: quantizer[-1].outputs[0] for operation in operations}
         nodes += operations
         if len(operations) > 1:
@@ -119,7 +119,7 @@ class _Modules:
         return nodes, _epilogue(nodes[-1].outputs[0]), aliases
 
     def _layer(self, module: str) -> tuple[list[ir.Node], list[ir.Node]]:
-        """A layer's operation, or those of its parts, and what dequantizes its weight and bias."""
+        """Return the operation of a layer, or those of its parts, and the dequantizers of its weight and bias."""
         operations, nodes = [], []
         names = [part_names(f"{module}.{kind}", self.stored) for kind in ("weight", "bias")]
         for weight, bias in ((readers(self.stored[name])[0] for name in pair) for pair in zip(*names)):
@@ -133,14 +133,14 @@ class _Modules:
         return [_product(self._quantizer(f"{module}.a")[-1].outputs[0])], []
 
     def output_scale(self, module: str) -> float | None:
-        """Scale of a module's output quantizer, if it has one."""
+        """Return the scale of a module's output quantizer, if it has one."""
         scale = constant(self.stored.get(f"{module}.output.scale"))
         return None if scale is None else float(scale)
 
     def _quantizer(self, prefix: str) -> list[ir.Node]:
-        """The QuantizeLinear, Clip (if any) and DequantizeLinear with these scales, or equal ones.
+        """Return the nodes of a quantizer, or of the equal one that does its work in the file.
 
-        The first is another Clip where the quantizer does not round.
+        They are a Clip of values (if any), the QuantizeLinear, a Clip of codes (if any) and the DequantizeLinear.
         """
         prefix = self.shared.get(prefix, prefix)
         users, values, codes = (self._users(f"{prefix}.{name}") for name in ("scale", "low", "lowest"))
@@ -149,19 +149,19 @@ class _Modules:
         return [*values[:1], quantize, *codes[:1], dequantize]
 
     def _users(self, name: str) -> list[ir.Node]:
-        """The nodes that read what is stored under a name, but for those in front of a pooling."""
+        """Return the nodes that read the stored tensor of this name, except the copies in front of a pooling."""
         nodes = readers(self.stored[name]) if name in self.stored else []
         return [node for node in nodes if not node.name.startswith(POOLED)]
 
 
 def _product(value: ir.Value) -> ir.Node:
-    """The matrix product that reads a tensor, perhaps after a transpose."""
+    """Return the matrix product that reads a tensor, directly or behind a transpose."""
     [reader] = readers(value)
     return reader if reader.op_type == "MatMul" else _product(reader.outputs[0])
 
 
 def _epilogue(value: ir.Value) -> list[ir.Node]:
-    """What lies between a tensor and the end of the next quantizer, if only mergeable nodes do."""
+    """Return the nodes from a tensor to the end of the next quantizer; empty if one of them cannot be merged."""
     nodes: list[ir.Node] = []
     while (reader := only_reader(value)) is not None and reader.op_type in _MERGED:
         nodes.append(reader)
@@ -178,10 +178,13 @@ def _describe(node: ir.Node) -> tuple[str, list[np.ndarray | None]]:
 def _isolated(
     nodes: list[ir.Node], module: str, aliases: Mapping[ir.Value, ir.Value], stored: dict[ir.Value, ir.Value]
 ) -> list[ir.Node]:
-    """Copies whose own tensors bear the module's name, so that slices may share nodes of the graph.
+    """Copy nodes and prefix their tensors with the module's name, so that slices may share nodes of the graph.
 
     Args:
-        stored: constants of the graph -> those of the slices, which this adds to.
+        nodes: the nodes of one slice, in order.
+        module: name of the module.
+        aliases: values of the graph -> values that the slice reads instead.
+        stored: constants of the graph -> constants of the slices. New ones are added in place.
     """
     made: dict[ir.Value, ir.Value] = {}
 

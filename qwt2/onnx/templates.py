@@ -1,4 +1,4 @@
-"""Files of models of one structure: the first is exported, the others are written into copies of it."""
+"""Export of many models of one structure: the first is exported, the others are written into copies of its file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qwt2.onnx.passes import rewrite_numbers
 
 
 class Exporter:
-    """Exports many models; one whose structure was exported before is written into a copy of that file.
+    """Exports many models. A model whose structure was exported before is written into a copy of that file.
 
     Args:
         example_input: as in :func:`write_onnx`.
@@ -31,14 +31,14 @@ class Exporter:
         self._templates: dict[str, Path] = {}
 
     def export(self, folded: nn.Module, path: str | os.PathLike) -> Path:
-        """As :func:`write_onnx`; the files that were written before must still be there."""
+        """Export a model as :func:`write_onnx` does and return ``path``. Earlier files must still exist."""
         known = self._templates.get(structure(folded))
         if known is not None:
             return rewrite_onnx(known, folded, path)
         return self.learn(write_onnx(folded, path, self.example_input))
 
     def learn(self, path: Path) -> Path:
-        """Write models of the structure in a file that was exported elsewhere into copies of it; returns ``path``."""
+        """Use a file that was exported elsewhere as the template for models of its structure, and return ``path``."""
         self._templates[properties(load_onnx(path)).get(STRUCTURE_KEY, "")] = path
         return path
 
@@ -46,11 +46,20 @@ class Exporter:
 def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.PathLike) -> Path:
     """Write ``folded`` into a copy of an exported file of a model of the same structure.
 
-    Only stored numbers change, so the two files have the same operators in the same order; it also
-    takes a fraction of an export's time.
+    Only stored numbers change, so both files have the same operators in the same order. This takes a fraction of the
+    time of an export.
+
+    Args:
+        template: the exported file.
+        folded: the folded model.
+        path: the new file; written atomically.
+
+    Returns:
+        ``path``.
 
     Raises:
-        Qwt2Error: the file was not exported by this library or from another structure.
+        Qwt2Error: the file was not exported by this library, or holds a model of another structure; or quantizers
+            that share one in the file have different numbers in ``folded``.
     """
     model = ir.from_proto(load_onnx(template))
     if structure(folded) != model.metadata_props.get(STRUCTURE_KEY):
@@ -67,7 +76,7 @@ def rewrite_onnx(template: str | os.PathLike, folded: nn.Module, path: str | os.
 
 
 def _check_shared(shared: dict[str, str], state: dict[str, np.ndarray]) -> None:
-    """Refuse numbers with which quantizers that share one in the file would differ."""
+    """Raise if quantizers that share one in the file have different numbers in ``state``."""
     for name, other in shared.items():
         for key in [key for key in state if key.rpartition(".")[0] == name]:
             if not np.array_equal(state[key], state[f"{other}.{key.rpartition('.')[2]}"]):

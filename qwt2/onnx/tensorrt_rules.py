@@ -1,8 +1,8 @@
-"""What TensorRT accepts of quantized ONNX files: rules, checked without TensorRT.
+"""TensorRT's rules for quantized ONNX files, checked without TensorRT.
 
-After NVIDIA's "Working with Quantized Types" and onnx-tensorrt's list of operators, for TensorRT 10: int8 codes only,
-zero points of 0, positive scales that are constants, one scale for an activation and one per output channel for a
-weight, biases in float, and a dequantizer before every operand of a product that is to run in integers.
+The rules follow NVIDIA's "Working with Quantized Types" and onnx-tensorrt's list of operators, for TensorRT 10. Codes
+are int8, zero points are 0, and scales are positive constants. An activation has one scale and a weight one per output
+channel. Biases are float. Every operand of a product that is to run in integers comes from a dequantizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwt2.onnx.graph import constant, readers, sizes
 
 MAX_OPSET = 20
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
-# TensorRT moves quantizers across these.
+# Operations that TensorRT moves quantizers across.
 _MOVES = (
     "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
     "Unsqueeze",
@@ -30,8 +30,8 @@ class Violation:
     """A node that TensorRT would refuse or run in float.
 
     Attributes:
-        node: its name, or that of the tensor it makes; "model" for what concerns the whole file.
-        reason: one sentence.
+        node: the node's name, or the name of its output tensor; "model" if the whole file breaks a rule.
+        reason: what breaks a rule, as a sentence whose subject is ``node``.
     """
 
     node: str
@@ -42,12 +42,12 @@ class Violation:
 
 
 def check(model: onnx.ModelProto) -> list[Violation]:
-    """The places where a file breaks TensorRT's rules for int8, in the graph's order; none if it is fine."""
+    """Return the places where a file breaks TensorRT's rules for int8, in the graph's order."""
     return violations(ir.from_proto(model))
 
 
 def violations(model: ir.Model) -> list[Violation]:
-    """As :func:`check`, of a model that is not a file yet."""
+    """Return the violations, as :func:`check` does, of a model that is not a file yet."""
     return [*_of_model(model), *_of_nodes(model.graph)]
 
 
@@ -99,13 +99,13 @@ def _scale(node: ir.Node) -> Iterator[str]:
 
 
 def _type(value: ir.Value) -> ir.DataType | None:
-    """Of a constant; ``None`` of what is computed."""
+    """Return the type of a constant; ``None`` for a computed value."""
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.dtype
 
 
 def _zero_type(node: ir.Node) -> ir.DataType:
-    """ONNX's default, where the zero point is left out, is uint8."""
+    """Return the type of a node's zero point; if it is left out, ONNX's default is uint8."""
     return (_type(node.inputs[2]) or ir.DataType.UNDEFINED) if len(node.inputs) > 2 else ir.DataType.UINT8
 
 
@@ -131,7 +131,7 @@ def _weight_axis(product: ir.Node, weight: ir.Node) -> Iterator[str]:
 
 
 def _source(value: ir.Value) -> ir.Node | None:
-    """The dequantizer that a tensor comes from through nothing but movement, if it does."""
+    """Return the dequantizer that a tensor comes from, if only nodes that move values lie between."""
     node = value.producer()
     while node is not None and node.op_type in _MOVES:
         node = node.inputs[0].producer()

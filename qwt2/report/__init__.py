@@ -1,1 +1,1 @@
-"""From stored results to tables, plots and one self-contained HTML page."""
+"""Report of stored results: tables, charts and one self-contained HTML page."""

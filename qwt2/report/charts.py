@@ -1,6 +1,6 @@
-"""The page's charts, as Vega-Lite specifications.
+"""The page's charts as Vega-Lite specifications.
 
-Text and rules take the page's own colour (`currentColor`), so one chart serves light, dark and print.
+Text and rules take the page's colour (``currentColor``), so that one chart fits light, dark and print styles.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ Spec = dict[str, Any]
 
 
 def accuracy(results: Results, model: str) -> Spec:
-    """Top-1 of the simulation against bits, a line per method, bars of one standard deviation, fp32 dashed."""
+    """Plot top-1 of the simulation against bits: a line per method, bars of one standard deviation, fp32 dashed."""
     base = alt.Chart(alt.Data(values=_accuracy_points(results, model))).encode(
         x=_precision_axis(results, model),
         color=_compensation_colour(results),
@@ -37,13 +37,13 @@ def accuracy(results: Results, model: str) -> Spec:
 
 
 def latency(results: Results, model: str, engine: str) -> Spec:
-    """Median latency of one batch, a bar for each precision and method."""
+    """Plot the median latency of one batch in milliseconds, with a bar per precision and method."""
     title = f"{model}: latency on {ENGINE_NAMES.get(engine, engine)}"
     return _bars(results, model, engine, "latency_ms", title, "ms", 1)
 
 
 def size(results: Results, model: str, engine: str) -> Spec:
-    """Size of the ONNX file that `engine` runs, a bar for each precision and method."""
+    """Plot the size in kB of the ONNX file that ``engine`` runs, with a bar per precision and method."""
     return _bars(results, model, engine, "file_bytes", f"{model}: size of the ONNX file", "kB", 1000)
 
 
@@ -83,7 +83,7 @@ def _spec(chart: alt.LayerChart | alt.Chart, description: str, height: Any) -> S
 
 
 def to_spec(chart: alt.TopLevelMixin, description: str) -> Spec:
-    """The chart in the page's style."""
+    """Return the specification of a chart in the page's style."""
     return (
         chart.properties(description=description, background="transparent")
         .configure(font="system-ui, sans-serif")

@@ -1,7 +1,7 @@
-"""How compensations are shown. Each says it itself, by attributes of the class that is registered.
+"""Labels, colours and order of compensations, from attributes of the registered classes.
 
-Results name a compensation as the configuration does. A name under which none is registered (a second CWAC with other
-settings, say) is shown as it is, behind the others.
+Results name a compensation as the configuration does. A name that is not registered, such as that of a second CWAC with
+other settings, is shown as it is, after the others.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Any
 
 from qwt2.compensation.methods import COMPENSATIONS
 
-SUBJECT = "cwac"  # the compensation that the benchmark is about, and the others are compared with
+SUBJECT = "cwac"  # the compensation that the benchmark is about; the others are compared with it
 PTQ_COLOUR, OTHER_COLOUR = "#d97706", "#a855f7"
 
 
 def label(name: str) -> str:
-    """Return the name for reading: "QwT"."""
+    """Return the display name of a compensation, such as "QwT"."""
     return getattr(_registered(name), "LABEL", name)
 
 
 def heading(name: str) -> str:
-    """Return what a method with this compensation is: "PTQ + QwT"; "PTQ" for the empty name."""
+    """Return the display name of methods with a compensation, such as "PTQ + QwT"; "PTQ" for the empty name."""
     return f"PTQ + {label(name)}" if name else "PTQ"
 
 
 def colour(name: str) -> str:
-    """Return the colour of charts; the empty name is plain PTQ."""
+    """Return the colour of a compensation in charts; the empty name is plain PTQ."""
     return getattr(_registered(name), "COLOUR", OTHER_COLOUR) if name else PTQ_COLOUR
 
 
 def order(name: str) -> tuple[float, str]:
-    """Sort key: plain PTQ, then compensations in the order that they say, then other names."""
+    """Return a sort key: plain PTQ, then registered compensations by their ``ORDER``, then other names."""
     return (-1.0 if not name else getattr(_registered(name), "ORDER", float("inf"))), name
 
 

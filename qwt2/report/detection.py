@@ -1,4 +1,4 @@
-"""What the figures of detectors say: average precision side by side, and the targets."""
+"""Findings from the figures of detectors: average precision side by side, and the targets."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,13 +8,22 @@ from qwt2.report.findings import LATENCY_RATIO, Target, target
 from qwt2.report.results import Method, Results, Row
 
 FP32_AP = {"bbox_ap": 60.0, "segm_ap": 50.0}  # percent that a default detector must reach before it is quantized
-HARD_LOSS = 5.0  # points of box AP that plain PTQ loses where compensation is asked to help
-RECOVERED = 1 / 3  # share of that loss that compensation is asked to recover
-ENGINE_DELTA = 0.3  # points of box AP between an engine and the simulation
+HARD_LOSS = 5.0  # points of box AP; plain PTQ loses at least as many where compensation must help
+RECOVERED = 1 / 3  # share of that loss that compensation must recover
+ENGINE_DELTA = 0.3  # points of box AP by which an engine may differ from the simulation
 
 
 class Line(NamedTuple):
-    """One detector at one precision: box and mask AP of the simulation in percent, by compensation ("": plain PTQ)."""
+    """AP of one detector in the simulation, in percent, at one precision.
+
+    Attributes:
+        model: name of the detector.
+        precision: name of the precision.
+        ptq: name of the PTQ method.
+        fp32: the float detector's figures by metric.
+        box: box AP by compensation; the empty name is plain PTQ.
+        mask: mask AP by compensation; ``None`` where it was not measured.
+    """
 
     model: str
     precision: str
@@ -25,18 +34,18 @@ class Line(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Points of box AP that plain PTQ loses against fp32."""
+        """The points of box AP that plain PTQ loses against fp32."""
         fp32 = self.fp32["bbox_ap"]
-        assert fp32 is not None  # else there is no line
+        assert fp32 is not None  # ``lines`` makes no line without it
         return fp32.value - self.box[""].value
 
     def recovered(self, compensation: str) -> float | None:
-        """Share of the loss that a compensation recovers; None where nothing is lost."""
+        """Return the share of the loss that a compensation recovers; ``None`` if there is no loss."""
         return (self.box[compensation].value - self.box[""].value) / self.loss if self.loss > 0 else None
 
 
 def lines(results: Results) -> list[Line]:
-    """Every detector and precision, from many bits to few."""
+    """Return a line per detector, precision and PTQ method, from many bits to few."""
     cells = [(model, precision) for model in results.models for precision in results.precisions(model)]
     return [line for cell in cells for line in _lines(results, *cell)]
 
@@ -54,7 +63,7 @@ def _lines(results: Results, model: str, precision: str) -> Iterator[Line]:
 
 
 def targets(results: Results) -> list[Target]:
-    """The figures that the default detectors are to reach, each with what misses it."""
+    """Return the targets of the default detectors, each with the figures that miss it."""
     found = lines(results)
     hard = [line for line in found if line.loss >= HARD_LOSS and SUBJECT in line.box]
     hard_models = {line.model for line in hard}

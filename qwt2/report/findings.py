@@ -1,4 +1,4 @@
-"""What the figures say: the comparison with plain PTQ, the targets and the headline, all computed from the table."""
+"""Findings from the table of figures: the comparison with plain PTQ, the targets and the headline."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -9,16 +9,22 @@ from qwt2.report.results import Method, Results, Row
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 ENGINE_NAMES = {"torch": "Simulation", **ENGINES}
 FP32_TOP1 = 90.0  # percent that a default model must reach before it is quantized
-HARD_LOSS = 3.0  # points of top-1 that plain PTQ loses where compensation is asked to help
+HARD_LOSS = 3.0  # points of top-1; plain PTQ loses at least as many where compensation must help
 EASY_LOSS = 0.5  # points of top-1 that plain PTQ may lose at 8 bits
-ENGINE_DELTA = 0.3  # points of top-1 between an engine and the simulation
-FOLD_STEPS, FOLD_FRACTION = 1, 1e-3  # folded against unfolded modules: output steps, share of elements
-LATENCY_RATIO = (0.98, 1.02)  # folded over plain PTQ
-FILE_GROWTH = 0.01  # of the file; folding may add biases to modules that had none, and nothing else
+ENGINE_DELTA = 0.3  # points of top-1 by which an engine may differ from the simulation
+FOLD_STEPS, FOLD_FRACTION = 1, 1e-3  # by which folded and unfolded modules may differ: output steps, share of elements
+LATENCY_RATIO = (0.98, 1.02)  # lowest and highest latency of folded models over plain PTQ
+FILE_GROWTH = 0.01  # of the file's size; folding may only add biases to modules that had none
 
 
 class Comparison(NamedTuple):
-    """A compensated method beside the plain PTQ it stands on, in one cell; top-1 of the simulation in percent."""
+    """A compensated method beside the plain PTQ under it, at one model and precision.
+
+    Attributes:
+        model, precision, method: names of the cell and of the compensated method.
+        fp32, ptq, compensated: top-1 in the simulation, in percent.
+        ptq_sqnr_db, compensated_sqnr_db: SQNR of the logits, in dB.
+    """
 
     model: str
     precision: str
@@ -31,27 +37,34 @@ class Comparison(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """Points of top-1 gained over plain PTQ; negative where the compensation made it worse."""
+        """The points of top-1 gained over plain PTQ; negative if the compensation made it worse."""
         return self.compensated.value - self.ptq.value
 
     @property
     def ptq_loss(self) -> float:
-        """Points of top-1 that plain PTQ loses against fp32."""
+        """The points of top-1 that plain PTQ loses against fp32."""
         return self.fp32.value - self.ptq.value
 
     @property
     def is_hard(self) -> bool:
-        """Whether plain PTQ loses so much that compensation is asked to help."""
+        """Whether plain PTQ loses so much that compensation must help."""
         return self.ptq_loss >= HARD_LOSS
 
     @property
     def within_noise(self) -> bool:
-        """Whether the difference is no larger than the standard deviation of either figure."""
+        """Whether the difference is no larger than the larger standard deviation of the two figures."""
         return abs(self.gain) <= max(self.ptq.std or 0.0, self.compensated.std or 0.0)
 
 
 class Target(NamedTuple):
-    """A figure to reach: what it asks, whether it is met (None if nothing was measured), and the evidence."""
+    """A target for the figures.
+
+    Attributes:
+        statement: the target in words.
+        met: whether the target is met; ``None`` if nothing was measured.
+        evidence: the share of figures that meet it, or the precisions at which it is met.
+        misses: the figures or cells that miss it.
+    """
 
     statement: str
     met: bool | None
@@ -60,7 +73,10 @@ class Target(NamedTuple):
 
 
 def comparisons(results: Results, compensation: str) -> list[Comparison]:
-    """Every cell in which `compensation` on a PTQ method that engines run and that plain PTQ were both measured."""
+    """Return every cell in which a compensated method and the plain PTQ under it were both measured.
+
+    Published PTQ methods, which run in simulation only, are left out.
+    """
     return [
         found
         for model, precision, method in _cells(results)
@@ -70,12 +86,12 @@ def comparisons(results: Results, compensation: str) -> list[Comparison]:
 
 
 def not_improved(compared: list[Comparison]) -> list[str]:
-    """One sentence for each cell whose mean top-1 the compensation did not raise, with what is known about why."""
+    """Return one text per cell whose mean top-1 the compensation did not raise, with the known reasons."""
     return [f"{_cell(item)}: {_top1_change(item)}. {_why(item)}" for item in compared if item.gain <= 0]
 
 
 def headline(results: Results) -> list[str]:
-    """The outcome in a few sentences, for the head of the page."""
+    """Return the outcome in a few sentences, for the head of the page."""
     compared = comparisons(results, SUBJECT)
     sentences = [_gain_sentence(compared)] if compared else []
     sentences += [_cost_sentence(results)] if _folded(results, "latency_ratio_to_ptq") else []
@@ -84,7 +100,7 @@ def headline(results: Results) -> list[str]:
 
 
 def model_sentence(results: Results, model: str) -> str:
-    """One model's outcome at the precision where plain PTQ loses most."""
+    """Return a sentence on one model at the precision where plain PTQ loses most; empty if nothing was compared."""
     fp32 = results.fp32_top1(model)
     compared = [item for item in comparisons(results, SUBJECT) if item.model == model]
     if fp32 is None or not compared:
@@ -104,7 +120,7 @@ def model_sentence(results: Results, model: str) -> str:
 
 
 def targets(results: Results) -> list[Target]:
-    """The figures that the default benchmark is to reach, each with the cells that miss it."""
+    """Return the targets of the default benchmark, each with the cells that miss it."""
     return [check(results) for check in _TARGETS]
 
 
@@ -182,7 +198,14 @@ _TARGETS = (
 
 
 def target(statement: str, items: list, meets: Callable, describe: Callable) -> Target:
-    """The target that every item `meets`; `describe` names those that miss it."""
+    """Return the target that every item meets.
+
+    Args:
+        statement: the target in words.
+        items: the measured items.
+        meets: whether an item meets the target.
+        describe: the name of an item that misses it.
+    """
     if not items:
         return Target(statement, None, "not measured", [])
     misses = [describe(item) for item in items if not meets(item)]
@@ -263,7 +286,7 @@ def _same_cell(results: Results, other: Comparison, compensation: str) -> list[C
 
 
 def _cells(results: Results) -> Iterator[tuple[str, str, str]]:
-    """Every quantized (model, precision, method) of the table, in reading order."""
+    """Yield every quantized (model, precision, method) of the table, in display order."""
     for model in results.models:
         for precision in results.precisions(model):
             for method in results.methods(model, precision):
@@ -271,18 +294,18 @@ def _cells(results: Results) -> Iterator[tuple[str, str, str]]:
 
 
 def _engine_deltas(results: Results) -> list[Row]:
-    """Engine against simulation, for the methods that are meant to be exported."""
+    """Return the differences of engines from the simulation, for the methods that are meant to be exported."""
     deltas = [row for row in results.rows if row.metric == "engine_top1_delta"]
     return [row for row in deltas if not Method.parse(row.method).is_published]
 
 
 def _folded(results: Results, metric: str) -> list[Row]:
-    """Figures of the benchmark's subject on the integer engines, where it is folded."""
+    """Return the figures of the benchmark's subject on the integer engines, where it is folded."""
     return [row for row in _of_subject(results, metric) if row.engine != "torch"]
 
 
 def _folding(results: Results, metric: str) -> list[Row]:
-    """Figures of its folded modules against its unfolded ones, which the simulation's rows hold."""
+    """Return the differences of the subject's folded from its unfolded modules, which the simulation's rows hold."""
     return [row for row in _of_subject(results, metric) if row.engine == "torch"]
 
 
@@ -291,7 +314,7 @@ def _of_subject(results: Results, metric: str) -> list[Row]:
 
 
 def _file_growth(results: Results) -> list[tuple[Row, float]]:
-    """Each folded file with its relative growth over plain PTQ's."""
+    """Return each folded file with its relative growth over plain PTQ's file."""
     pairs = []
     for row in (row for row in results.rows if row.metric == "file_bytes"):
         method = Method.parse(row.method)

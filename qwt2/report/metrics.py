@@ -1,4 +1,4 @@
-"""Every metric: its unit, and how it is shown. A new one is one entry here and its computation in a task."""
+"""All metrics with their units and display. A new metric needs one entry here and its computation in a task."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """What is known of a metric, whatever its value.
+    """Unit and display of a metric.
 
     Attributes:
-        unit: the only one that the results have it in.
-        heading: of its column.
-        explanation: what it is, in half a sentence.
-        shown: its value for reading.
-        hidden: where its column is hidden until asked for: "", "simulation", "engines" or "everywhere".
-        simulated: heading and explanation of what the simulation says in place of an engine, if that is something else.
+        unit: the only unit in which results may give the metric.
+        heading: heading of the metric's column.
+        explanation: definition of the metric, in half a sentence.
+        shown: formats a value for display.
+        hidden: where the column is hidden by default: "", "simulation", "engines" or "everywhere".
+        simulated: heading and explanation of the simulation's column, if the metric has another meaning there.
     """
 
     unit: str
@@ -26,26 +26,26 @@ class Metric(NamedTuple):
     simulated: tuple[str, str] | None = None
 
     def texts(self, simulation: bool) -> tuple[str, str]:
-        """Return heading and explanation of the column of the simulation, or of an engine."""
+        """Return heading and explanation of the column of the simulation or of an engine."""
         return self.simulated if simulation and self.simulated else (self.heading, self.explanation)
 
     def is_secondary(self, simulation: bool) -> bool:
-        """Whether the column of the simulation, or of an engine, is hidden until asked for."""
+        """Return whether the column of the simulation or of an engine is hidden by default."""
         return self.hidden in ("everywhere", "simulation" if simulation else "engines")
 
 
 def signed(value: float) -> str:
-    """Return two decimals and the sign."""
+    """Format a number with its sign and two decimals."""
     return f"{round(value, 2) + 0.0:+.2f}"  # + 0.0: no negative zero
 
 
 def _significant(value: float) -> str:
-    """Three significant digits in plain decimals; whole numbers from 100 up."""
+    """Format a number with three significant digits, or as a whole number from 100 up."""
     return f"{value:#.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _compact(value: float) -> str:
-    """A count in three digits: 640, 55.9 k, 3.58 M."""
+    """Format a count with three digits: 640, 55.9 k, 3.58 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.3g} {unit}"
@@ -54,7 +54,7 @@ def _compact(value: float) -> str:
 
 _PERCENT = "{:.2f}".format
 
-# In reading order.
+# The metrics in the order of the tables' columns.
 METRICS: dict[str, Metric] = {
     "top1": Metric("percent", "top-1 %", "share of validation images classified correctly", _PERCENT),
     "top5": Metric(
@@ -117,6 +117,6 @@ METRICS: dict[str, Metric] = {
     ),
 }
 
-# By the task, what a baseline must have; the first stands for the task where there is room for one figure.
+# Task -> metrics that every baseline must have. The first is the task's headline metric.
 ACCURACY = {"classification": ("top1", "top5"), "detection": ("bbox_ap", "bbox_ap50")}
 HEADLINE = {task: names[0] for task, names in ACCURACY.items()}

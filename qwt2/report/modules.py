@@ -1,7 +1,6 @@
-"""The per-module view: one row per module with SQNR, scales, gate and distance of the engines, as a chart and a table.
+"""The per-module view: SQNR, alpha and beta, gate and engine mismatch of every module, as a chart and a table.
 
-Both are drawn in the page (modules.js) from one compact table, for the model, precision and method that the reader
-picks.
+The page draws both (modules.js) from one compact table, for the model, precision and method that the reader chooses.
 """
 
 from collections.abc import Sequence
@@ -20,14 +19,20 @@ with extra("report"):
 
 WORSE_COLOUR = "#dc2626"
 ENGINE_COLOURS = ("#3b82f6", "#d97706", "#a855f7", "#0f9d76", "#64748b", "#db2777")
-# modules.js puts the names of the modules shown in this place.
+# modules.js replaces this placeholder by the names of the modules.
 NAMES = ["MODULES"]
 
 
 def table(layers: Sequence[Layer]) -> dict[str, Any]:
-    """Everything that the page shows of modules: ``columns``, ``rows`` (means over seeds), ``choices`` of each select.
+    """Return the data of the per-module view.
 
-    beta is told in percent of the root mean square of the module's output, so that modules compare.
+    beta is in percent of the root mean square of the module's output, so that modules are comparable.
+
+    Args:
+        layers: the per-module records.
+
+    Returns:
+        ``columns``, ``rows`` (means over seeds), ``engines`` and the ``choices`` of every select element.
     """
     engines = list(dict.fromkeys(engine for layer in layers for engine in layer.mismatch))
     groups: dict[tuple[str, ...], list[Layer]] = {}
@@ -42,7 +47,7 @@ def table(layers: Sequence[Layer]) -> dict[str, Any]:
         "engines": [ENGINE_NAMES.get(engine, engine) for engine in engines],
         "choices": {
             "model": list(dict.fromkeys(layer.model for layer in layers)),
-            # Fewest bits first: there is something to see.
+            # Fewest bits first, where the effects are largest.
             "precision": sorted({layer.precision for layer in layers}, key=precision_order, reverse=True),
             "method": list(dict.fromkeys(kind(method) for method in methods)),
         },
@@ -50,7 +55,7 @@ def table(layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def chart(engines: Sequence[str]) -> Spec:
-    """Panels side by side, a row for each module: SQNR, quantiles of alpha and of beta, mismatch of the engines."""
+    """Return a chart of panels with a row per module: SQNR, quantiles of alpha and of beta, engine mismatch."""
     panels = {
         "sqnr": _sqnr(),
         "alpha": _quantiles("alpha", "α over channels", reference=1.0),
@@ -72,7 +77,7 @@ def _where_to_start(method: str) -> tuple:
 
 
 def _record(group: list[Layer], engines: Sequence[str]) -> dict[str, Any]:
-    """One row: means over seeds; what is not known is None."""
+    """Return one row of the table: means over seeds, and ``None`` for unknown values."""
     first, decided = group[0], [layer.kept for layer in group if layer.kept is not None]
     record: dict[str, Any] = {
         "model": first.model, "precision": first.precision, "method": kind(first.method), "module": first.module,
@@ -100,7 +105,7 @@ def _scaled(layer: Layer, name: str, suffix: str) -> float | None:
 
 
 def _gate(group: list[Layer], decided: list[bool]) -> str:
-    """What the gate said: "kept", or the reason why not."""
+    """Return the decision of the gate: "kept", or "rejected" with the reasons."""
     if not decided:
         return ""
     if all(decided):
@@ -116,7 +121,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Four digits are as many as any of these figures has meaning in."""
+    """Round to four significant digits; no figure here is more precise."""
     return None if value is None else float(f"{value:.4g}")
 
 

@@ -1,6 +1,6 @@
-"""The results as one self-contained HTML page: words, tables and charts, nothing loaded from anywhere.
+"""The results as one self-contained HTML page of text, tables and charts, which loads nothing.
 
-:func:`render` makes the page of the benchmark, :func:`render_model` that of one quantized model.
+:func:`render` makes the page of the benchmark, and :func:`render_model` the page of one quantized model.
 """
 
 import base64
@@ -22,14 +22,14 @@ with extra("report"):
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the figures were measured on and under, for the captions.
+    """The conditions of the measurements, for the captions.
 
-    Args:
-        datasets: name of each dataset -> number of validation images, None for all there are.
-        calibration_images: numbers of images of one calibration seed, over the models.
-        latency: settings of the timing: ``batch_size``, ``threads``.
-        latency_repeats: numbers of timed runs, over the models.
-        machines: the different `qwt2.evaluation.machine.describe` records of the evaluated cells.
+    Attributes:
+        datasets: name of each dataset -> number of validation images; ``None`` for all images.
+        calibration_images: the numbers of images per calibration seed that occur over the models.
+        latency: settings of the timing: ``batch_size`` and ``threads``.
+        latency_repeats: the numbers of timed runs that occur over the models.
+        machines: the different records of :func:`qwt2.evaluation.machine.describe` over the evaluated cells.
     """
 
     datasets: Mapping[str, int | None]
@@ -46,12 +46,18 @@ def render(
     operations: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
     pictures: Mapping[str, bytes] | None = None,
 ) -> str:
-    """The page. Equal arguments give equal bytes (of one Altair and vl-convert release).
+    """Render the page of the benchmark. Equal arguments give equal bytes with the same Altair and vl-convert.
 
     Args:
-        operations: (model, precision) -> ``operations``, by engine what
-            :func:`qwt2.engines.operations.count_operations` says, and ``float_modules``, name -> reason.
-        pictures: PNG files of what detectors find, by the name of the cell.
+        results: the figures.
+        layers: the per-module records.
+        conditions: the conditions of the measurements.
+        operations: (model, precision) -> ``operations``, the counts of
+            :func:`qwt2.engines.operations.count_operations` per engine, and ``float_modules``, name -> reason.
+        pictures: name of a cell -> PNG file of the detections.
+
+    Returns:
+        The HTML text.
     """
     classifiers, detectors = results.of_task("classification"), results.of_task("detection")
     specs = _specs(results, classifiers.models)
@@ -93,7 +99,14 @@ def render(
 
 
 def render_model(report: Mapping[str, Any]) -> str:
-    """The page of one quantized model, from the report that `python -m qwt2` writes as JSON."""
+    """Render the page of one quantized model.
+
+    Args:
+        report: the report that ``python -m qwt2`` writes as JSON.
+
+    Returns:
+        The HTML text.
+    """
     bits = report["precision"]
     precision = f"W{bits['weight_bits']}A{bits['activation_bits']}"
     method = report["method"] + ("" if report["compensation"] == "none" else f"+{report['compensation']}")
@@ -134,7 +147,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _model_headline(report: Mapping[str, Any], precision: str) -> list[str]:
-    """What was done and what came of it, in a few sentences."""
+    """Return a few sentences on the quantization and its result."""
     kinds = [record["kind"] for record in report["modules"]]
     compensated = [record for record in report["modules"] if record.get("kept") is not None]
     rejected = [record["module"] for record in compensated if not record["kept"]]
@@ -158,7 +171,7 @@ def _model_headline(report: Mapping[str, Any], precision: str) -> list[str]:
 
 
 def _operation_lines(operations: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line for each model and engine that runs the same operations, with all precisions it does so at."""
+    """Return one line per model, engine and set of operations, with all precisions that have these operations."""
     lines: dict[tuple, list[str]] = {}
     for (model, precision), facts in operations.items():
         for engine, counts in facts["operations"].items():
@@ -181,7 +194,7 @@ def _operation_lines(operations: Mapping[tuple[str, str], Mapping[str, Any]]) ->
 
 
 def _specs(results: Results, classifiers: Sequence[str]) -> dict[str, charts.Spec]:
-    """Every chart by the id of its element: ``accuracy-<model>``, ``latency-<engine>-<model>``, ``size-<model>``."""
+    """Return charts by element id: ``accuracy-<model>``, ``latency-<engine>-<model>`` and ``size-<model>``."""
     specs = {f"accuracy-{model}": charts.accuracy(results, model) for model in classifiers}
     for model in results.models:
         for engine in results.engines(model):
@@ -193,13 +206,13 @@ def _specs(results: Results, classifiers: Sequence[str]) -> dict[str, charts.Spe
 
 
 def _engine_of_files(results: Results, model: str) -> str | None:
-    """All engines run the same file: its size is shown once."""
+    """Return the engine whose file size is shown, or ``None``. All engines run the same file, so one is enough."""
     engines = [row.engine for row in results.rows if (row.model, row.metric) == (model, "file_bytes")]
     return min(engines, default=None)
 
 
 def _explanations(results: Results) -> list[tuple[str, str]]:
-    """Heading and meaning of every metric that the tables show."""
+    """Return heading and explanation of every metric that the tables show."""
     present = {(row.engine == "torch", row.metric) for row in results.rows}
     return [
         *(
@@ -212,7 +225,7 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
 
 
 def vega_bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, in the release that Altair's specifications are written for."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, in the release that Altair's specifications need."""
     major, minor, *_ = alt.SCHEMA_VERSION.split(".")
     bundle = vl_convert.javascript_bundle(vl_version=f"{major}.{minor}")  # type: ignore[call-arg]
     if "</script" in bundle.lower():

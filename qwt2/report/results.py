@@ -1,7 +1,7 @@
-"""The results table: long format, one row a figure, checked when read and written in one fixed form.
+"""The results table in long format, with one row per figure. It is checked when read and has one fixed written form.
 
-Two CSV formats live here: figures (`COLUMNS`; an evaluated cell's ``rows.csv`` and the project's
-``results/summary.csv``) and the per-module record of a compensation (`LAYER_COLUMNS`; ``layers.csv``).
+There are two CSV formats: figures (:data:`COLUMNS`; an evaluated cell's ``rows.csv`` and the project's
+``results/summary.csv``) and the per-module record of a compensation (:data:`LAYER_COLUMNS`; ``layers.csv``).
 """
 
 import csv
@@ -21,16 +21,16 @@ from qwt2.report import compensations
 from qwt2.report.metrics import METRICS
 
 COLUMNS = ("task", "dataset", "model", "precision", "method", "engine", "metric", "value", "std", "unit", "n")
-# Of alpha and beta over a module's channels, by the suffix of their names.
-# What stands for an infinite SQNR in JSON.
+# JSON has no infinity; this value in dB replaces an infinite SQNR.
 EXACT_DB = 200.0
+# Suffixes of column names -> quantiles of alpha and beta over a module's channels.
 QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
-# What is known of a compensated module beside its SQNR; empty where the compensation has no such thing.
+# Figures of a compensated module besides its SQNR; empty where the compensation does not have them.
 LAYER_FIGURES = (
     *("gate_before_db", "gate_after_db", "output_rms", "alpha_mean", "alpha_std", "beta_rms"),
     *(f"{name}_{suffix}" for name in ("alpha", "beta") for suffix in QUANTILES),
 )
-# Behind these come, for each engine, `<engine>_steps` and `<engine>_fraction`.
+# The columns ``<engine>_steps`` and ``<engine>_fraction`` of every engine follow these.
 LAYER_COLUMNS = (
     *("model", "precision", "method", "seed", "module", "kind", "sqnr_before_db", "sqnr_after_db", "kept", "reason"),
     *LAYER_FIGURES,
@@ -39,7 +39,16 @@ MISMATCH_SUFFIXES = ("_steps", "_fraction")
 
 
 class Row(NamedTuple):
-    """One figure. `std` is the standard deviation over the `n` calibration seeds, None where nothing varies."""
+    """One figure.
+
+    Attributes:
+        task, dataset, model, precision, method, engine: what was measured.
+        metric: a key of :data:`qwt2.report.metrics.METRICS`.
+        value: the mean over the calibration seeds.
+        std: the standard deviation over the calibration seeds; ``None`` where nothing varies.
+        unit: the unit of the metric.
+        n: number of calibration seeds.
+    """
 
     task: str
     dataset: str
@@ -55,17 +64,25 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What the figure is of: all columns before `value`. Unique in a table, and its sort order."""
+        """All columns before ``value``. The key is unique in a table, and tables are sorted by it."""
         return self[:7]
 
 
 class Layer(NamedTuple):
     """One quantized module or compensated block at one calibration seed.
 
-    `kind` is "layer", "product" or "block". SQNR of its output in dB, `kept` (whether the gate let the compensation
-    stand) and the figures of `LAYER_FIGURES` are None where they were not measured: a product has no compensation.
-    `mismatch` tells, for each engine, the largest difference from the simulation in output steps and the share of
-    elements that differ; it was measured at the first seed.
+    Values are ``None`` where they were not measured. A product, for example, has no compensation.
+
+    Attributes:
+        model, precision, method, seed: what was measured.
+        module: name of the module or block.
+        kind: "layer", "product" or "block".
+        sqnr_before_db, sqnr_after_db: SQNR of the output before and after compensation, in dB.
+        kept: whether the gate kept the compensation.
+        reason: why the gate rejected the compensation.
+        figures: the figures of :data:`LAYER_FIGURES`.
+        mismatch: engine -> largest difference from the simulation in output steps, and share of elements that differ;
+            measured at the first seed.
     """
 
     model: str
@@ -83,7 +100,7 @@ class Layer(NamedTuple):
 
     @property
     def record(self) -> dict[str, Any]:
-        """Its values by column, as in the file."""
+        """The values by column, as in the file."""
         measured = {
             engine + suffix: value
             for engine, values in self.mismatch.items()
@@ -93,20 +110,20 @@ class Layer(NamedTuple):
 
 
 class Method(NamedTuple):
-    """The parts of a method's name `<ptq>[+<compensation>]`; an absent compensation is empty."""
+    """The parts of a method's name ``<ptq>[+<compensation>]``; ``compensation`` is empty if there is none."""
 
     ptq: str
     compensation: str
 
     @classmethod
     def parse(cls, name: str) -> "Method":
-        """Take a name apart."""
+        """Split a method's name into its parts."""
         ptq, _, compensation = name.partition("+")
         return cls(ptq, compensation)
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a PTQ method that engines run, uncompensated."""
+        """Whether this is an uncompensated PTQ method that engines run."""
         return not self.compensation and not self.is_published
 
     @property
@@ -116,7 +133,12 @@ class Method(NamedTuple):
 
 
 class Results:
-    """A table of figures, looked up by what they are of."""
+    """A table of figures with lookups by model, precision, method, engine and metric.
+
+    Attributes:
+        rows: the figures, sorted by key.
+        models: names of the models.
+    """
 
     def __init__(self, rows: Iterable[Row]):
         self.rows = sorted(rows, key=lambda row: row.key)
@@ -124,39 +146,39 @@ class Results:
         self.models = _unique(row.model for row in self.rows)
 
     def get(self, model: str, precision: str, method: str, engine: str, metric: str) -> Row | None:
-        """The figure, or None where it was not measured."""
+        """Return a figure, or ``None`` if it was not measured."""
         return self._by_key.get((model, precision, method, engine, metric))
 
     def of_task(self, task: str) -> "Results":
-        """The rows of one task."""
+        """Return the results of one task."""
         return Results(row for row in self.rows if row.task == task)
 
     def fp32_top1(self, model: str) -> Row | None:
-        """Top-1 of the float model, in percent."""
+        """Return the top-1 of the float model, in percent; ``None`` if it was not measured."""
         return self.get(model, "fp32", "fp32", "torch", "top1")
 
     @property
     def compensations(self) -> list[str]:
-        """The compensations with figures, in their own order; the empty name, plain PTQ, first."""
+        """The compensations with figures in display order; plain PTQ, the empty name, is first."""
         return sorted({"", *(Method.parse(row.method).compensation for row in self.rows)}, key=compensations.order)
 
     def precisions(self, model: str) -> list[str]:
-        """The quantized precisions of a model, from many bits to few."""
+        """Return the quantized precisions of a model, from many bits to few."""
         return sorted({row.precision for row in self.rows if row.model == model} - {"fp32"}, key=precision_order)
 
     def methods(self, model: str, precision: str) -> list[str]:
-        """The methods of a cell: PTQ methods by name, each plain before compensated."""
+        """Return the methods of a model and precision: PTQ methods by name, each plain before compensated."""
         names = {row.method for row in self.rows if (row.model, row.precision) == (model, precision)}
         return sorted(names, key=method_order)
 
     def engines(self, model: str | None = None) -> list[str]:
-        """Engines with figures (of one model); the torch simulation first."""
+        """Return the engines with figures, of one model or of all; the torch simulation is first."""
         names = {row.engine for row in self.rows if model in (None, row.model)}
         return sorted(names, key=lambda name: (name != "torch", name))
 
 
 def precision_order(name: str) -> tuple:
-    """Sort key: fp32, then weight and activation bits falling (w8a8, w4a4, w3a3, w2a4), then other names."""
+    """Return a sort key: fp32, then weight and activation bits in descending order, then other names."""
     bits = re.fullmatch(r"w(\d+)a(\d+)", name)
     if name == "fp32":
         return (0,)
@@ -164,7 +186,7 @@ def precision_order(name: str) -> tuple:
 
 
 def method_order(name: str) -> tuple:
-    """Sort key: by PTQ; on one PTQ plain, then the compensations in their own order."""
+    """Return a sort key: by PTQ method, each plain first, then with the compensations in display order."""
     method = Method.parse(name)
     return (method.ptq, compensations.order(method.compensation))
 
@@ -174,7 +196,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
     Raises:
         Qwt2Error: the file is missing or has other columns; a value is not finite or not a number; a metric is
-            unknown or has another unit; a figure is there twice. The message names file, line and value.
+            unknown or has another unit; or a figure occurs twice. The message names file, line and value.
     """
     rows = _read_csv(path, COLUMNS, _parse_row)
     _refuse_duplicates(rows, path)
@@ -182,10 +204,10 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
-    """Write a table of figures, sorted by its columns, atomically and byte-identical for equal figures.
+    """Write a table of figures atomically, sorted by key. Equal figures give equal bytes.
 
     Raises:
-        Qwt2Error: as for `read_rows`; what it would refuse is never written.
+        Qwt2Error: :func:`read_rows` would not accept the table. Nothing is written then.
     """
     rows = sorted(rows, key=lambda row: row.key)
     for number, row in enumerate(rows, start=1):
@@ -199,23 +221,28 @@ def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
 
 
 def read_layers(path: str | os.PathLike) -> list[Layer]:
-    """Read and check a per-module record, keeping its order (that of execution). Raises as `read_rows` does."""
+    """Read and check a per-module record. The order, which is that of execution, is kept.
+
+    Raises:
+        Qwt2Error: the file is missing, has other columns, or has a value that is not valid.
+    """
     return _read_csv(path, LAYER_COLUMNS, _parse_layer, more=MISMATCH_SUFFIXES)
 
 
 def write_layers(path: str | os.PathLike, records: Iterable[dict[str, Any]], engines: Sequence[str]) -> None:
-    """Write a per-module record, atomically.
+    """Write a per-module record atomically.
 
     Args:
-        records: dictionaries by column; what has no column is left out, what is missing or None stays empty.
-        engines: those whose mismatch the records hold.
+        path: the file.
+        records: dictionaries by column. Keys without a column are left out; missing values and ``None`` stay empty.
+        engines: the engines whose mismatch the records hold.
     """
     columns = [*LAYER_COLUMNS, *(engine + suffix for engine in engines for suffix in MISMATCH_SUFFIXES)]
     write_csv(path, records, columns)
 
 
 def format_number(value: float | None) -> str:
-    """The one way a figure is written: plain decimals, at most 4 of them, or 4 digits if below 1; '' for None."""
+    """Format a figure for a file: plain decimals, at most 4 of them, or 4 digits below 1; empty for ``None``."""
     if value is None:
         return ""
     value = float(value) + 0.0  # turns -0.0 into 0.0
@@ -342,10 +369,13 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def fit_record(fit: Any) -> dict[str, Any]:
-    """What compensation did to a module (:class:`qwt2.compensation.report.ModuleReport`), for JSON.
+    """Return the effect of a compensation on a module as a record for JSON.
 
-    JSON has no infinity and no NaN: an exact output gets EXACT_DB, what is unknown ``None``. Alpha and beta are told by
-    their quantiles over channels (QUANTILES), mean, deviation and root mean square.
+    JSON has no infinity and no NaN: an exact output gets :data:`EXACT_DB`, an unknown value ``None``. Alpha and beta
+    are summarized by their quantiles over channels (:data:`QUANTILES`), mean, deviation and root mean square.
+
+    Args:
+        fit: a :class:`qwt2.compensation.report.ModuleReport`.
     """
     decibels = ("sqnr_before_db", "sqnr_after_db", "gate_before_db", "gate_after_db")
     figures = {name: min(max(getattr(fit, name), -EXACT_DB), EXACT_DB) for name in decibels}

@@ -1,4 +1,4 @@
-"""One table per model: a row for each precision and method, a column for each engine and metric that was measured."""
+"""One table per model, with a row per precision and method and a column per measured engine and metric."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,15 @@ NOT_MEASURED = "–"
 
 
 class Column(NamedTuple):
-    """A figure's column. `secondary` ones are hidden until asked for; `engine` groups the headings."""
+    """A column of figures.
+
+    Attributes:
+        engine: name of the engine; headings are grouped by it.
+        metric: name of the metric.
+        heading: heading of the column.
+        explanation: definition of the metric.
+        secondary: whether the column is hidden by default.
+    """
 
     engine: str
     metric: str
@@ -21,7 +29,15 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A figure as shown, its exact value for sorting ('' if not measured), what it is, and how it is to be seen."""
+    """A figure in a table.
+
+    Attributes:
+        text: the figure as shown.
+        value: the exact value for sorting; empty if it was not measured.
+        note: metric, exact value, unit and number of measurements, for a tooltip.
+        spread: the standard deviation as shown.
+        verdict: the style of the cell.
+    """
 
     text: str
     value: str
@@ -31,7 +47,7 @@ class Cell(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One method at one precision."""
+    """The row of one method at one precision."""
 
     precision: str
     method: str
@@ -44,13 +60,13 @@ class Table(NamedTuple):
     """All figures of one model."""
 
     model: str
-    groups: list[tuple[str, int, int]]  # heading, columns, of which secondary
+    groups: list[tuple[str, int, int]]  # heading, number of columns, number of secondary columns
     columns: list[Column]
     lines: list[Line]
 
 
 def build(results: Results, model: str) -> Table:
-    """The table of one model, from fp32 down to the fewest bits. Every figure of the model is in it once."""
+    """Build the table of one model, from fp32 down to the fewest bits, with every figure of the model once."""
     columns = _columns(results, model)
     lines = [
         _line(results, model, precision, method, columns)
@@ -61,7 +77,7 @@ def build(results: Results, model: str) -> Table:
 
 
 def kind(method: str) -> str:
-    """What a method is, whichever PTQ it stands on: "PTQ + CWAC", "PTQ (published)", "fp32"."""
+    """Return the kind of a method, whatever its PTQ method is: "PTQ + CWAC", "PTQ (published)" or "fp32"."""
     if method == "fp32":
         return method
     parts = Method.parse(method)
@@ -84,7 +100,7 @@ def _columns(results: Results, model: str) -> list[Column]:
 def _column(engine: str, metric: str, first_file: bool) -> Column:
     simulated = engine == "torch"
     facts = METRICS[metric]
-    # All engines run one file: its size is shown beside the first.
+    # All engines run the same file, so that only the first engine shows its size by default.
     return Column(
         engine,
         metric,
@@ -93,7 +109,7 @@ def _column(engine: str, metric: str, first_file: bool) -> Column:
     )
 
 
-# Derived, not a metric of the table: the simulation's top-1 minus that of the plain PTQ it stands on.
+# A derived column that is not in METRICS: the simulation's top-1 minus the top-1 of the underlying plain PTQ.
 _GAIN = Column("torch", "gain", "Δ PTQ", "top-1 minus top-1 of the plain PTQ it stands on, points", False)
 
 
@@ -126,14 +142,14 @@ def _cell(row: Row | None) -> Cell:
 
 
 def _spread(row: Row) -> str:
-    """The standard deviation for reading; only where seeds can differ."""
+    """Return the standard deviation as shown; empty where seeds cannot differ."""
     if row.std is None or row.n < 2 or (row.std == 0 and row.unit != "percent"):
         return ""
     return "± " + METRICS[row.metric].shown(row.std).lstrip("+")
 
 
 def _misses(row: Row) -> bool:
-    """Whether a figure misses the target set for it, where there is one."""
+    """Return whether a figure has a target and misses it."""
     method = Method.parse(row.method)
     if row.metric in ("engine_top1_delta", "engine_bbox_ap_delta"):
         return not method.is_published and abs(row.value) > ENGINE_DELTA

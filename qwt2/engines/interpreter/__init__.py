@@ -1,5 +1,5 @@
-"""ONNX graphs run by PyTorch.
+"""Execution of ONNX graphs in PyTorch.
 
-In comes an exported model; out comes something that computes it with PyTorch's operations: what engines that have no
-ONNX reader of their own are made of.
+This package turns an exported model into a callable of PyTorch operations. Engines without an ONNX reader of their own
+build on it.
 """

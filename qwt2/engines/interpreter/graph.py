@@ -1,10 +1,9 @@
-"""Running an exported ONNX file in PyTorch: integer products in integers, everything else in float32.
+"""Execution of an exported ONNX file in PyTorch: quantized products in integers, everything else in float32.
 
-QuantizeLinear makes codes, and DequantizeLinear keeps them as codes with their scale until something needs the
-values. A product of two such tensors is accumulated exactly, gets the bias in integers, and is scaled once at the
-end: y = s_a s_w (sum_k (a_k - z_a) w_k + b). Nothing is fused or approximated, so that the accumulators are those
-that an int8 x int8 -> int32 kernel must have. Float operations that are not written here run in ONNX's own reference
-implementation.
+QuantizeLinear makes codes, and DequantizeLinear keeps them as codes with their scale until an operation needs the
+values. A product of two tensors of codes is accumulated exactly, gets the bias in integers, and is scaled once at the
+end: y = s_a s_w (sum_k (a_k - z_a) w_k + b). Nothing is fused or approximated, so an int8 x int8 -> int32 kernel must
+have the same accumulators. Float operations that this module does not implement run in ONNX's reference implementation.
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ class Codes:
     """A quantized tensor: values = (codes - zero_point) * scale.
 
     Attributes:
-        codes: uint8, int8 or int32, any shape.
-        scale, zero_point: (), or one entry for every index of ``axis``.
+        codes: uint8, int8 or int32, of any shape.
+        scale, zero_point: of shape (), or with one entry per index of ``axis``.
+        axis: the axis of per-channel parameters; ``None`` for per-tensor parameters.
     """
 
     codes: Tensor
@@ -42,7 +42,7 @@ class Codes:
     axis: int | None
 
     def dequantize(self) -> Tensor:
-        """float32."""
+        """Return the values as float32."""
         shape = [1] * self.codes.dim()
         if self.axis is not None:
             shape[self.axis] = -1
@@ -51,14 +51,14 @@ class Codes:
 
 
 class TorchGraph:
-    """An exported model, run node by node.
+    """An exported model that runs node by node.
 
     Args:
         model: an ONNX model of this library.
-        device: where tensors live; shapes and indices stay on the CPU.
+        device: the device of the tensors; shapes and indices stay on the CPU.
 
     Raises:
-        Qwt2Error: an operation that neither this module nor ONNX's reference implementation has.
+        Qwt2Error: neither this module nor ONNX's reference implementation has one of the operations.
     """
 
     def __init__(self, model: onnx.ModelProto, device: str = "cpu"):
@@ -74,19 +74,19 @@ class TorchGraph:
         self.attributes = [{a.name: helper.get_attribute_value(a) for a in node.attribute} for node in self.nodes]
         self.functions = [self._function(node, opsets) for node in self.nodes]
         last_use = {name: index for index, node in enumerate(self.nodes) for name in node.input}
-        kept = {*self.constants, *self.outputs}  # an output may be read too
+        kept = {*self.constants, *self.outputs}  # a node may read an output too, which must not release it
         self.released = [
             [n for n in node.input if last_use[n] == i and n not in kept] for i, node in enumerate(self.nodes)
         ]
 
     @torch.no_grad()
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the graph on arrays by name."""
+        """Run the graph on arrays by name, and return its outputs by name."""
         results = self.run({name: self._tensor(array) for name, array in feeds.items()})
         return {name: value.cpu().numpy() for name, value in results.items()}
 
     def run(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name, from inputs by name."""
+        """Run the graph on tensors by name, and return its outputs by name."""
         values: dict[str, Any] = self.constants | feeds
         steps = zip(self.nodes, self.functions, self.attributes, self.released)
         for node, function, attributes, released in steps:
@@ -99,7 +99,7 @@ class TorchGraph:
         return {name: _value(values[name]) for name in self.outputs}
 
     def _function(self, node: onnx.NodeProto, opsets: dict[str, int]) -> Callable[..., Any]:
-        """What computes a node: attributes and inputs in, its output or outputs out."""
+        """Return the function of a node; it takes attributes and inputs and returns one output or a tuple of them."""
         return OPS.get(node.op_type) or _reference(node, opsets)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -108,7 +108,7 @@ class TorchGraph:
 
 
 def _reference(node: onnx.NodeProto, opsets: dict[str, int]) -> Callable[..., Any]:
-    """What ONNX's own reference implementation makes of an operation on float values, in numpy on the CPU."""
+    """Return a function that runs a node on float values in ONNX's reference implementation (NumPy on the CPU)."""
     try:
         evaluator = ReferenceEvaluator(node, opsets=opsets)
     except NotImplementedError as error:
@@ -136,19 +136,22 @@ def _from_numpy(value: Any, device: torch.device) -> Any:
 
 
 def integer_matmul(a: Tensor, zero_point: Tensor, b: Tensor) -> Tensor:
-    """Exact accumulators (M, N) int32 of (a - zero_point) @ b.
+    """Compute (a - zero_point) @ b exactly in integers.
 
     Args:
         a: codes (M, K), uint8 or int8.
-        zero_point: of ``a``, ().
-        b: codes (K, N) int8 of zero point 0.
+        zero_point: zero point of ``a``, ().
+        b: codes (K, N), int8 with zero point 0.
+
+    Returns:
+        Accumulators (M, N), int32.
     """
     zero = int(zero_point)
-    if a.dtype == torch.uint8:  # int8 kernels want int8: shift by 128, and take it back through the column sums
+    if a.dtype == torch.uint8:  # the kernel takes int8: shift by 128, and undo the shift through the column sums
         a, zero = (a.to(torch.int16) - 128).to(torch.int8), zero - 128
     columns = b.to(torch.int32).sum(0, dtype=torch.int32)
     rows, inner, width = a.shape[0], a.shape[1], b.shape[1]
-    # CUDA's kernel takes more than 16 rows, and multiples of 8 of the others; zeros add nothing.
+    # CUDA's kernel needs more than 16 rows, and multiples of 8 for K and N. Padding with zeros does not change sums.
     a = F.pad(a, (0, -inner % 8, 0, max(0, 17 - rows)))
     b = F.pad(b, (0, -width % 8, 0, -inner % 8))
     return torch._int_mm(a.contiguous(), b.contiguous())[:rows, :width] - zero * columns
@@ -157,13 +160,19 @@ def integer_matmul(a: Tensor, zero_point: Tensor, b: Tensor) -> Tensor:
 def integer_conv2d(
     x: Tensor, zero_point: Tensor, weight: Tensor, stride: list[int], pads: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    """Exact accumulators (N, C_out, H', W') int32 of a convolution, padded with what stands for 0.
+    """Compute a convolution exactly in integers. The padding is the zero point, the code of 0.
 
     Args:
         x: codes (N, C_in, H, W), uint8 or int8.
-        zero_point: of ``x``, ().
-        weight: codes (C_out, C_in / groups, kH, kW) int8 of zero point 0.
-        pads: top, left, bottom, right.
+        zero_point: zero point of ``x``, ().
+        weight: codes (C_out, C_in / groups, kH, kW), int8 with zero point 0.
+        stride: vertical and horizontal stride.
+        pads: padding at the top, left, bottom and right.
+        dilation: vertical and horizontal dilation.
+        groups: number of groups.
+
+    Returns:
+        Accumulators (N, C_out, H', W'), int32.
     """
     top, left, bottom, right = pads
     padded = F.pad(x.float(), (left, right, top, bottom), value=float(zero_point))
@@ -174,7 +183,7 @@ def integer_conv2d(
         rows = patches.transpose(1, 2).reshape(-1, patches.shape[1]).to(x.dtype)
         acc = integer_matmul(rows, zero_point, weight.flatten(1).t())
         return acc.reshape(n, -1, out).transpose(1, 2).reshape(n, out, *size)
-    # Integers of this size are exact in float64, and small groups have no integer kernel.
+    # There is no integer kernel for small groups, and integers of this size are exact in float64.
     patches = patches.double().reshape(n, groups, -1, patches.shape[-1]) - float(zero_point)
     acc = weight.double().reshape(groups, out // groups, -1) @ patches
     return acc.reshape(n, out, *size).to(torch.int32)
@@ -213,7 +222,7 @@ def _dequantize(attributes, codes, scale, zero_point):
 
 
 def _moving(name: str):
-    """Register an operation that moves values and computes nothing; codes with one scale stay codes."""
+    """Register an operation that moves values and computes nothing; per-tensor codes stay codes."""
 
     def register(function):
         def moved(attributes, x, *rest):
@@ -286,7 +295,7 @@ def _gemm(attributes, a, b, c=None):
 
 
 def _epilogue(acc: Tensor, scale: Tensor, bias: Codes | Tensor | None, axis: int) -> Tensor:
-    """Bias in integers where it is integer, then one multiplication a channel."""
+    """Add an integer bias, multiply by the scale per channel, and add a float bias."""
     shape = [1] * acc.dim()
     shape[axis] = -1
     if isinstance(bias, Codes):
@@ -302,7 +311,7 @@ def _matmul(attributes, a, b):
     if b.codes.dim() == 2 and b.codes.dtype == torch.int8 and not b.zero_point.any():
         acc = integer_matmul(a.codes.reshape(-1, a.codes.shape[-1]), a.zero_point, b.codes)
         return _epilogue(acc.reshape(*a.codes.shape[:-1], -1), a.scale * b.scale, None, -1)
-    # Batches of small products: exact in float64.
+    # Batches of small products run in float64, which is exact for these integers.
     left, right = (x.codes.double() - x.zero_point.double() for x in (a, b))
     return (left @ right).to(torch.int32).float() * (a.scale * b.scale)
 

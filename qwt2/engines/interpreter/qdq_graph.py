@@ -1,8 +1,8 @@
-"""An exported ONNX file as a PyTorch graph in the quantize and dequantize operators that PyTorch's compilers know.
+"""Conversion of an exported ONNX file to a PyTorch graph of the quantize and dequantize operators of its compilers.
 
-Between the two of a pair nothing lies, as those compilers expect: values are clipped, not codes. Weights are int8
-constants behind a dequantize operator, activations pass through quantize and dequantize, and biases are float32 (those
-compilers want them so).
+PyTorch's compilers expect nothing between the two operators of a pair, so values are clipped instead of codes. Weights
+are int8 constants followed by a dequantize operator, and activations pass through quantize and dequantize. Biases are
+float32, as those compilers require.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ OPERATORS = torch.ops.quantized_decomposed
 
 
 class QuantizedGraph(TorchGraph):
-    """See :class:`qwt2.engines.interpreter.graph.TorchGraph`; traced, not run.
+    """A :class:`qwt2.engines.interpreter.graph.TorchGraph` that is traced instead of run.
 
     Attributes:
         input_values: the graph's inputs.
-        inputs: their names.
+        inputs: the names of the graph's inputs.
     """
 
     def __init__(self, model: onnx.ModelProto):
@@ -53,7 +53,7 @@ class QuantizedGraph(TorchGraph):
         return function
 
     def trace(self, inputs: list[Tensor]) -> fx.GraphModule:
-        """The graph for inputs of these shapes, in the order of :attr:`inputs`; it returns a tuple."""
+        """Trace the graph for inputs of these shapes, in the order of :attr:`inputs`; the result returns a tuple."""
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
             return tuple(self.run(dict(zip(self.inputs, tensors))).values())
@@ -65,7 +65,7 @@ class QuantizedGraph(TorchGraph):
         return traced
 
     def _prepare_constants(self) -> None:
-        """Weights (out, in), as nn.Linear has them, and biases in float32: computed here, not in the graph."""
+        """Transpose Gemm weights to (out, in), as in ``nn.Linear``, and dequantize biases to float32."""
         dequantize = {node.output[0]: node for node in self.nodes if node.op_type == "DequantizeLinear"}
         codes = [
             dequantize[node.input[1]].input[0]
@@ -87,14 +87,14 @@ class QuantizedGraph(TorchGraph):
         return OPERATORS.quantize_per_tensor.default(x, *self._parameters(scale, zero_point))
 
     def _dequantize(self, attributes, codes, scale, zero_point):
-        """Of a weight nothing yet: the layer that reads it knows its axis."""
+        """Dequantize an activation. A weight stays codes, because only the layer that reads it knows its axis."""
         if scale.dim():
             return Codes(codes, scale, zero_point, attributes.get("axis", 1))
         return OPERATORS.dequantize_per_tensor.default(codes, *self._parameters(scale, zero_point))
 
     @staticmethod
     def _parameters(scale: Tensor, zero_point: Tensor) -> tuple[float, int, int, int, torch.dtype]:
-        """Scale, zero point, smallest and largest code, type of the codes."""
+        """Return scale, zero point, smallest and largest code, and type of the codes."""
         limits = torch.iinfo(zero_point.dtype)
         return float(scale), int(zero_point), limits.min, limits.max, zero_point.dtype
 
@@ -106,7 +106,7 @@ class QuantizedGraph(TorchGraph):
 
 
 def _weight(weight: Codes | Tensor) -> Tensor:
-    """A dequantized weight whose first axis is the output channel."""
+    """Dequantize a weight whose first axis is the output channel."""
     if isinstance(weight, Tensor):
         return weight
     return OPERATORS.dequantize_per_channel.default(

@@ -1,7 +1,7 @@
-"""Rewriting of exported graphs into equal ones that engines fuse better: the passes, in order.
+"""Passes that rewrite exported graphs into equivalent ones that engines fuse better, and their order.
 
-A pass is a function of a graph that it changes. Every value stays what it was, bit for bit, and so do the sums of
-integers, which are added up in another order; the one exception is
+A pass is a function that changes a graph in place. Values do not change, bit for bit. Sums of integers are accumulated
+in another order, which does not change them either. The only exception is
 :func:`~qwt2.onnx.passes.windowed_attention.limit_masks`.
 """
 
@@ -38,8 +38,8 @@ Pass = Callable[[ir.Graph], None]
 _ALL = tuple(TARGETS)
 _FLOAT_BIASES = tuple(name for name, target in TARGETS.items() if target.float_biases)
 _INTEGER_BIASES = tuple(name for name in TARGETS if name not in _FLOAT_BIASES)
-# In order, each with the targets whose files it rewrites. TensorRT wants nothing between a quantizer and its
-# dequantizer, and one zero point for both.
+# The passes in order, each with the targets whose files it rewrites. TensorRT accepts nothing between a quantizer and
+# its dequantizer, and requires one zero point for both.
 PASSES: list[tuple[Pass, Collection[str]]] = [
     (strip_notes, _ALL),
     (drop_later_attributes, _ALL),
@@ -63,7 +63,7 @@ PASSES: list[tuple[Pass, Collection[str]]] = [
     (make_biases_float, _FLOAT_BIASES),
     (drop_unread, _ALL),
 ]
-# Those that depend on stored numbers, for a rewritten graph that got others.
+# Passes that depend on stored numbers. They run again when a rewritten graph gets new numbers.
 NUMBER_PASSES: list[Pass] = [unfold_zero_points, quantize_before_pooling, fold_zero_points]
 
 
@@ -71,7 +71,7 @@ def rewrite(graph: ir.Graph, target: str) -> None:
     """Apply every pass for a target to an exported graph.
 
     Args:
-        graph: in Graph.meta, :data:`qwt2.onnx.passes.names.FIRST_NAMES`.
+        graph: the exported graph, with :data:`qwt2.onnx.passes.names.FIRST_NAMES` in its ``meta``.
         target: as in :func:`qwt2.quantize`.
     """
     for rewrite_graph, targets in PASSES:
@@ -80,6 +80,6 @@ def rewrite(graph: ir.Graph, target: str) -> None:
 
 
 def rewrite_numbers(graph: ir.Graph) -> None:
-    """Apply the passes that depend on stored numbers to a file's graph that got others."""
+    """Apply the passes that depend on stored numbers to a rewritten graph that got new numbers."""
     for rewrite_graph in NUMBER_PASSES:
         rewrite_graph(graph)

@@ -1,6 +1,6 @@
-"""Nodes that move values, out of the way of what engines compute in one kernel; no value changes.
+"""Passes that move reshapes and transposes out from between nodes that engines compute in one kernel.
 
-Only nodes that compute value by value are moved past nodes that move values.
+No value changes: only elementwise nodes are moved past nodes that move values.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def store_clip_bounds(graph: ir.Graph) -> None:
 def quantize_before_transposes(graph: ir.Graph) -> None:
     """Move quantizers in front of a Transpose of the last axis.
 
-    Engines' products take a transposed operand as it is, if nothing lies between.
+    Engines' products take a transposed operand directly if nothing lies between the Transpose and the product.
     """
     for node in list(graph):
         order = node.attributes.get_ints("perm") if node.op_type == "Transpose" else None
@@ -57,9 +57,9 @@ def quantize_before_transposes(graph: ir.Graph) -> None:
 
 
 def scale_before_heads(graph: ir.Graph) -> None:
-    """Move scaling and quantizing in front of the Transpose that takes a layer's output apart into heads.
+    """Move scaling and quantizing in front of the Transpose that splits a layer's output into heads.
 
-    Engines then compute them in the layer's kernel.
+    Engines then compute both in the layer's kernel.
     """
     for node in list(graph):
         if node.op_type == "Transpose" and _is_reshaped_layer(node.inputs[0].producer()):
@@ -81,10 +81,11 @@ def _is_reshaped_layer(node: ir.Node | None) -> bool:
 
 
 def _move_below(node: ir.Node, kinds: tuple[str, ...]) -> None:
-    """Move a node that moves values below the nodes of these kinds that are its only readers, as far as it goes.
+    """Move a node that moves values behind the nodes of these kinds that follow it, as far as it has one reader.
 
     Args:
-        kinds: operations that compute value by value, if their other inputs are single numbers.
+        node: the node to move.
+        kinds: operations that are elementwise if their other inputs are single numbers.
     """
     chain: list[ir.Node] = []
     while (reader := only_reader((chain or [node])[-1].outputs[0])) is not None and reader.op_type in kinds:
@@ -109,7 +110,7 @@ def _is_number(value: ir.Value) -> bool:
 
 
 def normalize_rows(graph: ir.Graph) -> None:
-    """Show layer norms of maps (N, H, W, C) rows (N, H W, C): OpenVINO has a kernel for those only."""
+    """Reshape maps (N, H, W, C) to rows (N, H W, C) around layer norms: OpenVINO has a kernel only for rows."""
     for node in list(graph):
         shape = sizes(node.inputs[0]) if node.op_type == "LayerNormalization" else []
         if len(shape) >= 4 and 0 not in shape[1:] and node.attributes.get_int("axis", -1) in (-1, len(shape) - 1):
@@ -134,7 +135,7 @@ def _normalize_rows(norm: ir.Node, shape: list[int]) -> None:
 
 
 def merge_reshapes(graph: ir.Graph) -> None:
-    """Let a Reshape read what the Reshape before it reads: engines match fusion patterns on adjacent nodes."""
+    """Merge consecutive Reshapes: engines match fusion patterns on adjacent nodes."""
     for node in graph:
         before = maker(node.inputs[0], "Reshape") if node.op_type == "Reshape" else None
         if before is not None and _is_absolute(node):
@@ -144,7 +145,7 @@ def merge_reshapes(graph: ir.Graph) -> None:
 
 
 def _is_absolute(reshape: ir.Node) -> bool:
-    """Whether no size of a Reshape's shape is 0, which says "as it was" of what the Reshape reads."""
+    """Return whether a Reshape's shape has no 0. In ONNX, 0 copies the size from the Reshape's input."""
     joined = maker(reshape.inputs[1], "Concat")
     stored = map(constant, reshape.inputs[1:] if joined is None else joined.inputs)
     return all(values.all() for values in stored if values is not None)

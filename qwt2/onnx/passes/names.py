@@ -1,18 +1,18 @@
-"""Names and notes of an exported graph."""
+"""Passes that clean up the names and notes of an exported graph."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-# In Graph.meta: stored tensor -> its name in `named_modules`, where the exporter used another one.
+# Key in Graph.meta: stored tensor -> its name in ``named_modules``, where the exporter used another name.
 FIRST_NAMES = "first names"
 
 
 def strip_notes(graph: ir.Graph) -> None:
-    """Drop what the exporter notes about its run: paths and stack traces of the exporting machine.
+    """Remove the exporter's notes about its run, such as paths and stack traces of the exporting machine.
 
-    onnx-ir's own pass leaves the notes of values.
+    onnx-ir's own pass does not remove the notes of values.
     """
     graph.metadata_props.clear()
     for node in graph:
@@ -26,9 +26,9 @@ def strip_notes(graph: ir.Graph) -> None:
 
 
 def use_first_names(graph: ir.Graph) -> None:
-    """Name stored tensors as `named_modules` does, so that files can be written anew from a model's tensors.
+    """Name stored tensors as ``named_modules`` does, so that files can be rewritten from a model's tensors.
 
-    The exporter may use another name of a module that has several.
+    For a module with several names, the exporter may use another one.
     """
     for name, first in graph.meta.get(FIRST_NAMES, {}).items():
         if name in graph.initializers:
@@ -36,5 +36,5 @@ def use_first_names(graph: ir.Graph) -> None:
 
 
 def drop_unread(graph: ir.Graph) -> None:
-    """Drop nodes and stored tensors that nothing reads, which other passes have left."""
+    """Remove nodes and stored tensors that nothing reads any more after the other passes."""
     RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))

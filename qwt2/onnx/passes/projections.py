@@ -1,8 +1,8 @@
-"""Splitting of projections: one layer that makes query, key and value becomes one layer for each.
+"""Splitting of projections: one layer that computes query, key and value becomes one layer for each.
 
-Behind each then lies only a quantizer, which belongs to the integer kernel: engines write codes of one byte, where
-they would write floats for all three, take those apart and quantize them after. Every value stays what it was, bit for
-bit: a layer's output channels do not depend on each other.
+Only a quantizer then follows each layer, and engines compute it in the layer's integer kernel, which writes codes of
+one byte. Without the split they write floats for all three, take them apart and quantize them afterwards. No value
+changes, bit for bit, because a layer's output channels do not depend on each other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qwt2.onnx.names import part_name, stored_values
 def split_projections(graph: ir.Graph) -> None:
     """Split every layer whose output is reshaped, transposed and taken apart into equal pieces.
 
-    Stored tensors become `<name>/0of3`, `<name>/1of3`, ... (:func:`qwt2.onnx.names.part_name`).
+    Stored tensors become ``<name>/0of3``, ``<name>/1of3``, ... (:func:`qwt2.onnx.names.part_name`).
     """
     for gemm in list(graph):
         projection = _projection(gemm) if gemm.op_type == "Gemm" and len(gemm.inputs) == 3 else None
@@ -42,14 +42,14 @@ def split_projections(graph: ir.Graph) -> None:
 
 @dataclass
 class _Projection:
-    """A layer and how its output is taken apart.
+    """A layer and the nodes that take its output apart.
 
     Attributes:
-        gemm, weight, bias: the layer and its dequantizers.
-        reshapes, transpose: behind it.
-        lengths: constants and sizes that make the last reshape's shape, one per axis.
-        order: the transpose's; its first axis counts the pieces.
-        pieces: for each piece the nodes that select it.
+        gemm, weight, bias: the layer's Gemm and the dequantizers of its weight and bias.
+        reshapes, transpose: the nodes behind the layer.
+        lengths: the sizes in the last reshape's shape, one value per axis.
+        order: the transpose's permutation; its first axis counts the pieces.
+        pieces: for each piece, the nodes that select it.
     """
 
     gemm: ir.Node
@@ -62,10 +62,10 @@ class _Projection:
     pieces: list[list[ir.Node]]
 
     def split(self, graph: ir.Graph) -> None:
-        """Put a layer, a reshape and a transpose per piece where the transpose is."""
+        """Replace these nodes by a layer, a reshape and a transpose per piece, inserted where the transpose is."""
         whole = [*self.weight.inputs, *self.bias.inputs]
         parts = [self._store_part(graph, number, whole) for number in range(len(self.pieces))]
-        # Not in the layer's place: what the shape is computed from may come behind the layer.
+        # Not where the layer is: the nodes that compute the shape may come after it.
         self.transpose.prepend([node for number, part in enumerate(parts) for node in self._part(number, part)])
         selecting = [node for piece in self.pieces for node in piece]
         graph.remove([self.gemm, self.weight, self.bias, *self.reshapes, self.transpose, *selecting], safe=True)
@@ -73,17 +73,17 @@ class _Projection:
             del graph.initializers[value.name]
 
     def _store_part(self, graph: ir.Graph, number: int, whole: list[ir.Value]) -> dict[ir.Value, ir.Value]:
-        """Store one piece's share of the layer's tensors; whole -> part."""
+        """Store one piece's parts of the layer's tensors; return a dictionary from whole tensor to part."""
         parts: dict[ir.Value, ir.Value] = {}
         for value in whole:
             name = part_name(value.name, number, len(self.pieces))
             array = stored_values(name, {value.name: stored(value)})
-            assert array is not None, name  # it is a part's
+            assert array is not None, name  # the name is a part's
             parts[value] = add_initializer(graph, name, array)
         return parts
 
     def _part(self, number: int, parts: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
-        """One piece's layer, reshape and transpose, which makes what the piece was."""
+        """Return the nodes of one piece's layer, reshape and transpose; the transpose's output replaces the piece."""
 
         def own(name: str) -> str:
             return part_name(name, number, len(self.pieces))
@@ -102,7 +102,7 @@ class _Projection:
 
 
 def _projection(gemm: ir.Node) -> _Projection | None:
-    """What is behind a layer, if it can be split."""
+    """Return the layer with the nodes behind it if it can be split, else ``None``."""
     weight, bias = (maker(value, "DequantizeLinear") for value in gemm.inputs[1:])
     if not _has_own_constants(weight) or not _has_own_constants(bias):
         return None
@@ -116,7 +116,7 @@ def _projection(gemm: ir.Node) -> _Projection | None:
     joined = maker(reshapes[-1].inputs[1], "Concat")
     if not pieces or joined is None or len(joined.inputs) != len(order):
         return None
-    # The pieces lie one after the other along the layer's channels, if the axis that counts them leads these.
+    # The pieces are contiguous in the layer's channels only if the axis that counts them is the first of those axes.
     width = (sizes(gemm.outputs[0]) or [0])[-1]
     if not width or np.prod(shape[order[0] :]) != width:
         return None
@@ -124,14 +124,14 @@ def _projection(gemm: ir.Node) -> _Projection | None:
 
 
 def _has_own_constants(dequantize: ir.Node | None) -> TypeGuard[ir.Node]:
-    """Whether a node dequantizes what is stored for it only."""
+    """Return whether a node dequantizes stored tensors that no other node reads."""
     if dequantize is None or not all(value.is_initializer() for value in dequantize.inputs):
         return False
     return all(len(value.uses()) == 1 for value in (*dequantize.inputs, *dequantize.outputs))
 
 
 def _pieces(value: ir.Value, count: int) -> list[list[ir.Node]]:
-    """For every index of a tensor's first axis the nodes that select it, if nothing else reads the tensor."""
+    """Return, for every index of a tensor's first axis, the nodes that select it; empty if anything else reads it."""
     found: dict[int, list[ir.Node]] = {}
     for reader in readers(value):
         index, nodes = _selected(reader)
@@ -143,7 +143,7 @@ def _pieces(value: ir.Value, count: int) -> list[list[ir.Node]]:
 
 
 def _selected(node: ir.Node) -> tuple[int | None, list[ir.Node]]:
-    """Which index of its input's first axis a node selects (with a Squeeze behind a Slice)."""
+    """Return the index of its input's first axis that a Gather, or a Slice with a Squeeze, selects, and these nodes."""
     if node.op_type == "Gather":
         index = constant(node.inputs[1])
         if index is None or index.ndim or node.attributes.get_int("axis", 0) != 0:

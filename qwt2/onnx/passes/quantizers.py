@@ -1,6 +1,6 @@
-"""Where activations are rounded: in front of poolings, around additions, and once where several quantizers are equal.
+"""Passes that change where activations are quantized: before poolings, around additions, and once for equal quantizers.
 
-Every value stays what it was, bit for bit: rounding to a grid is repeated only on what lies on it already.
+No value changes, bit for bit: rounding to a grid is repeated only on values that already lie on it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from qwt2.onnx.graph import bypass, copy_node, grid, only_reader, quantizer_from
 from qwt2.onnx.metadata import SHARED
 from qwt2.onnx.names import POOLED
 
-# What OpenVINO computes, behind an addition, in a convolution's kernel.
+# Operations behind an addition that OpenVINO computes in a convolution's kernel.
 _FUSED = ("Gelu", "HardSigmoid", "HardSwish", "Relu", "Sigmoid", "Tanh")
 
 
 def drop_later_attributes(graph: ir.Graph) -> None:
-    """Drop attributes that the exporter writes out with their defaults: quantizers of older opsets do not have them."""
+    """Remove default-valued attributes that the exporter writes but quantizers of older opsets do not have."""
     for node in graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             for name in node.attributes.keys() - {"axis"}:
@@ -24,18 +24,18 @@ def drop_later_attributes(graph: ir.Graph) -> None:
 
 
 def quantize_before_pooling(graph: ir.Graph) -> None:
-    """Quantize what a MaxPool reads too, where quantizers of one scale and nothing else read its output.
+    """Quantize the input of a MaxPool too, if only equal quantizers read its output.
 
-    The largest value's code is the largest code, so the quantizers behind it find everything on their grid; the pooling
-    and the layer in front then work on codes.
+    The code of the largest value is the largest code, so the quantizers behind the MaxPool read values that already lie
+    on their grid. The pooling and the layer in front of it then work on codes.
     """
     for pooling in [node for node in graph if node.op_type == "MaxPool"]:
         behind = pooling.outputs[0]
         found = set(readers(behind))
-        quantizers = [quantizer_from(node) for node in graph if node in found]  # in order: the first lends its names
+        quantizers = [quantizer_from(node) for node in graph if node in found]  # in graph order, to copy the first
         if not all(quantizers) or len(set(map(grid, quantizers))) != 1 or behind.is_graph_output():
             continue
-        if not pooling.inputs[0].name.startswith(POOLED):  # else it is done
+        if not pooling.inputs[0].name.startswith(POOLED):  # else the input is quantized already
             _quantize_before(pooling, quantizers[0])
 
 
@@ -50,11 +50,12 @@ def _quantize_before(pooling: ir.Node, quantizer: list[ir.Node]) -> None:
 
 
 def fuse_additions(graph: ir.Graph) -> None:
-    """Reduce each quantizer that does not round either to its Clip of values, or to its pair without that Clip.
+    """Reduce each clip-only quantizer to its float Clip, or to its QuantizeLinear/DequantizeLinear pair.
 
-    In front of an addition, OpenVINO (2026.4) leaves out the rounding of a convolution's quantizer where one quantizer
-    reads the sum, and computes all in the convolution's kernel; the pair stays there. Elsewhere OpenVINO would round,
-    and the Clip stays. The ends of these quantizers, `<name>.low` and `<name>.high`, are stored beside `<name>.scale`.
+    OpenVINO (2026.4) skips the rounding of a convolution's quantizer in front of an addition if one quantizer reads the
+    sum, and computes all of it in the convolution's kernel. There the pair stays. Elsewhere OpenVINO would round, so
+    the Clip stays. The bounds of these quantizers are stored as ``<name>.low`` and ``<name>.high`` beside
+    ``<name>.scale``.
     """
     superfluous: list[ir.Node] = []
     for low in [value for name, value in graph.initializers.items() if name.endswith(".low")]:
@@ -62,12 +63,12 @@ def fuse_additions(graph: ir.Graph) -> None:
         for quantize in [] if scale is None else [node for node in readers(scale) if node.op_type == "QuantizeLinear"]:
             pair = quantizer_from(quantize)
             superfluous += readers(low) if _is_rounded_once(pair[-1].outputs[0]) else pair
-    for node in dict.fromkeys(superfluous):  # a layer that runs several times shares its Clips' ends
+    for node in dict.fromkeys(superfluous):  # Clips of a layer that runs several times share their bounds
         bypass(node)
 
 
 def _is_rounded_once(operand: ir.Value) -> bool:
-    """Whether only one quantizer, or equal ones, read the sum of which a value is an operand, activated or not."""
+    """Return whether a value is an operand of a sum that, perhaps after activations, only equal quantizers read."""
     node = only_reader(operand)
     if node is None or node.op_type != "Add":
         return False
@@ -78,11 +79,10 @@ def _is_rounded_once(operand: ir.Value) -> bool:
 
 
 def share_quantizers(graph: ir.Graph) -> None:
-    """Let one of several equal quantizers of a tensor do the work of all.
+    """Replace several equal quantizers of a tensor by the first of them.
 
-    Engines take a layer and the one quantizer behind it for an integer kernel, and leave it in float where there are
-    more.
-    Graph.meta, under :data:`qwt2.onnx.metadata.SHARED`, then tells which quantizers are not in the graph any more.
+    Engines run a layer in an integer kernel if one quantizer follows it, and in float if several do.
+    ``graph.meta[SHARED]`` (:data:`qwt2.onnx.metadata.SHARED`) then maps each removed quantizer to the kept one.
     """
     first: dict[tuple, list[ir.Node]] = {}
     shared = graph.meta.setdefault(SHARED, {})

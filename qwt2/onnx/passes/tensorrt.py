@@ -1,4 +1,4 @@
-"""What TensorRT takes (:mod:`qwt2.onnx.tensorrt_rules`): pairs with nothing between their nodes, and float biases."""
+"""Passes for TensorRT's rules (:mod:`qwt2.onnx.tensorrt_rules`): unbroken quantizer pairs and float biases."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from qwt2.onnx.graph import add_initializer, forget, maker, readers, store, stor
 
 
 def clip_values(graph: ir.Graph) -> None:
-    """Clip what is quantized in place of its codes: some engines let nothing lie between the two nodes of a pair.
+    """Clip values before they are quantized in place of their codes.
 
-    Codes around the middle of their range become signed ones with a zero point of 0, where both nodes of their pair
-    have one zero point. The quantized values stay what they were.
+    Some engines allow nothing between a QuantizeLinear and its DequantizeLinear. Unsigned codes that are centred on
+    their zero point become signed codes with a zero point of 0, if both nodes read that zero point. The quantized
+    values do not change.
     """
     for clip in list(graph):
         quantize = maker(clip.inputs[0], "QuantizeLinear") if clip.op_type == "Clip" else None
@@ -25,7 +26,10 @@ def clip_values(graph: ir.Graph) -> None:
 
 
 def _set_end(clip: ir.Node, position: int, quantize: ir.Node, end: str, code: int) -> None:
-    """Let a Clip read the value of a code, stored as `<quantizer>.low` or `.high`; runs of one quantizer share it."""
+    """Set one bound of a Clip to the value of a code.
+
+    The bound is stored as ``<quantizer>.low`` or ``<quantizer>.high`` and shared by all runs of the quantizer.
+    """
     scale, zero_point = quantize.inputs[1:]
     name, graph = f"{scale.name.removesuffix('scale')}{end}", clip.graph
     if name not in graph.initializers:
@@ -40,7 +44,7 @@ def _sign_codes(zero_point: ir.Value, lowest: int, highest: int) -> None:
 
 
 def _clip_before(quantize: ir.Node, clip: ir.Node) -> None:
-    """Move a Clip from behind a QuantizeLinear to the front of it."""
+    """Move a Clip from behind a QuantizeLinear to its front."""
     codes, values = quantize.outputs[0], clip.outputs[0]
     take_over(codes, values)
     clip.replace_input_with(0, quantize.inputs[0])
@@ -52,7 +56,7 @@ def _clip_before(quantize: ir.Node, clip: ir.Node) -> None:
 
 
 def make_biases_float(graph: ir.Graph) -> None:
-    """Store biases as the float values of their codes, under their names: TensorRT dequantizes int8 only."""
+    """Store int32 biases as float values under the same names, because TensorRT dequantizes only int8."""
     for value in [value for value in graph.initializers.values() if value.dtype == ir.DataType.INT32]:
         dequantizers = [node for node in readers(value) if node.op_type == "DequantizeLinear"]
         if not dequantizers or dequantizers[0].inputs[0] is not value:  # a zero point

@@ -1,10 +1,10 @@
-"""Attention in windows (Swin), as engines take attention without windows.
+"""Passes that let engines fuse windowed attention (Swin) like attention without windows.
 
-Shifted windows add a mask per window, for which networks view the images' axis and the windows' as two; and they roll
-and cut images into windows, in float32, before anything quantizes them. Here the mask is repeated for every image, and
-codes are rolled and cut, of a quarter of the bytes. Every value stays what it was, bit for bit, except behind
-:func:`limit_masks`: what a mask of -100 hides gets a probability of exp(-60), whose code of 8 bits is 0 too unless the
-products of the attention differ by 53 and more.
+Shifted windows add a mask per window, for which networks split the batch axis into images and windows. They also roll
+images and cut them into windows in float32, before the values are quantized. These passes repeat the mask for every
+image, and roll and cut codes, which have a quarter of the bytes. No value changes, bit for bit, except behind
+:func:`limit_masks`. Positions that a mask of -100 hides get a probability of exp(-60) there. Its 8-bit code is 0 too,
+unless the products of the attention differ by 53 or more.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from qwt2.onnx.graph import (
 )
 
 _MOVES = ("Concat", "Reshape", "Slice", "Transpose")
-_LOWEST = -60.0  # of a mask
-_LONG_RUN = 64  # values; as codes, a line of the cache
+_LOWEST = -60.0  # smallest value of a mask
+_LONG_RUN = 64  # values; their 8-bit codes fill one cache line
 
 
 def limit_masks(graph: ir.Graph) -> None:
     """Clamp additive window masks to at least -60. Run before :func:`repeat_masks`.
 
-    exp(-60) is nothing beside 1, but a normal number. Below -87 ONNX Runtime's softmax computes denormal ones, ten
-    times as slowly, whether the mask is -100 or minus infinity.
+    exp(-60) is negligible beside 1, but still a normal number. Below -87, ONNX Runtime's softmax computes denormal
+    numbers, which takes ten times as long, for masks of -100 and of minus infinity alike.
     """
     for node in list(graph):
         around = _reshapes_around_mask(node)
@@ -49,10 +49,11 @@ def limit_masks(graph: ir.Graph) -> None:
 
 
 def repeat_masks(graph: ir.Graph) -> None:
-    """Add masks of windows without a reshape in front and behind.
+    """Repeat window masks for every image, so that no reshapes around the addition are needed.
 
-    (B W, h, N, N) -> (B, W, h, N, N) + (1, W, 1, N, N) -> (B W, h, N, N) becomes (B W, h, N, N) + (B W, 1, N, N), which
-    OpenVINO computes in one kernel with the products of the attention.
+    (B W, h, N, N) -> (B, W, h, N, N) + (1, W, 1, N, N) -> (B W, h, N, N) becomes (B W, h, N, N) + (B W, 1, N, N), for
+    batch size B, W windows, h heads and N tokens. OpenVINO computes this addition in one kernel with the products of
+    the attention.
     """
     for node in list(graph):
         around = _reshapes_around_mask(node)
@@ -68,7 +69,7 @@ def repeat_masks(graph: ir.Graph) -> None:
 
 
 def _reshapes_around_mask(add: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-    """The reshapes in front of an addition and behind it, if it adds a mask to each window."""
+    """Return the reshapes before and behind an addition that adds a mask to each window; ``None`` for any other."""
     if add.op_type != "Add":
         return None
     apart, together = maker(add.inputs[0], "Reshape"), only_reader(add.outputs[0])
@@ -82,7 +83,7 @@ def _reshapes_around_mask(add: ir.Node) -> tuple[ir.Node, ir.Node] | None:
 
 
 def _repeated(name: str, scores: ir.Value, mask: ir.Value) -> list[ir.Node]:
-    """What makes (B W, 1, N, N), for scores (B W, h, N, N), of a mask (1, W, 1, N, N)."""
+    """Return nodes that expand a mask (1, W, 1, N, N) to (B W, 1, N, N) for scores (B W, h, N, N)."""
     _, count, *shape = sizes(mask)
     windows = make_constant(f"{name}/windows", np.array([count]))
     once = make_constant(f"{name}/once", np.ones(4, np.int64))
@@ -96,10 +97,10 @@ def _repeated(name: str, scores: ir.Value, mask: ir.Value) -> list[ir.Node]:
 
 
 def move_codes(graph: ir.Graph) -> None:
-    """Quantize what is rolled, or cut into windows, before that: engines then move codes.
+    """Move quantizers in front of rolling and window partitioning, so that engines move codes instead of floats.
 
-    Dequantizers stay where they are, and so does what is cut into short runs: engines are slower in moving 32 codes
-    than 32 floats at a time.
+    Dequantizers stay where they are. Quantizers also stay where values are moved in short runs, because engines move 32
+    codes at a time more slowly than 32 floats.
     """
     for dequantize in list(graph):
         chain = quantizer_before(dequantize) if dequantize.op_type == "DequantizeLinear" else []
@@ -125,7 +126,7 @@ def _quantize_before(dequantize: ir.Node, chain: list[ir.Node], moves: list[ir.N
 
 
 def _moves_far(node: ir.Node) -> bool:
-    """Whether a node joins what was taken apart, or is a Transpose that keeps long runs of values together."""
+    """Return whether a node is a Concat, or a Transpose that keeps long runs of values together."""
     if node.op_type != "Transpose":
         return node.op_type == "Concat"
     order, shape, run = node.attributes.get_ints("perm"), sizes(node.inputs[0]), 1
@@ -137,9 +138,9 @@ def _moves_far(node: ir.Node) -> bool:
 
 
 def _moves(graph: ir.Graph, value: ir.Value) -> tuple[list[ir.Node], ir.Value]:
-    """The nodes, in order, that make a tensor of one other by moving its values, and that other.
+    """Return the nodes, in order, that make a tensor from one other tensor by moving values, and that other tensor.
 
-    No nodes if their outputs are read elsewhere too.
+    There are no nodes if other nodes read their outputs too.
     """
     inside: set[ir.Node] = set()
     roots, values = set(), [value]

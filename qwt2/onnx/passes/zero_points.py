@@ -1,11 +1,11 @@
-"""Zero points of layers' inputs, folded into the layers' biases.
+"""Folding of the zero points of layers' inputs into the layers' biases.
 
     sum_k (x_k - z) w_k + b = sum_k x_k w_k + (b - z sum_k w_k)
 
-in integers on both sides. The dequantizer in front of a layer then has the zero point 0, whatever its quantizer's is;
-the accumulators, once the bias is in them, and all that follows stay what they were, bit for bit. OpenVINO (2026.4)
-takes a zero point off behind the product, in an operation of its own that also keeps scale and bias out of the kernel's
-fast path.
+holds exactly in integers. The dequantizer in front of a layer then has zero point 0, whatever its quantizer's is. The
+accumulators including the bias, and all values that follow, do not change, bit for bit. Without the folding, OpenVINO
+(2026.4) subtracts a zero point after the product, in a separate operation that also keeps scale and bias out of the
+kernel's fast path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from qwt2.onnx.graph import add_initializer, constant, maker, store, stored
 
-FOLDED = "zero_point/folded"  # the zero point of dequantizers whose own went into biases
+FOLDED = "zero_point/folded"  # the zero point (0) of dequantizers whose own was folded into biases
 _MOVES = ("Flatten", "Reshape", "Transpose")
 _BIASES = np.iinfo(np.int32)
 
@@ -25,8 +25,8 @@ _BIASES = np.iinfo(np.int32)
 def fold_zero_points(graph: ir.Graph) -> None:
     """Fold the zero point of every quantized tensor that only layers read.
 
-    Left as they are: what convolutions pad, since zeros would have to be padded with another code; layers that share a
-    bias; and zero points with which a bias would leave int32.
+    Three cases stay as they are: inputs of convolutions with padding, which would need another code for the padded
+    zeros; layers that share a bias; and zero points with which a bias would not fit into int32.
     """
     for dequantize in graph:
         layers = _layers(dequantize.outputs[0]) if (zero_point := _zero_point(dequantize)) else []
@@ -40,7 +40,7 @@ def fold_zero_points(graph: ir.Graph) -> None:
 
 
 def unfold_zero_points(graph: ir.Graph) -> None:
-    """Give dequantizers the zero points of their quantizers again, for biases that are yet to be folded into."""
+    """Undo :func:`fold_zero_points` for dequantizers, for a graph whose biases were replaced by unfolded ones."""
     folded = graph.initializers.pop(FOLDED, None)
     for dequantize, position in [] if folded is None else folded.uses():
         name = f"{dequantize.inputs[1].name.removesuffix('.scale')}.zero_point"
@@ -56,14 +56,14 @@ class _Layer:
     bias: ir.Value
 
     def bias_without(self, zero_point: int) -> np.ndarray:
-        """The bias codes, int64, that a layer needs which reads codes without their zero point."""
+        """Return the int64 bias codes that include ``-zero_point * sum(weight)``."""
         weight = stored(self.weight)
         others = tuple(axis for axis in range(weight.ndim) if axis != self.axis)
         return stored(self.bias).astype(np.int64) - zero_point * weight.sum(others, dtype=np.int64)
 
 
 def _zero_point(dequantize: ir.Node) -> int:
-    """Of an activation's dequantizer; 0 of anything else."""
+    """Return the zero point of an activation's dequantizer with uint8 codes; 0 for any other node."""
     if dequantize.op_type != "DequantizeLinear" or constant(dequantize.inputs[0]) is not None:
         return 0
     code = constant(dequantize.inputs[2])
@@ -71,9 +71,9 @@ def _zero_point(dequantize: ir.Node) -> int:
 
 
 def _layers(value: ir.Value) -> list[_Layer]:
-    """The layers that read a tensor, perhaps moved.
+    """Return the layers that read a tensor, directly or behind nodes that move values.
 
-    None if anything else reads it, or a layer that cannot take its zero point.
+    The list is empty if anything else reads the tensor, or a layer that cannot take its zero point.
     """
     values, layers = [value], []
     while values:

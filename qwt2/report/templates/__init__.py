@@ -1,1 +1,1 @@
-"""Templates and what they include; imported so that whoever renders them depends on them."""
+"""Templates of the pages and their scripts and styles. Modules that render them import this package to depend on it."""
