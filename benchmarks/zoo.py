@@ -34,7 +34,7 @@ from benchmarks.table import machine_file, versions_text
 from pipeline.common.resources import PeakMemory
 from qwt2 import compensate, export_onnx, fold, load_engine, quantize
 from qwt2.capture import wiring
-from qwt2.capture.batch import first
+from qwt2.capture.batch import call, first
 from qwt2.capture.blocks import find_blocks
 from qwt2.capture.check import outputs_of
 from qwt2.capture.export import capture
@@ -98,7 +98,7 @@ def measured(name: str, only_capture: bool) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model, images = BUILDERS[name]() if name in BUILDERS else _timm(name)
-    model = with_signal(model.eval())
+    model = normalized(with_signal(model.eval()), _slice(images, 0, CALIBRATION))
     parts = [_slice(images, start, start + BATCH) for start in range(0, CALIBRATION, BATCH)]
     test = _slice(images, CALIBRATION, CALIBRATION + TEST)
     started = time.process_time()
@@ -217,6 +217,19 @@ def with_signal(model: nn.Module) -> nn.Module:
         if not parameter.detach().any():
             parameter.data.normal_(0, 0.02 if parameter.dim() > 1 else 0.1, generator=generator)
     return model
+
+
+def normalized(model: nn.Module, images: Any) -> nn.Module:
+    """The model with the statistics of these images in its BatchNorms.
+
+    Without them, the outputs of a network of random weights differ hardly at all from image to image.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        call(model, images)
+    return model.eval()
 
 
 def members() -> Iterator[tuple[str, str, str, int]]:
