@@ -1,4 +1,4 @@
-"""Which keys the configuration has and of what type they are, so that a slip is found before anything runs.
+"""The configuration's keys and their types, so that a mistake is found before anything runs.
 
 Options of PTQ methods and compensations, model arguments and bit widths are checked by the library, which
 defines them.
@@ -15,7 +15,7 @@ from pipeline.tasks import WEIGHTS, model_schema, task_of
 from qwt2.data import DATASETS
 from qwt2.errors import Qwt2Error
 
-# Every other whole number counts something and is at least 1.
+# Whole numbers that may be 0. Every other one counts something and is at least 1.
 _FROM_ZERO = ("seed", "seeds", "warmup_steps")
 
 
@@ -64,9 +64,10 @@ class Config:
 
 
 def check(cfg: DictConfig) -> dict[str, Any]:
-    """The composed configuration as plain, fully resolved values of the declared types.
+    """Return the composed configuration as plain, fully resolved values of the declared types.
 
-    Raises `Qwt2Error` naming the key that does not exist, is not set, or holds a value of the wrong kind.
+    Raises:
+        Qwt2Error: a key does not exist, is not set, or holds a value of the wrong type; the message names it.
     """
     task = task_of(cfg.model)
     name = cfg.data.name
@@ -96,7 +97,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_weights(model: Mapping[str, Any]) -> None:
-    """Weights come from training, timm, a file or one's own function; a random network is never meant."""
+    """Require exactly one source of weights: training, timm, a file, or the user's own function."""
     known = [f"model.{key}" for key in WEIGHTS if key in model]
     sources = [key for key in known if model[key.removeprefix("model.")]]
     if len(sources) > 1 or (not sources and "factory" not in model):
@@ -107,7 +108,7 @@ def _check_weights(model: Mapping[str, Any]) -> None:
 
 
 def _whole_numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted keys and values of every whole number whose meaning this file declares."""
+    """Yield the dotted key and value of every whole number that this file declares."""
     for name, value in values.items():
         key = prefix + name
         if isinstance(value, Mapping) and key not in ("model.kwargs", "model.options", "precision", "compensation"):
