@@ -1,4 +1,4 @@
-"""Take every full-size classifier of `conf/model` through the library, with random weights and images.
+"""Take every full-size classifier of ``conf/model`` through the library, with random weights and images.
 
 The benchmark shows that each model is quantized, compensated, folded, exported and run on every engine, and what that
 takes. Random weights say nothing about accuracy, but comparing engines with the simulation needs no trained ones.

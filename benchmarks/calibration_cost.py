@@ -1,9 +1,9 @@
 """Measure the cost of compensation, against an implementation that stores every output of a block.
 
-The model is deit_small with random weights at 224 x 224 and W4A4. The other implementation (`Stored`) is also an oracle
-of the tests and finds the same parameters. Each measurement runs in its own process. `peak_rss_mb` is the process's
-peak memory as the system reports it, with libraries, network and images. `added_mb` is the memory that the work itself
-added.
+The model is deit_small with random weights at 224 x 224 and W4A4. The other implementation (``Stored``) is also an
+oracle of the tests and finds the same parameters. Each measurement runs in its own process. ``peak_rss_mb`` is the
+process's peak memory as the system reports it, with libraries, network and images. ``added_mb`` is the memory that the
+work itself added.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Take every full-size detector of `conf/model` through the library, with random weights and small random images.
+"""Take every full-size detector of ``conf/model`` through the library, with random weights and small random images.
 
 The benchmark shows that each detector is built, quantized, compensated, folded, exported part by part and run on every
 engine, and what that takes. Images are small because only the time depends on their size. Random weights say nothing

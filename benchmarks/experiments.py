@@ -1,6 +1,6 @@
 """Measure the time that sweeps, publishing and the dashboard take on this machine.
 
-* 24 cells of micro models, with Hydra's basic launcher and with processes (`hydra/launcher=local`), from the same
+* 24 cells of micro models, with Hydra's basic launcher and with processes (``hydra/launcher=local``), from the same
   baselines;
 * publishing 100 runs to W&B offline;
 * the dashboard with 1,000 runs, from the browser's request until table and plots are drawn (needs Chromium).

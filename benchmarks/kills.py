@@ -90,7 +90,7 @@ def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str
 
 
 def _victim(started: psutil.Process, what: str) -> psutil.Process | None:
-    """Return DVC's process, or the stage's: the youngest of those that run a module of `pipeline`."""
+    """Return DVC's process, or the stage's: the youngest of those that run a module of ``pipeline``."""
     try:
         family = [started, *started.children(recursive=True)]
         if what == "dvc":

@@ -4,7 +4,7 @@ Files for OpenVINO are quantized with target="openvino". Weights are random, and
 photographs. Neither latency nor the distance from the float model's logits needs trained weights, and no accuracy is
 claimed here. Latency is measured with one thread, on batches of 1 and 8.
 
-`python -m benchmarks.peers MODEL ...` measures only these models and keeps the other rows of this machine's file.
+``python -m benchmarks.peers MODEL ...`` measures only these models and keeps the other rows of this machine's file.
 """
 
 import argparse
@@ -232,7 +232,7 @@ class Comparison:
 
 
 def openvino_default(source: bytes | Path, shape: list[int], options: dict) -> Callable[[np.ndarray], np.ndarray]:
-    """Compile a model on OpenVINO with its default settings, except for threads and `options`."""
+    """Compile a model on OpenVINO with its default settings, except for threads and ``options``."""
     import openvino
 
     core = openvino.Core()

@@ -102,7 +102,7 @@ class Stored:
         layer.set_compensation(*(values.float() for values in self.fitted[name]))
 
     def outputs_of(self, module: nn.Module, name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return a layer's outputs before their quantization, one tensor per entry of its unit's `inputs`."""
+        """Return a layer's outputs before their quantization, one tensor per entry of its unit's ``inputs``."""
         layer, outputs = self.qmodel.get_submodule(name), []
 
         def bare(_, args):
@@ -129,6 +129,6 @@ class Part(nn.Module):
 
 
 def inverse_regression(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Solve least squares of `target` (n, o) on `x` (n, d) and a constant; returns (d + 1, o)."""
+    """Solve least squares of ``target`` (n, o) on ``x`` (n, d) and a constant; returns (d + 1, o)."""
     design = torch.cat([x, torch.ones(len(x), 1)], 1)
     return torch.linalg.inv(design.T @ design) @ design.T @ target

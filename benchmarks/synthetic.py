@@ -205,7 +205,7 @@ def module_names():
 
 
 def write_cell(out: Path, model: str, precision: str) -> Path:
-    """Write one evaluated cell under `out/evaluate` and return its folder."""
+    """Write one evaluated cell under ``out/evaluate`` and return its folder."""
     folder = out / "evaluate" / f"{model}-{precision}"
     write_rows(folder / "rows.csv", cell_rows(model, precision))
     (folder / "layers.csv").write_text(layers_csv(model, precision))
@@ -215,7 +215,7 @@ def write_cell(out: Path, model: str, precision: str) -> Path:
 
 
 def write_out(out: Path, models=tuple(MODELS), precisions=PRECISIONS) -> None:
-    """Write the outputs of `baseline` and `evaluate` for a whole grid."""
+    """Write the outputs of ``baseline`` and ``evaluate`` for a whole grid."""
     for model in models:
         baseline = out / "baseline" / model
         baseline.mkdir(parents=True)
@@ -228,7 +228,7 @@ def write_out(out: Path, models=tuple(MODELS), precisions=PRECISIONS) -> None:
 def write_cells(count: int, tables: int = 3) -> None:
     """Write cells of sweeps in the current folder: all finished but the last, which failed.
 
-    The first `tables` cells also have tables of modules.
+    The first ``tables`` cells also have tables of modules.
     """
     from hydra import compose, initialize_config_dir
 

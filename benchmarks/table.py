@@ -10,7 +10,7 @@ RESULTS = Path("results/benchmarks")
 
 
 def machine_file(kind: str, **versions: str) -> Path:
-    """Return the path `<kind>-<cpu>[-<short name><version>...].csv`; `versions` maps short names to packages."""
+    """Return the path ``<kind>-<cpu>[-<short name><version>...].csv``; ``versions`` maps short names to packages."""
     described = machine.describe()
     cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
     return RESULTS / (

@@ -7,7 +7,7 @@ SQNR is measured on images that were not calibrated on. The outputs' mean over t
 networks with random weights give almost the same outputs for all images. The cost of a compensation is its
 multiply-accumulates divided by those of one float forward pass of the calibration set.
 
-`python -m benchmarks.zoo [NAME ...]` adds the missing models, or measures the named ones again, in this machine's file.
+``python -m benchmarks.zoo [NAME ...]`` adds the missing models to this machine's file, or measures the named ones anew.
 """
 
 import argparse

@@ -115,5 +115,5 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def _pins(text: str) -> list[str]:
-    """Return `name==version` of every package in a lock file."""
+    """Return ``name==version`` of every package in a lock file."""
     return sorted(re.findall(r"^[\w.\[\]-]+==[^\s\\;]+", text, re.M))

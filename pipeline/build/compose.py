@@ -77,7 +77,7 @@ def compose_cell(overrides: list[str]) -> dict[str, Any]:
 def checked(composed: DictConfig) -> dict[str, Any]:
     """Check a composed cell's names and types and return it as plain values.
 
-    Three keys are added: `compensations` (the names under `compensation`), `datasets` and `task`.
+    Three keys are added: ``compensations`` (the names under ``compensation``), ``datasets`` and ``task``.
 
     Raises:
         Qwt2Error: a key, name or value is wrong.
@@ -126,7 +126,7 @@ def one_sentence(error: Exception, overrides: list[str]) -> str:
 
 
 def select(cfg: dict[str, Any], stage: str) -> str:
-    """Return the keys that `stage` declares, as YAML."""
+    """Return the keys that ``stage`` declares, as YAML."""
     chosen: dict[str, Any] = {}
     for key in _keys(cfg, stage):
         *parents, last = key.split(".")

@@ -53,7 +53,7 @@ def _locked_stages(path: Path) -> dict[str, Any]:
 
 
 def md5(path: Path) -> str | None:
-    """Return the hash that DVC gives to a file or folder, or None if there is nothing at `path`."""
+    """Return the hash that DVC gives to a file or folder, or None if there is nothing at ``path``."""
     if path.is_dir():
         files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
         listing = json.dumps([{"md5": file_md5(file), "relpath": name} for name, file in files], sort_keys=True)

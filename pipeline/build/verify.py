@@ -1,7 +1,7 @@
 """Command: re-hash everything that DVC and the sweeps stored, and list what is damaged (make verify).
 
-DVC trusts its cache and dvc.lock; this command does not. The option `--repair` deletes only what is damaged. The next
-`make repro`, or the next run of the sweep, then builds it again.
+DVC trusts its cache and dvc.lock; this command does not. The option ``--repair`` deletes only what is damaged. The next
+``make repro``, or the next run of the sweep, then builds it again.
 """
 
 import argparse

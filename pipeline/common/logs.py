@@ -13,7 +13,7 @@ VERBOSE = "QWT2_VERBOSE"  # an environment variable reaches worker processes, an
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Write the log messages and warnings of a `with` block into `path`, replacing it; with `-v` also to stderr."""
+    """Write a block's log messages and warnings into ``path``, replacing the file; with ``-v`` also to stderr."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handlers = [logging.FileHandler(path, mode="w", encoding="utf-8")]
     if os.environ.get(VERBOSE):

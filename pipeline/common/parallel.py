@@ -13,21 +13,21 @@ from pipeline.common.logs import LOG
 def each(
     label: str, work: Callable[[Any], Any], items: Iterable[Any], workers: int, then: Callable[[Any], Any] | None = None
 ) -> list[Any]:
-    """Compute `[work(item) for item in items]`, in forked processes if `workers` is above 1.
+    """Compute ``[work(item) for item in items]``, in forked processes if ``workers`` is above 1.
 
     Forked processes share what the stage has imported and loaded, which would take a new process seconds. Forking needs
-    single-threaded numeric libraries (`threads: 1`). Results do not depend on the number of workers.
+    single-threaded numeric libraries (``threads: 1``). Results do not depend on the number of workers.
 
     Args:
         label: names the work in the log and on the terminal's progress bar.
         work: computes the result of one item.
         items: what to work on.
         workers: number of processes.
-        then: called with an item after `work`, as a separate job that may run in another process. Splitting the work
+        then: called with an item after ``work``, as a separate job that may run in another process. Splitting the work
             keeps the workers busy when there are few items.
 
     Returns:
-        The results of `work`, in the order of `items`.
+        The results of ``work``, in the order of ``items``.
     """
     items = list(items)
     if workers == 1 or len(items) == 1:
@@ -59,7 +59,7 @@ def _in_two_pieces(pool: Executor, items: Sequence[Any]) -> Iterator[Any]:
 
 
 def watched(label: str, results: Iterable[Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Yield the results of `items` as they come; log each item, and show a bar on a terminal if there are several."""
+    """Yield the results of ``items`` as they come; log each item, and show a bar on a terminal if there are several."""
     bar = tqdm(zip(items, results), label, len(items), unit="model", disable=None if len(items) > 1 else True)
     for item, result in bar:
         LOG.info("%s: %s", label, " ".join(map(str, item)))

@@ -6,7 +6,7 @@ import psutil
 
 
 class PeakMemory:
-    """Sample the process's resident memory inside a `with` block.
+    """Sample the process's resident memory inside a ``with`` block.
 
     Args:
         interval_s: time between samples, in seconds.

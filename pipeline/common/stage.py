@@ -19,7 +19,7 @@ from qwt2.errors import Qwt2Error, guarded
 
 
 class Declared(dict):
-    """A resolved configuration; it has only the keys that `pipeline.build.compose` declares for the stage."""
+    """A resolved configuration; it has only the keys that ``pipeline.build.compose`` declares for the stage."""
 
     def __missing__(self, key: str) -> Any:
         raise KeyError(f"{key!r} is not among the keys this stage declares in pipeline/build/compose.py")
@@ -30,7 +30,7 @@ class Cell:
     """The files of one cell, which the stages read and write.
 
     Attributes:
-        name: `<model>-<precision>` in the grid, or only `<model>` in stage `baseline`.
+        name: ``<model>-<precision>`` in the grid, or only ``<model>`` in stage ``baseline``.
         data: folder that holds one folder per dataset.
         baseline: folder of the full-precision model.
         out: folder that holds one folder per stage.
@@ -43,11 +43,11 @@ class Cell:
 
     @classmethod
     def of_grid(cls, name: str, model: str) -> "Cell":
-        """Return a cell of the grid, which DVC builds below `out/`."""
+        """Return a cell of the grid, which DVC builds below ``out/``."""
         return cls(name, OUT / "data", OUT / "baseline" / model)
 
     def folder(self, stage: str) -> Path:
-        """Return the folder of this cell's outputs of `stage`."""
+        """Return the folder of this cell's outputs of ``stage``."""
         return self.out / stage / self.name
 
     @property
@@ -56,7 +56,7 @@ class Cell:
         return self.baseline / "predictions"
 
     def quantized(self, ptq: str, method: str, seed: int) -> Path:
-        """Return the file of a quantized model, plain (`method` is "ptq") or compensated, at one calibration seed."""
+        """Return the file of a quantized model, plain (``method`` is "ptq") or compensated, at one calibration seed."""
         name = ptq if method == "ptq" else f"{ptq}+{method}"
         return self.folder("quantize") / f"{name}-seed{seed}.safetensors"
 
@@ -71,7 +71,7 @@ def ptq_methods(cfg: Declared) -> list[str]:
 
 
 def run_stage(stage: str, main: Callable[[Declared, Cell], None]) -> None:
-    """Run `main` on the configuration of the cell named on the command line, if any.
+    """Run ``main`` on the configuration of the cell named on the command line, if any.
 
     A user's mistake is printed as one sentence, the exit code is 2, and the stage's unfinished outputs are removed.
     """
@@ -107,7 +107,7 @@ def _run(stage: str, name: str, main: Callable[[Declared, Cell], None]) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let only one process at a time into a `with` block; the system releases the lock when its holder dies.
+    """Let only one process at a time into a ``with`` block; the system releases the lock when its holder dies.
 
     A stage goes on running when DVC is killed. The stage of the next DVC run then waits for it, so that the two do not
     write the same files.
@@ -119,7 +119,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def load_config(stage: str, cell: str = "") -> Declared:
-    """Read the configuration of a stage, resolved for `cell`.
+    """Read the configuration of a stage, resolved for ``cell``.
 
     Raises:
         Qwt2Error: it was not resolved yet.
@@ -135,7 +135,7 @@ def config_path(stage: str, cell: str = "") -> Path:
 
 
 def set_threads(count: int) -> None:
-    """Limit every numeric library to `count` threads; of the libraries already imported, this reaches only torch."""
+    """Limit every numeric library to ``count`` threads; of the libraries already imported, this reaches only torch."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(count)
     if "torch" in sys.modules:

@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def while_unchanged(read: Callable[[Path], T]) -> Callable[[Path], T]:
-    """Cache `read` per file until the file changes. Callers share what it returns and must not modify it."""
+    """Cache ``read`` per file until the file changes. Callers share what it returns and must not modify it."""
     found: dict[Path, tuple[tuple[int, ...], T]] = {}
 
     def remembered(path: Path) -> T:

@@ -1,9 +1,9 @@
 """Command: publish finished runs to Weights & Biases (make publish).
 
 The command reads existing results and computes nothing. It works offline unless there is an API key and the server
-answers, or WANDB_MODE says otherwise; `wandb sync wandb/offline-run-*` later sends what was published offline. A run's
-id is a hash of its configuration, so publishing again replaces the run and does not duplicate it. `--report` makes a
-page of comparisons on the server.
+answers, or WANDB_MODE says otherwise. ``wandb sync wandb/offline-run-*`` later sends what was published offline. A
+run's id is a hash of its configuration, so publishing again replaces the run and does not duplicate it. ``--report``
+makes a page of comparisons on the server.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def has_key(environment: Mapping[str, str], url: str) -> bool:
 
 
 def answers(url: str, seconds: float = PROBE_SECONDS) -> bool:
-    """Return whether an HTTP server at `url` answers anything within `seconds`, including name resolution."""
+    """Return whether an HTTP server at ``url`` answers anything within ``seconds``, including name resolution."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -212,7 +212,7 @@ def config(run: Run) -> dict[str, Any]:
 
 
 def summary(run: Run) -> dict[str, float]:
-    """Return a run's figures as `<engine>/<metric>`, with the accuracy of plain PTQ and of the float network."""
+    """Return a run's figures as ``<engine>/<metric>``, with the accuracy of plain PTQ and of the float network."""
     simulated = f"torch/{run.headline}"
     beside = {f"fp32/{run.headline}": run.fp32[simulated]}
     if simulated in run.ptq:
@@ -221,7 +221,7 @@ def summary(run: Run) -> dict[str, float]:
 
 
 def report(project: str, entity: str | None, runs: list[Run]) -> Any:
-    """Make the page of comparisons as a report of `wandb_workspaces`. Nothing is sent until it is saved."""
+    """Make the page of comparisons as a report of ``wandb_workspaces``. Nothing is sent until it is saved."""
     import wandb_workspaces.reports.v2 as wr
 
     engines = sorted({name.partition("/")[0] for run in runs for name in run.figures} - {"torch"})

@@ -1,4 +1,4 @@
-"""Command: rewrite the tables of README.md and docs/results.md from the files in results/ (`make readme`)."""
+"""Command: rewrite the tables of README.md and docs/results.md from the files in results/ (``make readme``)."""
 
 import csv
 from pathlib import Path
@@ -27,7 +27,7 @@ ZOO_END = "<!-- zoo:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
-    """Replace the text between the result markers of `readme` by the table of `summary`.
+    """Replace the text between the result markers of ``readme`` by the table of ``summary``.
 
     Raises:
         Qwt2Error: the markers are missing.
@@ -36,7 +36,7 @@ def update(readme: Path, summary: Path) -> None:
 
 
 def update_detection(readme: Path, summary: Path) -> None:
-    """Replace the table of detectors, if `summary` has any; see :func:`update`."""
+    """Replace the table of detectors, if ``summary`` has any; see :func:`update`."""
     results = Results(read_rows(summary)).of_task("detection")
     if results.rows:
         replace_between(readme, DETECTION_BEGIN, DETECTION_END, detection_table(results))

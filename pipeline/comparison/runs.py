@@ -40,7 +40,7 @@ class Run:
     Attributes:
         id: equal for equal configurations, whenever and wherever they ran.
         sweeps: names of the sweeps that asked for it; ("grid",) for DVC's grid.
-        figures: `<engine>/<metric>` -> value, and `<engine>/<metric>_std` where there are several calibration seeds.
+        figures: ``<engine>/<metric>`` -> value, and ``<engine>/<metric>_std`` for several calibration seeds.
         ptq, fp32: the figures of plain PTQ in the same cell, and of the full-precision network.
         config: all settings that can change the result, nested.
         config_files: the files that hold the configuration.
@@ -182,7 +182,7 @@ def _figures(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def _merged(files: tuple[Path, ...]) -> dict[str, Any]:
-    """Merge the configurations of a cell's stages, without `workers`, which cannot change a result."""
+    """Merge the configurations of a cell's stages, without ``workers``, which cannot change a result."""
     merged: dict[str, Any] = {}
     for path in files:
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Stage `baseline`: the full-precision model, trained from scratch or loaded, and its accuracy."""
+"""Stage ``baseline``: the full-precision model, trained from scratch or loaded, and its accuracy."""
 
 from pipeline.common.logs import LOG
 from pipeline.common.stage import Cell, run_stage

@@ -1,4 +1,4 @@
-"""Stage `data`: prepare the datasets of all models."""
+"""Stage ``data``: prepare the datasets of all models."""
 
 from pipeline.common.stage import Cell, run_stage
 from qwt2.data import write_dataset

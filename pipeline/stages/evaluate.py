@@ -1,4 +1,4 @@
-"""Stage `evaluate`: accuracy, mismatch and latency of one cell on the integer engines."""
+"""Stage ``evaluate``: accuracy, mismatch and latency of one cell on the integer engines."""
 
 from pipeline.common.stage import Cell, run_stage
 from qwt2.evaluation import machine

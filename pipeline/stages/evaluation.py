@@ -40,7 +40,7 @@ class Measured:
 
 
 class Evaluation:
-    """Figures of one cell. Methods are named as in the results: `repq`, `repq+cwac`, `repq_published`, ..."""
+    """Figures of one cell. Methods are named as in the results: ``repq``, ``repq+cwac``, ``repq_published``, ..."""
 
     def __init__(self, cfg: Any, cell: Cell):
         self.cfg, self.cell = cfg, cell
@@ -51,12 +51,12 @@ class Evaluation:
         self.exported = list(dict.fromkeys(record["method"] for record in self.folded))
 
     def label(self, method: str, ptq: str | None = None) -> str:
-        """Return a method's name in tables; `ptq` is by default the PTQ method that engines run."""
+        """Return a method's name in tables; ``ptq`` is by default the PTQ method that engines run."""
         ptq = ptq or self.cfg["ptq"]["method"]
         return ptq if method == "ptq" else f"{ptq}+{method}"
 
     def row(self, method: str, engine: str, metric: str, values, ptq: str | None = None) -> Row:
-        """Make one row of the results: the mean of `values`, and their deviation if there are several seeds."""
+        """Make one row of the results: the mean of ``values``, and their deviation if there are several seeds."""
         values = np.atleast_1d(np.asarray(values, dtype=np.float64))
         std = float(values.std(ddof=1)) if len(values) > 1 else None
         cfg = self.cfg
@@ -223,17 +223,17 @@ class Evaluation:
         return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
 
     def facts(self, method: str) -> dict:
-        """Return the record that stage `quantize` wrote of a method's model at the first seed."""
+        """Return the record that stage ``quantize`` wrote of a method's model at the first seed."""
         return next(f for f in self.folded if (f["method"], f["seed"]) == (method, self.seeds[0]))
 
     @cached_property
     def folded(self) -> list[dict]:
-        """The records that stage `quantize` wrote, one per exported model."""
+        """The records that stage ``quantize`` wrote, one per exported model."""
         return read_json(self.cell.folder("quantize") / "folded.json")
 
     @cached_property
     def fits(self) -> list[dict]:
-        """The records that stage `quantize` wrote, one per fit."""
+        """The records that stage ``quantize`` wrote, one per fit."""
         return read_json(self.cell.folder("quantize") / "fits.json")
 
 

@@ -21,7 +21,7 @@ PTQ = "ptq"  # the method without compensation, in file names and records
 
 
 class Quantization:
-    """The work of stage `quantize`. Each step stores its models in the cell's folder; the next step reads them."""
+    """The work of stage ``quantize``. Each step stores its models in the cell's folder; the next step reads them."""
 
     def __init__(self, cfg: Any, cell: Cell):
         self.cfg, self.cell = cfg, cell

@@ -1,4 +1,4 @@
-"""Stage `quantize`: quantize one model at one precision, compensate it in every way, fold, and export for engines."""
+"""Stage ``quantize``: quantize one model at one precision, compensate it in every way, fold, and export for engines."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Stage `report`: gather the evaluated cells into results/summary.csv and results/report.html."""
+"""Stage ``report``: gather the evaluated cells into results/summary.csv and results/report.html."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ def main(config: Mapping[str, Any], _cell: Cell) -> None:
 
 
 def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
-    """Write `summary.csv`, `report.html` and the files that DVC compares into `results`, from the outputs under `out`.
+    """Write the summary, the page and the files that DVC compares into ``results``, from the outputs under ``out``.
 
     Only the grid's cells are read, because an earlier, larger grid may have left others behind.
     The page is made before any file is written, so that the files always belong together.
@@ -40,7 +40,7 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
 
 
 def accuracies(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return simulated accuracy by model, precision and method, for `dvc metrics diff` and `dvc exp show`."""
+    """Return simulated accuracy by model, precision and method, for ``dvc metrics diff`` and ``dvc exp show``."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in sorted(rows, key=lambda row: row.key):
         if (row.engine, row.metric) == ("torch", HEADLINE[row.task]):
@@ -49,7 +49,12 @@ def accuracies(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def accuracy_table(rows: Iterable[Row], metric: str) -> str:
-    """Return the simulated accuracy of one task's models as CSV, for `dvc plots diff`; `metric` names the column."""
+    """Return the simulated accuracy of one task's models as CSV, for ``dvc plots diff``.
+
+    Args:
+        rows: figures of the task's models.
+        metric: the task's main metric, which names the column.
+    """
     lines = [
         f"{model} {precision} {method},{value}"
         for model, precisions in accuracies(rows).items()
@@ -64,7 +69,7 @@ def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[
 
     Args:
         out: the folder of all stages' outputs.
-        models: model -> its `task` and `dataset`.
+        models: model -> its ``task`` and ``dataset``.
         cells: (model, precision) of each cell.
 
     Raises:
@@ -79,7 +84,7 @@ def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[
 
 
 def baseline_rows(out: Path, model: str, task: str, dataset: str) -> list[Row]:
-    """Read the fp32 network's accuracy from `baseline/<model>/metrics.json`.
+    """Read the fp32 network's accuracy from ``baseline/<model>/metrics.json``.
 
     Raises:
         Qwt2Error: the file is missing or damaged, or lacks a metric of the task.
@@ -97,7 +102,7 @@ def baseline_rows(out: Path, model: str, task: str, dataset: str) -> list[Row]:
 
 
 def cell_rows(out: Path, model: str, precision: str, dataset: str) -> list[Row]:
-    """Read the figures of one cell from `evaluate/<cell>/rows.csv`.
+    """Read the figures of one cell from ``evaluate/<cell>/rows.csv``.
 
     Raises:
         Qwt2Error: the file is missing or damaged, or has a row of another cell.
@@ -110,7 +115,7 @@ def cell_rows(out: Path, model: str, precision: str, dataset: str) -> list[Row]:
 
 
 def cell_layers(out: Path, model: str, precision: str) -> list[Layer]:
-    """Read the records of one cell's modules from `evaluate/<cell>/layers.csv`.
+    """Read the records of one cell's modules from ``evaluate/<cell>/layers.csv``.
 
     Raises:
         Qwt2Error: the file is missing or damaged, or has a row of another cell.

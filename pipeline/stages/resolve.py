@@ -1,9 +1,9 @@
-"""Stage `resolve`: compose the Hydra configuration of every grid cell into one small file per stage and cell.
+"""Stage ``resolve``: compose the Hydra configuration of every grid cell into one small file per stage and cell.
 
 DVC watches those files. Each holds only the keys that its stage reads, so that a change re-runs only the stages that
 read it. The file code.yaml does the same for code: it has one hash per stage, of the source files that the stage runs
-(`pipeline.build.code_hashes`). The stage also prints which files changed since each stage last ran
-(`pipeline.build.code_changes`).
+(``pipeline.build.code_hashes``). The stage also prints which files changed since each stage last ran
+(``pipeline.build.code_changes``).
 """
 
 import sys
@@ -63,7 +63,7 @@ def code() -> dict[Path, str]:
 
 
 def cells_of(task: str) -> list[str]:
-    """Return the grid's cells whose models belong to `task`.
+    """Return the grid's cells whose models belong to ``task``.
 
     Raises:
         Qwt2Error: there are none.

@@ -1,7 +1,7 @@
 """Cells outside the grid. Each goes through the whole chain in one process, and is skipped once it is finished.
 
 out/cells/<id>/      config.yaml, evaluate/, log.txt and, written last, cell.json (all that comparisons need);
-                     `id` is a hash of the configuration
+                     ``id`` is a hash of the configuration
 out/cells/shared/    datasets and baselines that DVC has not built; outputs.json, written last, has their hashes
 """
 
@@ -77,8 +77,8 @@ def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
         keep_models: keep the cell's weights and ONNX files.
 
     Returns:
-        The cell's record, as stored in `cell.json`. Its `status` is "finished", "skipped" or "failed". If the cell
-        failed, `error` is one sentence, and `log.txt` has the traceback.
+        The cell's record, as stored in ``cell.json``. Its ``status`` is "finished", "skipped" or "failed". If the cell
+        failed, ``error`` is one sentence, and ``log.txt`` has the traceback.
     """
     set_threads(cfg["threads"])
     folder = cell_folder(cfg)
@@ -128,7 +128,7 @@ def own_method(rows: Iterable[Row]) -> str:
 
 
 def by_method(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Return method -> `<engine>/<metric>` -> value."""
+    """Return method -> ``<engine>/<metric>`` -> value."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         found.setdefault(row.method, {})[f"{row.engine}/{row.metric}"] = row.value

@@ -1,4 +1,4 @@
-r"""Command: run one cell, or a sweep of cells (`-m`), through the whole chain.
+r"""Command: run one cell, or a sweep of cells (``-m``), through the whole chain.
 
 The keys are those of conf/cell.yaml, and conf/experiment/ holds ready sweeps:
 
@@ -67,7 +67,7 @@ def _name(overrides: list[str]) -> str:
 
 
 def _hydra(arguments: list[str]) -> None:
-    """Run Hydra's command line, and turn its errors into `Qwt2Error`."""
+    """Run Hydra's command line, and turn its errors into ``Qwt2Error``."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing advice over many lines
     OmegaConf.register_new_resolver("cores_per", processes, replace=True)
     sys.argv = [sys.argv[0], *arguments]

@@ -1,6 +1,6 @@
-"""Command: rewrite params.yaml, the cell that stage `trial` runs, from conf/ (`python -m pipeline.sweeps.params`).
+"""Command: rewrite params.yaml, the cell that stage ``trial`` runs, from conf/ (``python -m pipeline.sweeps.params``).
 
-`dvc exp run -S` composes the file in the same way. A test checks that the committed file equals the default cell.
+``dvc exp run -S`` composes the file in the same way. A test checks that the committed file equals the default cell.
 """
 
 import sys

@@ -35,7 +35,7 @@ def run_job(composed: DictConfig) -> float | None:
     """Run one cell of a sweep, in the process that the launcher chose, and record the outcome.
 
     Returns:
-        The figure named by `objective`, for sweepers that optimize; None if the cell failed.
+        The figure named by ``objective``, for sweepers that optimize; None if the cell failed.
     """
     started = time.perf_counter()
     record: dict[str, Any] = {"cell": None, "status": "failed", "error": None}

@@ -1,4 +1,4 @@
-"""Stage `trial`: run the cell of params.yaml, in the grid or not (`dvc exp run trial -S model=swin_micro`)."""
+"""Stage ``trial``: run the cell of params.yaml, in the grid or not (``dvc exp run trial -S model=swin_micro``)."""
 
 from pathlib import Path
 

@@ -71,7 +71,7 @@ class Task(ABC):
         NAME: the task's name in the results.
         MODELS: the key that names an architecture -> the dataclass of all keys of such a model's configuration.
         DELTAS: accuracy metric -> the metric that holds an engine's difference from the simulation.
-        TIMED: the file whose latency is measured, named as in `Cell.onnx`.
+        TIMED: the file whose latency is measured, named as in ``Cell.onnx``.
     """
 
     NAME: ClassVar[str]
@@ -89,15 +89,15 @@ class Task(ABC):
 
     @abstractmethod
     def baseline(self) -> nn.Module:
-        """Return the full-precision network with the weights that stage `baseline` stored."""
+        """Return the full-precision network with the weights that stage ``baseline`` stored."""
 
     def weights(self, network: nn.Module) -> dict[str, Any]:
-        """Return the tensors that stage `baseline` stores and :meth:`baseline` loads."""
+        """Return the tensors that stage ``baseline`` stores and :meth:`baseline` loads."""
         return network.state_dict()
 
     @abstractmethod
     def predict(self, network: nn.Module, path: Path) -> None:
-        """Store a network's predictions on the validation set in `path`, with a suffix that the task chooses."""
+        """Store a network's predictions on the validation set in ``path``, with a suffix that the task chooses."""
 
     @abstractmethod
     def fp32_figures(self) -> Figures:
@@ -109,7 +109,7 @@ class Task(ABC):
 
     @abstractmethod
     def calibration(self, network: nn.Module, seed: int) -> Iterable[Inputs]:
-        """Return the batches of one seed's calibration set; `network` is the full-precision one."""
+        """Return the batches of one seed's calibration set; ``network`` is the full-precision one."""
 
     def captured(self, network: nn.Module) -> GraphModel:
         """Capture the graph of the full-precision network; a stage does so once."""
@@ -122,7 +122,7 @@ class Task(ABC):
         """Return inputs of a validation image's size."""
 
     def quantized_parts(self, network: nn.Module) -> list[str] | None:
-        """Return the names of the modules to quantize, or `None` for all."""
+        """Return the names of the modules to quantize, or ``None`` for all."""
         return None
 
     @abstractmethod
@@ -130,14 +130,14 @@ class Task(ABC):
         """Return the inputs on which engine and simulation are compared module by module."""
 
     def exporters(self, captured: GraphModel, inputs: Inputs) -> dict[str, FileExporter]:
-        """Return one exporter per file of an exported model, by the file's name in `Cell.onnx`."""
+        """Return one exporter per file of an exported model, by the file's name in ``Cell.onnx``."""
         return {"": FileExporter(inputs)}
 
     def load_for_engines(self) -> None:  # noqa: B027 - a task may have nothing to load
         """Load what the processes that run engines share, before they are forked."""
 
     def files(self) -> list[str]:
-        """Return the names of an exported model's files, as in `Cell.onnx`."""
+        """Return the names of an exported model's files, as in ``Cell.onnx``."""
         return [""]
 
     def scored_files(self, seed: int) -> list[str]:
@@ -150,7 +150,7 @@ class Task(ABC):
 
     @abstractmethod
     def latency_input(self, batch_size: int) -> np.ndarray:
-        """Return the input batch with which the file `TIMED` is called."""
+        """Return the input batch with which the file ``TIMED`` is called."""
 
     def write_pictures(self, path: Path, predictions: Mapping[str, Path]) -> None:  # noqa: B027 - or to draw
         """Draw stored predictions, given by heading, side by side; a task may have nothing to draw."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Train:
-    """Keys of `train` in the configuration of a classifier."""
+    """Keys of ``train`` in the configuration of a classifier."""
 
     steps: int
     batch_size: int
@@ -53,7 +53,7 @@ class TimmModel:
 class OwnModel:
     """Keys of the configuration of the user's own PyTorch model.
 
-    Without `checkpoint` and `train`, the function that makes the model also loads its weights.
+    Without ``checkpoint`` and ``train``, the function that makes the model also loads its weights.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Classification(Task):
         return model
 
     def predict(self, network: nn.Module, path: Path) -> None:
-        """Store the logits (N, classes), float32, as `.npy`.
+        """Store the logits (N, classes), float32, as ``.npy``.
 
         Raises:
             Qwt2Error: they hold NaN or infinity.

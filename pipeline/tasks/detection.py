@@ -31,7 +31,7 @@ PICTURES = 6  # validation scenes in the report
 
 @dataclass
 class Train:
-    """Keys of `train` in the configuration of a detector."""
+    """Keys of ``train`` in the configuration of a detector."""
 
     steps: int
     batch_size: int
@@ -100,7 +100,7 @@ class Detection(Task):
         return network.detector.state_dict()
 
     def predict(self, network: nn.Module, path: Path) -> None:
-        """Store average precision and what is found in the first scenes, as `.json`.
+        """Store average precision and what is found in the first scenes, as ``.json``.
 
         A quantized network computes the parts of the detector, in place of an engine.
         """
@@ -239,7 +239,7 @@ class PartExporter(FileExporter):
     Args:
         name: the part's name.
         inputs: inputs of the whole detector.
-        example_input: the part's inputs when the detector gets `inputs`.
+        example_input: the part's inputs when the detector gets ``inputs``.
         heads: names of the parts that are heads.
     """
 

@@ -1,4 +1,4 @@
-"""Vectors computed by the public RepQ-ViT and QwT code (`tests/golden/README.md`), and their models in timm."""
+"""Vectors computed by the public RepQ-ViT and QwT code (``tests/golden/README.md``), and their models in timm."""
 
 import copy
 import functools
@@ -149,7 +149,7 @@ BUILDERS = {"vit": _vit, "swin": _swin, "resnet": _resnet}
 
 
 def quantizer_parameters(qmodel: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's quantizer parameters under the reference's names (`<module>/input_delta` ...), flattened.
+    """Return a model's quantizer parameters under the reference's names (``<module>/input_delta`` ...), flattened.
 
     timm scales q before the product, and the reference's ViT scales the product. Their quantizers' parameters differ by
     that power of two, which does not change any rounding.

@@ -15,7 +15,7 @@ ATOL = 2e-5
 
 
 def raw(model: nn.Module, example) -> GraphModel:
-    """Return the graph that `torch.export` gives, before any pass."""
+    """Return the graph that ``torch.export`` gives, before any pass."""
     with patch.object(export, "normalise", lambda graph: None):
         return export.capture(model, example)
 

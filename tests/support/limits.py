@@ -8,7 +8,7 @@ import pytest
 
 
 def in_namespace(*options: str) -> list[str]:
-    """Return a prefix that runs a command in the Linux namespace that these options of `unshare` make."""
+    """Return a prefix that runs a command in the Linux namespace that these options of ``unshare`` make."""
     command = ["unshare", "--map-root-user", *options]
     if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("this system does not let `unshare` make a namespace")

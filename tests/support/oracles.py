@@ -23,7 +23,7 @@ def full_precision_copy(qmodel: nn.Module) -> nn.Module:
 
 @contextmanager
 def recording(model: nn.Module, name: str):
-    """Collect the arguments and the output of one module at every call inside the `with` block.
+    """Collect the arguments and the output of one module at every call inside the ``with`` block.
 
     They are copied before and right after the call, because residual networks overwrite both later.
     """

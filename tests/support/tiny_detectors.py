@@ -62,7 +62,7 @@ _NARROW_DETR = {
 
 
 def settings(kind: str) -> dict[str, Any]:
-    """Return the `model` section of a small detector, "swin" or "resnet"."""
+    """Return the ``model`` section of a small detector, "swin" or "resnet"."""
     cfg = compose_cell([f"model=mask_rcnn_{kind}_micro"])["model"]
     smaller = _SMALLER | {"model": _SMALLER["model"] | {"backbone": _BACKBONES[kind]}}
     smaller["model"]["neck"] = {"out_channels": 16, "in_channels": _WIDTHS[kind]}
@@ -70,7 +70,7 @@ def settings(kind: str) -> dict[str, Any]:
 
 
 def narrow(name: str) -> dict[str, Any]:
-    """Return the `model` section of a full-size detector with all its modules, each only a few channels wide."""
+    """Return the ``model`` section of a full-size detector with all its modules, each only a few channels wide."""
     cfg = compose_cell([f"model={name}", "data.path=some/folder"])["model"]
     smaller = {"model": {"detr_resnet50": _NARROW_DETR}.get(name) or copy.deepcopy(_NARROW_CASCADE)}
     if name != "detr_resnet50":

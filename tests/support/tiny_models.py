@@ -59,7 +59,7 @@ def swin() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    """A residual network with in-place ReLU, `x += shortcut`, and strided blocks with a downsampling shortcut."""
+    """A residual network with in-place ReLU, ``x += shortcut``, and strided blocks with a downsampling shortcut."""
     model = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=CLASSES)
     return randomize(model)
 
@@ -190,9 +190,9 @@ BUILDERS = {"vit": vit, "swin": swin, "resnet": resnet, "mobilenet": mobilenet}
 
 @functools.cache
 def captured(build: Callable[[], nn.Module]) -> GraphModel:
-    """Return the graph of the model that `build` makes, captured once per process.
+    """Return the graph of the model that ``build`` makes, captured once per process.
 
-    Tests share it and must not modify it; `qwt2.quantize` works on a copy.
+    Tests share it and must not modify it; ``qwt2.quantize`` works on a copy.
     """
     return capture(build(), images(2))
 
@@ -207,7 +207,7 @@ def _quantized(name: str, weight_bits: int, activation_bits: int, target: str, p
 def quantized(
     name: str, weight_bits: int = 4, activation_bits: int = 4, target: str = "portable", published: bool = False
 ) -> nn.Module:
-    """Return a quantized copy of one of `BUILDERS`, which the caller may modify."""
+    """Return a quantized copy of one of ``BUILDERS``, which the caller may modify."""
     return copy.deepcopy(_quantized(name, weight_bits, activation_bits, target, published))
 
 
@@ -225,7 +225,7 @@ def _exporter(name: str):
 def exported(name: str, bits: int = 8, method: str | None = None, target: str = "portable") -> tuple[nn.Module, Path]:
     """Return a folded model, which tests share and must not modify, and its ONNX file.
 
-    If `method` is given, the model is compensated by it first.
+    If ``method`` is given, the model is compensated by it first.
     """
     qmodel = quantized(name, bits, bits, target)
     if method:

@@ -1,6 +1,6 @@
 """Plain networks as users write them, without this library or timm.
 
-All are deterministic, in evaluation mode, and take images (N, 3, 32, 32), or tokens (N, 12, 16) if `SHAPES` says so.
+All are deterministic, in evaluation mode, and take images (N, 3, 32, 32), or tokens (N, 12, 16) if ``SHAPES`` says so.
 """
 
 import torch
@@ -47,7 +47,7 @@ class RootAttention(nn.Module):
 
 
 class Branching(RootAttention):
-    """`RootAttention` with a branch on the input's values, which cannot be captured."""
+    """``RootAttention`` with a branch on the input's values, which cannot be captured."""
 
     def forward(self, x):
         if x.abs().sum() == 0:
@@ -56,7 +56,7 @@ class Branching(RootAttention):
 
 
 class TransformerClassifier(nn.Module):
-    """`nn.TransformerEncoder` on rows of pixels."""
+    """``nn.TransformerEncoder`` on rows of pixels."""
 
     def __init__(self, norm_first: bool = False):
         super().__init__()
@@ -178,7 +178,7 @@ class TiedWeights(nn.Module):
 
 
 class FunctionalLinear(nn.Module):
-    """A projection by `F.linear` with a bare parameter."""
+    """A projection by ``F.linear`` with a bare parameter."""
 
     def __init__(self):
         super().__init__()
@@ -226,7 +226,7 @@ class Padded(nn.Module):
 
 
 class ListAttention(nn.Module):
-    """`nn.MultiheadAttention` in the root's forward method, with residuals and LayerNorms around it."""
+    """``nn.MultiheadAttention`` in the root's forward method, with residuals and LayerNorms around it."""
 
     def __init__(self):
         super().__init__()
