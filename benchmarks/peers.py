@@ -245,7 +245,7 @@ def openvino_default(source: bytes | Path, shape: list[int], options: dict) -> C
 
 
 class Affine(nn.Module):
-    """CWAC as an operation of its own: alpha * y + beta per channel, then the layer's own output quantizer."""
+    """CWAC as a separate operation: alpha * y + beta per channel, then the layer's own output quantizer."""
 
     def __init__(self, alpha: torch.Tensor, beta: torch.Tensor, dims: int, output: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The whole chain at a tiny size, in a repository of its own: seconds instead of minutes."""
+"""The whole chain at a tiny size, in a separate repository; it takes seconds instead of minutes."""
 
 import os
 import shutil

@@ -62,5 +62,6 @@ def md5(path: Path) -> str | None:
 
 
 def file_md5(path: Path) -> str:
+    """Return the MD5 hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()

@@ -21,6 +21,8 @@ _FROM_ZERO = ("seed", "seeds", "warmup_steps")
 
 @dataclass
 class PTQ:
+    """Keys of ``ptq``."""
+
     method: str = MISSING
     simulated: list[str] = MISSING
     target: str = MISSING
@@ -28,6 +30,8 @@ class PTQ:
 
 @dataclass
 class Calibration:
+    """Keys of ``calibration``."""
+
     images: int = MISSING
     batch_size: int = MISSING
     observer_images: int = MISSING
@@ -35,6 +39,8 @@ class Calibration:
 
 @dataclass
 class Latency:
+    """Keys of ``evaluate.latency``."""
+
     batch_size: int = MISSING
     threads: int = MISSING
     repeats: int = MISSING
@@ -43,6 +49,8 @@ class Latency:
 
 @dataclass
 class Evaluate:
+    """Keys of ``evaluate``."""
+
     engines: list[str] = MISSING
     batch_size: int = MISSING
     mismatch_images: int = MISSING
@@ -51,6 +59,8 @@ class Evaluate:
 
 @dataclass
 class Config:
+    """Keys of a cell. The task and the dataset give the schemas of ``model`` and ``data``."""
+
     threads: int = MISSING
     workers: int = MISSING
     seeds: list[int] = MISSING

@@ -43,6 +43,11 @@ class Damage:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """List what is damaged, and delete it with ``--repair``.
+
+    Raises:
+        Qwt2Error: something is damaged and was not deleted, or there is no dvc.yaml here.
+    """
     options = _parser().parse_args(arguments)
     dvcfiles.stages()  # refuses to run anywhere but in the repository
     found = list(damages())

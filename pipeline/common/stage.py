@@ -131,6 +131,7 @@ def load_config(stage: str, cell: str = "") -> Declared:
 
 
 def config_path(stage: str, cell: str = "") -> Path:
+    """Return the file of a stage's resolved configuration."""
     return RESOLVED / (f"{stage}@{cell}.yaml" if cell else f"{stage}.yaml")
 
 

@@ -46,6 +46,11 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Serve the dashboard until it is interrupted.
+
+    Raises:
+        Qwt2Error: there are no results, or the port cannot be used.
+    """
     options = _parser().parse_args(arguments)
     all_runs()  # raises if there are none, before anything is served
     _check_port(options.port)
@@ -127,6 +132,7 @@ def make_app() -> Dash:
 
 
 def page(runs: Sequence[Run]) -> html.Div:
+    """Make the page's layout: the table, two plots, and the comparison of two runs."""
     rows = [table_row(run) for run in runs]
     engines = [{"label": name, "value": engine} for engine, name in ENGINES.items()]
     engine = next(iter(ENGINES))
@@ -170,6 +176,7 @@ def table_row(run: Run) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dag.AgGrid:
+    """Make the table of runs, which the browser sorts and filters."""
     words = {"model": "model", "precision": "bits", "method": "method", "sweeps": "sweeps", "seeds": "seed"}
     number = {"filter": "agNumberColumnFilter"}
     measured = number | {

@@ -34,6 +34,11 @@ SERVER = "https://api.wandb.ai"
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Publish runs, or make the report, as the command line says.
+
+    Raises:
+        Qwt2Error: there are no runs, WANDB_MODE is wrong, or the server refuses.
+    """
     options = _parser().parse_args(arguments)
     runs = chosen(all_runs(), options.sweep)
     mode = choose_mode(os.environ)
@@ -208,6 +213,7 @@ def tags(run: Run) -> list[str]:
 
 
 def config(run: Run) -> dict[str, Any]:
+    """Return a run's configuration as W&B shows it, with its method, artifacts and sweeps."""
     return run.config | {"method": run.method, "artifacts": run.artifacts, "sweeps": list(run.sweeps)}
 
 

@@ -217,6 +217,7 @@ def _percent(row: Row | None) -> str:
 
 
 def main() -> None:
+    """Rewrite every table."""
     update(Path("README.md"), RESULTS / "summary.csv")
     page = Path("docs/results.md")
     update_detection(page, RESULTS / "summary.csv")

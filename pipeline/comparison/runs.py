@@ -65,6 +65,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The run's title: ``<model>-<precision>-<method>``."""
         return f"{self.model}-{self.precision}-{self.method}"
 
     @property

@@ -5,6 +5,7 @@ from pipeline.common.stage import Cell, run_stage
 
 
 def main(cfg, cell: Cell) -> None:
+    """Store the model's weights, its predictions on the validation set, and their accuracy."""
     from pipeline.tasks import open_task
     from qwt2.io import save_tensors, write_json
 

@@ -5,6 +5,7 @@ from qwt2.data import write_dataset
 
 
 def main(cfg, cell: Cell) -> None:
+    """Write one folder per dataset."""
     for name, settings in cfg["datasets"].items():
         write_dataset(settings, cell.data / name)
 

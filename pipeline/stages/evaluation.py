@@ -68,6 +68,7 @@ class Evaluation:
     def rows_of(
         self, method: str, engine: str, figures: Mapping[str, list[float]], ptq: str | None = None
     ) -> list[Row]:
+        """Make one row per metric of ``figures``: metric -> its values, one per seed."""
         return [self.row(method, engine, metric, values, ptq) for metric, values in figures.items()]
 
     def simulated(self) -> list[Row]:
@@ -106,6 +107,7 @@ class Evaluation:
         return rows
 
     def mismatch_rows(self, method: str, engine: str, worst: Mismatch) -> list[Row]:
+        """Make the rows of a method's largest mismatch."""
         return [
             self.row(method, engine, "engine_mismatch_steps", worst.steps),
             self.row(method, engine, "engine_mismatch_fraction", worst.fraction),
@@ -141,6 +143,7 @@ class Evaluation:
         return dict(zip(runs, each("evaluate on engines", self.measure, runs, self.cfg["workers"])))
 
     def measure(self, run: tuple[str, str, int]) -> Measured:
+        """Measure one (method, engine, seed): accuracy, and at the first seed also mismatches and operations."""
         method, engine, seed = run
         files = {part: self.cell.onnx(method, seed, part) for part in self.task.scored_files(seed)}
         engines = {part: load_engine(path, engine, self.cfg["threads"]) for part, path in files.items()}

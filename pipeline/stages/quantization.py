@@ -108,6 +108,7 @@ class Quantization:
 
     @cached_property
     def exporters(self) -> dict[str, Any]:
+        """One exporter per file of a model, by the file's name."""
         return self.task.exporters(self.captured, self.inputs)
 
     def _one_of_each_structure(self, methods: list[str]) -> list[tuple[str, str]]:

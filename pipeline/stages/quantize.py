@@ -6,6 +6,7 @@ from pipeline.common.stage import Cell, run_stage
 
 
 def main(cfg: Any, cell: Cell) -> None:
+    """Write the cell's quantized models, the files for engines, and the records of fitting and folding."""
     from pipeline.stages.quantization import Quantization
     from qwt2.io import write_json
 

@@ -15,6 +15,7 @@ from qwt2.report.results import Layer, Results, Row, read_layers, read_rows, wri
 
 
 def main(config: Mapping[str, Any], _cell: Cell) -> None:
+    """Write the report of the whole grid."""
     report(config, OUT, RESULTS)
 
 

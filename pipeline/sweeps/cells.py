@@ -64,6 +64,7 @@ def cell_id(cfg: dict[str, Any]) -> str:
 
 
 def cell_folder(cfg: dict[str, Any]) -> Path:
+    """Return the folder of a cell."""
     return CELLS / cell_id(cfg)
 
 

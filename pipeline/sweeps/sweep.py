@@ -61,6 +61,7 @@ def run_job(composed: DictConfig) -> float | None:
 
 
 def job_path(sweep: str, overrides: dict[str, str]) -> Path:
+    """Return the file of the record of one requested cell."""
     digest = hashlib.sha256("\0".join(sorted(f"{k}={v}" for k, v in overrides.items())).encode()).hexdigest()[:16]
     return SWEEPS / sweep / "jobs" / f"{digest}.json"
 

@@ -23,6 +23,7 @@ class FileExporter:
         self.exporter = Exporter(example_input)
 
     def export(self, folded: GraphModel, path: Path) -> Path:
+        """Write a folded model as an ONNX file and return its path."""
         return self.exporter.export(folded, path)
 
     def learn(self, path: Path) -> None:
