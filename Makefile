@@ -1,4 +1,4 @@
-# `make repro` rebuilds the results, `make test` tests. Both set up the environment on first use.
+# `make repro` rebuilds the results, and `make test` runs the tests. Both set up the environment on first use.
 VENV := .venv
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
@@ -14,12 +14,12 @@ PYTHON ?= python3.11
 repro: $(STAMP)
 	dvc repro
 
-# The same without detection: the cells of classifiers, and a report of only these.
+# Rebuild only the cells of classifiers, and a report of these.
 repro-classification: $(STAMP)
 	dvc repro $$(python -m pipeline.stages.resolve classification)
 	python -m pipeline.stages.report classification
 
-# Rules, form and types; the same as the hooks in .pre-commit-config.yaml.
+# Rules, formatting and types, as in the hooks of .pre-commit-config.yaml.
 lint: $(STAMP)
 	ruff check .
 	ruff format --check .
@@ -28,7 +28,7 @@ lint: $(STAMP)
 test: lint $(STAMP) $(VENV)/.chromium
 	pytest -n 2 --dist loadgroup
 
-# What takes seconds: under two minutes in all.
+# Only fast tests: under two minutes in all.
 test-fast: $(STAMP)
 	pytest -n 2 --dist loadgroup -m "not slow and not e2e and not browser"
 
@@ -40,30 +40,30 @@ benchmarks: $(STAMP) $(PEERS)/.installed
 	$(PEERS)/bin/python -m benchmarks.peers
 	$(PEERS)/bin/python -m benchmarks.zoo
 
-# A page on this machine that compares all runs.
+# Serve a page on this machine that compares all runs.
 dashboard: $(STAMP)
 	python -m pipeline.comparison.dashboard
 
 publish: $(STAMP)
 	python -m pipeline.comparison.publish
 
-# DVC's experiments by what differs between them; without the hashes of code, and without what the grid's stages read.
+# Show DVC's experiments with the columns in which they differ, but not the hashes of code or the grid's parameters.
 experiments: $(STAMP)
 	dvc exp show --only-changed --drop '^(conf|out|pipeline|qwt2)(/|$$)|^(code|grid|models|compensations)\b|^compensation\.(cwac|qwt)\.' $(ARGS)
 
-# Re-hash all that is stored; ARGS=--repair deletes what is damaged.
+# Re-hash everything that is stored; ARGS=--repair deletes what is damaged.
 verify: $(STAMP)
 	python -m pipeline.build.verify $(ARGS)
 
-# The chain twice from nothing, and what differs; ARGS=--tiny for a small one.
+# Run the chain twice from nothing and compare the figures; ARGS=--tiny takes a small chain.
 determinism: $(STAMP)
 	python -m benchmarks.determinism $(ARGS)
 
-# The tiny chain, killed at 20 random points and run again.
+# Kill the tiny chain at 20 random points, run it again, and compare the figures.
 kills: $(STAMP)
 	python -m benchmarks.kills
 
-# The documentation, as pages in site/; a warning is an error.
+# Build the documentation in site/; a warning is an error.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
@@ -77,13 +77,13 @@ $(STAMP): requirements.lock
 	$(VENV)/bin/uv pip sync --quiet requirements.lock
 	touch $(STAMP)
 
-# Debian's Chromium for the tests' browser, tried once; without it they say at their end what did not run.
+# Try once to install Debian's Chromium for the browser tests. Without it, the run lists at its end what did not run.
 $(VENV)/.chromium: | $(STAMP)
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && apt-get -qq update && \
 	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium; } > /dev/null 2>&1 || true
 	@touch $@
 
-# The tools that the benchmarks compare with have an environment of their own.
+# The tools that the benchmarks compare with have a separate environment.
 $(PEERS)/.installed: requirements-peers.lock $(STAMP)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	VIRTUAL_ENV=$(CURDIR)/$(PEERS) uv pip sync --quiet requirements-peers.lock
@@ -91,7 +91,7 @@ $(PEERS)/.installed: requirements-peers.lock $(STAMP)
 
 LOCK := uv pip compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --python-version 3.11
 
-# Names and ranges stand in pyproject.toml; the locks pin them with hashes. What is pinned stays, unless ARGS=--upgrade.
+# Pin the packages of pyproject.toml with hashes. Versions that are already pinned stay, unless ARGS=--upgrade.
 lock: $(STAMP)
 	$(LOCK) pyproject.toml --extra dev $(ARGS) -o requirements.lock
 	$(LOCK) pyproject.toml --extra peers $(ARGS) -o requirements-peers.lock

@@ -1,7 +1,7 @@
-"""Every full-size classifier of `conf/model` through the library, with random weights and images.
+"""Take every full-size classifier of ``conf/model`` through the library, with random weights and images.
 
-Shows that each quantizes, compensates, folds, exports and runs on every engine, and what that takes. Random weights say
-nothing about accuracy; agreement between simulation and engines does not need trained ones.
+The benchmark shows that each model is quantized, compensated, folded, exported and run on every engine, and what that
+takes. Random weights say nothing about accuracy, but comparing engines with the simulation needs no trained ones.
 """
 
 import gc
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def ptq_method(cfg: dict) -> str:
-    """The one that the model's configuration names."""
+    """Return the PTQ method that the model's configuration names."""
     return next(value for entry in cfg["defaults"] for key, value in entry.items() if "ptq" in key)
 
 

@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven by Playwright; it reaches nothing but this machine."""
+"""Debian's Chromium, driven by Playwright; it can reach only this machine."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ ONLY_LOOPBACK = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Yield a headless browser; its sandbox is off, which root cannot have."""
+    """Yield a headless browser. Its sandbox is off, because it does not work for root."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[ONLY_LOOPBACK])
         try:

@@ -1,9 +1,9 @@
-"""What compensating a network costs: this library against an implementation that stores every output of a block.
+"""Measure the cost of compensation, against an implementation that stores every output of a block.
 
-deit_small with random weights at 224 x 224, W4A4; the other implementation (`Stored`) is an oracle of the tests too,
-which finds the same parameters. Each measurement has a process of its own. `peak_rss_mb` is the process' peak as the
-system tells it, with libraries, network and images in it; `added_mb` is what the work itself added to what was resident
-before it.
+The model is deit_small with random weights at 224 x 224 and W4A4. The other implementation (``Stored``) is also an
+oracle of the tests and finds the same parameters. Each measurement runs in its own process. ``peak_rss_mb`` is the
+process's peak memory as the system reports it, with libraries, network and images. ``added_mb`` is the memory that the
+work itself added.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from qwt2.evaluation import machine
 from qwt2.io import write_csv
 
 MODEL, PRECISION, BATCH = "deit_small_patch16_224", Precision(weight_bits=4, activation_bits=4), 32
-# (method, implementation); what the oracle has no equal of is switched off: the gate, half precision, damping.
+# Settings that the oracle does not have (gate, half precision, damping) are switched off.
 OPTIONS = {"cwac": {"gate": "none"}, "qwt": {"dtype": "float32", "damping": 0.0}}
 RUNS = [("quantize", "qwt2"), *((method, name) for method in OPTIONS for name in ("qwt2", "stored"))]
 
@@ -104,7 +104,7 @@ def compensation(method: str, implementation: str, qmodel: torch.nn.Module, batc
 
 
 def facts(images: int, threads: int) -> dict:
-    """What every row tells of its measurement."""
+    """Return the columns that describe a measurement's conditions, equal in every row."""
     described = machine.describe()
     return {
         "model": MODEL, "precision": f"W{PRECISION.weight_bits}A{PRECISION.activation_bits}",

@@ -1,7 +1,8 @@
-"""Every full-size detector of `conf/model` through the library, with random weights and small random images.
+"""Take every full-size detector of ``conf/model`` through the library, with random weights and small random images.
 
-Shows that each builds, quantizes, compensates, folds, exports part by part and runs on every engine, and what that
-takes. Images are small, as only the time depends on their size, and random weights say nothing about accuracy.
+The benchmark shows that each detector is built, quantized, compensated, folded, exported part by part and run on every
+engine, and what that takes. Images are small because only the time depends on their size. Random weights say nothing
+about accuracy.
 """
 
 import gc
@@ -36,7 +37,7 @@ def main() -> None:
     rows = []
     for name in tqdm(full_size_detectors(), desc="detectors"):
         rows.append(measure(name))
-        write_csv(RESULT, rows)  # a detector takes minutes
+        write_csv(RESULT, rows)  # after each detector, because one takes minutes
 
 
 def full_size_detectors() -> list[str]:
@@ -89,7 +90,7 @@ def measure(name: str) -> dict:
 
 
 def calibration_batch(network: Detector, seed: int) -> Inputs:
-    """One random image and the regions that the detector chooses in it."""
+    """Return one random image and the regions that the detector chooses in it."""
     from mmdet.structures import DetDataSample
 
     images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(seed))

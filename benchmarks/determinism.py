@@ -1,6 +1,6 @@
-"""Command: run the whole chain twice, each in a fresh clone of the last commit, and compare (`make determinism`).
+"""Command: run the whole chain twice, each in a fresh clone of the last commit, and compare (make determinism).
 
-Everything in the two summary.csv but timing must be the same. `--tiny` takes a small grid and hardly trained models.
+The two summary.csv must be equal except for timing and memory. ``--tiny`` takes a small grid and hardly trained models.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What sweeps, publishing and the page of all runs take: the targets of `used by` on this machine.
+"""Measure the time that sweeps, publishing and the dashboard take on this machine.
 
-* 24 cells of micro models, with Hydra's basic launcher and with processes (`hydra/launcher=local`), from the same
+* 24 cells of micro models, with Hydra's basic launcher and with processes (``hydra/launcher=local``), from the same
   baselines;
 * publishing 100 runs to W&B offline;
-* the page of 1,000 runs, from the browser's request until table and plots are drawn (needs chromium).
+* the dashboard with 1,000 runs, from the browser's request until table and plots are drawn (needs Chromium).
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def sweeps(parent: Path) -> list[dict]:
-    """The same cells with both launchers, each in a folder of its own: a finished cell is not run twice."""
+    """Time the same cells with both launchers, in separate folders because a finished cell is not run twice."""
     if not Path("out/baseline/swin_micro").is_dir() or not Path("out/baseline/vit_micro").is_dir():
         raise Qwt2Error(
             "out/baseline lacks vit_micro or swin_micro; run `make repro` first, whose baselines the sweeps use"
@@ -69,7 +69,7 @@ def sweeps(parent: Path) -> list[dict]:
 
 
 def publishing(folder: Path) -> dict:
-    made_up_runs(folder, PUBLISHED + 1)  # the last one failed: there is nothing to publish of it
+    made_up_runs(folder, PUBLISHED + 1)  # the last one has status "failed" and is not published
     os.environ["WANDB_MODE"] = "offline"
     seconds, done = timed(folder, sys.executable, "-m", "pipeline.comparison.publish")
     count = int(re.search(r"(\d+) runs published", done.stdout)[1])
@@ -91,7 +91,7 @@ def page(folder: Path) -> dict | None:
 
 
 def made_up_runs(folder: Path, count: int) -> None:
-    """A project of finished cells, with made-up figures."""
+    """Make a project folder of finished cells with made-up figures."""
     folder.mkdir()
     shutil.copytree(ROOT / "conf", folder / "conf")
     before = Path.cwd()
@@ -104,7 +104,7 @@ def made_up_runs(folder: Path, count: int) -> None:
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The page's address, while it is served."""
+    """Serve the dashboard and yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

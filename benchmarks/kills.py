@@ -1,7 +1,7 @@
-"""Command: kill the chain at random points and run it again (`make kills`); the results must be those of a quiet run.
+"""Command: kill the chain at random points and run it again (make kills); the results must equal an undisturbed run's.
 
-Each round starts the tiny chain from nothing, sends SIGKILL to DVC or to the stage that runs, at a random moment, and
-then only repeats the command: no other step.
+Each round starts the tiny chain from nothing and sends SIGKILL to DVC or to the running stage at a random moment. Then
+it only repeats the command, without any other step.
 """
 
 import argparse
@@ -26,7 +26,7 @@ REPRO = ("dvc", "repro")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print every round, and end with code 1 unless all recovered."""
+    """Print every round, and exit with code 1 unless all recovered."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def rounds(parent: Path, kills: int, rng: random.Random) -> list[str]:
-    """What went wrong in each round; "" where nothing did."""
+    """Run all rounds and return what went wrong in each; "" where nothing did."""
     quiet = tiny_chain.make(parent / "quiet")
     started = time.monotonic()
     tiny_chain.run(quiet, *REPRO)
@@ -59,16 +59,23 @@ def rounds(parent: Path, kills: int, rng: random.Random) -> list[str]:
 
 
 def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str | None:
-    """Start the chain and kill DVC or the stage that runs after so many seconds; what was killed and when.
+    """Start the chain and kill DVC or the running stage after some seconds.
 
-    `None` if the chain had ended before.
+    Args:
+        folder: where the chain runs.
+        command: what starts it.
+        what: "dvc" or "stage".
+        after: seconds until the kill.
+
+    Returns:
+        What was killed and when; None if the chain had ended before.
     """
     process = subprocess.Popen(
         command, cwd=folder, env=tiny_chain.environment(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     time.sleep(after)
     victim = None
-    while victim is None and process.poll() is None:  # between two stages there is none to kill: wait for the next
+    while victim is None and process.poll() is None:  # between two stages there is nothing to kill yet
         victim = _victim(psutil.Process(process.pid), what)
         time.sleep(0.01)
     if victim is None:
@@ -76,14 +83,14 @@ def kill(folder: Path, command: tuple[str, ...], what: str, after: float) -> str
     name = " ".join(victim.cmdline()[-3:])
     victim.send_signal(signal.SIGKILL)
     process.wait()
-    # A machine that is switched off leaves no process behind. Here what was killed stays until init takes notice. That
-    # takes seconds on a busy machine, and DVC takes the lock of a process that is still listed for held.
+    # A machine that loses power leaves no process behind. Here a killed process stays listed until init reaps it, which
+    # takes seconds on a busy machine. DVC considers the lock of a listed process to be held.
     psutil.wait_procs([victim], timeout=60)
     return f"{name} killed after {after:.1f} s"
 
 
 def _victim(started: psutil.Process, what: str) -> psutil.Process | None:
-    """DVC, or the process that does a stage's work: of those that run `pipeline.<stage>` the youngest."""
+    """Return DVC's process, or the stage's: the youngest of those that run a module of ``pipeline``."""
     try:
         family = [started, *started.children(recursive=True)]
         if what == "dvc":
@@ -99,7 +106,7 @@ def _is_stage(process: psutil.Process) -> bool:
 
 
 def recover(folder: Path, quiet: Path) -> str:
-    """Run the chain again; what is wrong with its end, or ""."""
+    """Run the chain again and return what is wrong with the outcome, or ""."""
     again = tiny_chain.run(folder, *REPRO, check=False)
     if again.returncode:
         return f"the chain ended with {again.returncode}: {(again.stdout + again.stderr)[-1500:]}"

@@ -1,11 +1,10 @@
-"""int8 files of this library against those of ONNX Runtime's `quantize_static` and of NNCF, interleaved in one run.
+"""Compare this library's int8 files with those of ONNX Runtime's quantize_static and of NNCF, interleaved in one run.
 
 Files for OpenVINO are quantized with target="openvino". Weights are random, and calibration takes crops of two real
-photographs: neither latency nor the distance from the float model's logits needs trained weights, and accuracy is not
-claimed here. Latency is taken with one thread, on batches of 1 and 8.
+photographs. Neither latency nor the distance from the float model's logits needs trained weights, and no accuracy is
+claimed here. Latency is measured with one thread, on batches of 1 and 8.
 
-`python -m benchmarks.peers MODEL ...` measures some of the models, and keeps what this machine's file has of the
-others.
+``python -m benchmarks.peers MODEL ...`` measures only these models and keeps the other rows of this machine's file.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from qwt2.evaluation.metrics import agreement_percent, sqnr_db
 from qwt2.io import write_csv
 from qwt2.onnx.file import with_batch_size
 
-# timm name -> our PTQ method, the same as in conf/model
+# timm name -> this library's PTQ method, as in conf/model
 MODELS = {
     "deit_small_patch16_224": "repq",
     "resnet50": "percentile",
@@ -47,12 +46,13 @@ MODELS = {
     "vit_small_patch16_224": "repq",
     "mobilenetv3_large_100": "percentile",
 }
-TARGETS = {"onnxruntime": "portable", "openvino": "openvino"}  # engine -> how its files are quantized
+TARGETS = {"onnxruntime": "portable", "openvino": "openvino"}  # engine -> target of its files
 CALIBRATION_IMAGES, TEST_IMAGES = 32, 32
 ROUNDS = {1: 42, 8: 12}  # batch size -> rounds
 THREADS = 1
 BASE = "ptq"
-# Of models that may differ by a hundredth several instances take turns: an instance's place in memory matters more.
+# Variants that may differ by only 1 % run as several instances in turn, because an instance's place in memory matters
+# more than that.
 INSTANCES = {"fp32": 3, "ptq": 3, "cwac": 3, "quantize_static": 3, "nncf": 3}
 
 
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 class Comparison:
-    """One model, made into files by every tool, and measured."""
+    """One model: files made by every tool, and their measurements."""
 
     def __init__(self, name: str, method: str, folder: Path):
         self.name, self.method, self.folder = name, method, folder
@@ -93,7 +93,7 @@ class Comparison:
         self.make_files()
 
     def make_files(self) -> None:
-        """A file for each engine and variant, and what each took to make."""
+        """Make a file per engine and variant, and record what each took to make."""
         export_onnx(self.model, self.path("onnxruntime", "fp32"), self.test[:1])
         for engine in TARGETS:
             self.make_own_files(engine)
@@ -112,7 +112,7 @@ class Comparison:
                 lambda: compensate(qmodels[compensation], batches, compensation),  # noqa: B023 - called at once
             )
             costs = self.costs[engine, compensation]
-            for key, base in self.costs[engine, "ptq"].items():  # on top of plain PTQ's
+            for key, base in self.costs[engine, "ptq"].items():  # compensation comes on top of plain PTQ
                 costs[key] = costs[key] + base if key == "seconds" else max(costs[key], base)
         for variant, qmodel in qmodels.items():
             export_onnx(fold(qmodel), self.path(engine, variant), self.test[:1])
@@ -120,7 +120,7 @@ class Comparison:
 
     def path(self, engine: str, variant: str) -> Path:
         if variant == "fp32":
-            return self.folder / "fp32.onnx"  # every engine's
+            return self.folder / "fp32.onnx"  # all engines share it
         return self.folder / f"{engine}-{variant}.{'xml' if variant == 'nncf' else 'onnx'}"
 
     def measured(self, engine: str, variant: str, work: Callable):
@@ -131,7 +131,7 @@ class Comparison:
         return result
 
     def quantize_static(self) -> None:
-        """ONNX Runtime's tool as its documentation recommends for the CPU: QDQ, per channel, after preprocessing."""
+        """Run ONNX Runtime's tool as its documentation recommends for CPUs: QDQ, per channel, after preprocessing."""
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -152,14 +152,14 @@ class Comparison:
         )  # fmt: skip
 
     def nncf(self) -> None:
-        """NNCF's post-training quantization of OpenVINO models, told where the model is a transformer."""
+        """Run NNCF's post-training quantization of OpenVINO models; it is told which models are transformers."""
         import nncf
         import openvino
 
         nncf.set_log_level(logging.ERROR)
         kind = nncf.ModelType.TRANSFORMER if self.method == "repq" else None
         dataset = nncf.Dataset([image.numpy() for image in self.calibration.split(1)])
-        # Converted by OpenVINO itself: from our ONNX file NNCF makes a model whose layers run in float.
+        # OpenVINO converts the PyTorch model itself, because from our ONNX file NNCF makes layers that run in float.
         model = openvino.convert_model(self.model, example_input=self.test[:1])
         quantized = nncf.quantize(model, dataset, subset_size=CALIBRATION_IMAGES, model_type=kind)
         openvino.save_model(quantized, self.path("openvino", "nncf"), compress_to_fp16=False)
@@ -195,9 +195,9 @@ class Comparison:
         }  # fmt: skip
 
     def sessions(self, batch: int) -> dict[tuple[str, str], list[Callable[[np.ndarray], np.ndarray]]]:
-        """(engine, variant) -> compiled models, equal ones.
+        """Return (engine, variant) -> its instances, compiled models that are equal.
 
-        They are compiled in turn: what memory a process hands out late may be a tenth slower.
+        Variants are compiled in turn, because memory that a process allocates late may be 10 % slower.
         """
         compilers = self.compilers(batch)
         sessions = {key: [] for key in compilers}
@@ -208,7 +208,7 @@ class Comparison:
         return sessions
 
     def compilers(self, batch: int) -> dict[tuple[str, str], Callable[[], Callable[[np.ndarray], np.ndarray]]]:
-        """(engine, variant) -> what compiles it."""
+        """Return (engine, variant) -> the function that compiles it."""
         from qwt2.engines.onnxruntime import OnnxRuntimeSession
         from qwt2.engines.openvino import OpenVinoSession
 
@@ -225,14 +225,14 @@ class Comparison:
         fixed = with_batch_size(onnx.load(self.path("openvino", "fp32")), batch).SerializeToString()
         shape = [batch, *self.test.shape[1:]]
         compilers["openvino", "bf16"] = partial(openvino_default, fixed, shape, {})
-        # as our files run: what stays in float in float32
+        # As with our files, operations that stay in float run in float32.
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         compilers["openvino", "nncf"] = partial(openvino_default, self.path("openvino", "nncf"), shape, exact)
         return compilers
 
 
 def openvino_default(source: bytes | Path, shape: list[int], options: dict) -> Callable[[np.ndarray], np.ndarray]:
-    """OpenVINO with the settings it comes with, but for the threads."""
+    """Compile a model on OpenVINO with its default settings, except for threads and ``options``."""
     import openvino
 
     core = openvino.Core()
@@ -245,7 +245,7 @@ def openvino_default(source: bytes | Path, shape: list[int], options: dict) -> C
 
 
 class Affine(nn.Module):
-    """alpha * y + beta per channel, then whatever quantized the output before: CWAC left as an operation."""
+    """CWAC as a separate operation: alpha * y + beta per channel, then the layer's own output quantizer."""
 
     def __init__(self, alpha: torch.Tensor, beta: torch.Tensor, dims: int, output: nn.Module):
         super().__init__()
@@ -259,7 +259,7 @@ class Affine(nn.Module):
 
 
 def unfolded(ptq: nn.Module, compensated: nn.Module) -> nn.Module:
-    """The integer model of plain PTQ with CWAC's scale and offset as operations behind every layer."""
+    """Return the integer model of plain PTQ with CWAC's scale and offset as operations behind every layer."""
     integer = fold(ptq)
     for name in ptq.quantization.layers:
         layer, target = compensated.get_submodule(name), integer.get_submodule(name)
@@ -269,10 +269,10 @@ def unfolded(ptq: nn.Module, compensated: nn.Module) -> nn.Module:
 
 
 def random_model(name: str) -> nn.Module:
-    """A timm model with random weights and, unlike timm's own initialization, random biases and scales of the norms.
+    """Return a timm model with random weights and, unlike timm's initialization, random biases and norm scales.
 
-    No trained model has zeros there, and they mislead: NNCF's conversion drops additions of zero, and resnet50's
-    residual branches would end in layers whose weights are all zero.
+    timm initializes some of these to zero, which no trained model has. Zeros would mislead: NNCF's conversion drops
+    additions of zero, and resnet50's residual branches would end in layers whose weights are all zero.
     """
     model = timm.create_model(name, pretrained=False).eval()
     with torch.no_grad():
@@ -285,7 +285,7 @@ def random_model(name: str) -> nn.Module:
 
 
 def photo_crops(model: nn.Module, count: int) -> torch.Tensor:
-    """Random crops of scikit-learn's two photographs, normalized as the model wants them: (count, 3, H, W)."""
+    """Return random crops of scikit-learn's two photographs, (count, 3, H, W), normalized as the model expects."""
     config = resolve_model_data_config(model)
     normalize = create_transform(**config, is_training=False).transforms[-1]
     crop = v2.RandomResizedCrop(config["input_size"][1:], scale=(0.1, 0.6), antialias=True)
@@ -294,7 +294,7 @@ def photo_crops(model: nn.Module, count: int) -> torch.Tensor:
 
 
 def write(rows: list[dict], described: dict) -> None:
-    """Put one model's rows in this machine's file, whose name tells the CPU and the engines' versions."""
+    """Replace one model's rows in this machine's file, whose name holds the CPU and the engines' versions."""
     facts = {
         "cpu": described["cpu"], "instruction_sets": " ".join(described["instruction_sets"]),
         "versions": versions_text(described),

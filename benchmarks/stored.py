@@ -1,4 +1,4 @@
-"""QwT and CWAC implemented by storing everything: what the benchmarks compare with, and an oracle of the tests."""
+"""QwT and CWAC implemented by storing everything; benchmarks compare with it, and the tests use it as an oracle."""
 
 from contextlib import nullcontext
 
@@ -11,15 +11,17 @@ from qwt2.quantization.layers import full_precision
 
 
 class Stored:
-    """QwT and CWAC as published code goes about it.
+    """QwT and CWAC fitted as published code does it.
 
-    Of each block, every image's outputs are kept, full-precision and quantized. The normal equations are solved by an
-    explicit inverse.
+    Every image's full-precision and quantized outputs of a block are stored, and the normal equations are solved by an
+    explicit inverse. The network's blocks must be a chain, in which each reads only the output of the one before.
 
-    Of each block, every image's outputs are kept, full-precision and quantized, and the normal equations are solved
-    by an explicit inverse. For networks whose blocks are a chain, each reading nothing but the output of the one
-    before. What is fitted is kept in ``fitted``, by name: (W, b) or (alpha, beta); alpha and beta are applied to
-    ``qmodel`` too.
+    Args:
+        qmodel: a quantized model; alpha and beta are applied to it.
+        batches: the calibration set, tensors (N, ...).
+
+    Attributes:
+        fitted: name -> (W, b) of a block, or (alpha, beta) of a layer.
     """
 
     def __init__(self, qmodel: GraphModel, batches):
@@ -28,7 +30,7 @@ class Stored:
 
     @torch.no_grad()
     def qwt(self) -> dict:
-        """Target "local": the full-precision block on the quantized network's input; float32 weights."""
+        """Fit QwT to the target "local": the full-precision block on the quantized network's input, in float32."""
         inputs = self.inputs_of(self.info.blocks[0])
         for name in self.info.blocks:
             block = self.part(name)
@@ -43,11 +45,11 @@ class Stored:
 
     @torch.no_grad()
     def cwac(self) -> dict:
-        """Target "global", every layer after those before it, no gate."""
+        """Fit CWAC to the target "global", layer by layer in execution order, without a gate."""
         inputs: dict[bool, list] = {}
         for unit, layers in self.units().items():
             is_block = unit in self.info.blocks
-            if not is_block or not inputs:  # a layer outside the blocks: nothing is known but the whole network
+            if not is_block or not inputs:  # outside the blocks, inputs come from the whole network
                 for reference in (False, True):
                     with full_precision(self.qmodel) if reference else nullcontext():
                         inputs[reference] = self.inputs_of(unit)
@@ -65,7 +67,7 @@ class Stored:
         return self.fitted
 
     def units(self) -> dict[str, list[str]]:
-        """Blocks, and layers outside them, with the layers in each, in execution order."""
+        """Return each block, or layer outside the blocks -> the layers in it, in execution order."""
         found: dict[str, list[str]] = {}
         for name in self.info.layers:
             unit = next((block for block in self.info.blocks if is_inside(name, block)), name)
@@ -73,19 +75,19 @@ class Stored:
         return found
 
     def ends_of(self, unit: str) -> tuple:
-        """The nodes that give what a block or a layer reads, and what it gives."""
+        """Return the nodes of a block's or layer's input and output."""
         if unit in self.info.blocks:
             return ends(self.qmodel, unit)
         [call] = self.qmodel.calls(nn.Module)[unit]
         return call.args[0], call
 
     def part(self, unit: str) -> "Part":
-        """A block or a layer as a function of one tensor; it shares the network's modules."""
+        """Return a block or layer as a function of one tensor, which shares the network's modules."""
         x, y = self.ends_of(unit)
         return Part(self.qmodel.between(x, [y]))
 
     def inputs_of(self, unit: str) -> list[torch.Tensor]:
-        """What a block or a layer reads, computed from the images on."""
+        """Return a block's or layer's inputs, one tensor per batch, computed from the images."""
         [images], x = self.qmodel.inputs, self.ends_of(unit)[0]
         before = nn.Identity() if x is images else Part(self.qmodel.between(images, [x]))
         return [before(batch) for batch in self.batches]
@@ -100,7 +102,7 @@ class Stored:
         layer.set_compensation(*(values.float() for values in self.fitted[name]))
 
     def outputs_of(self, module: nn.Module, name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """A layer's outputs before quantization of the output, one entry for each of its unit's inputs."""
+        """Return a layer's outputs before their quantization, one tensor per entry of its unit's ``inputs``."""
         layer, outputs = self.qmodel.get_submodule(name), []
 
         def bare(_, args):
@@ -115,7 +117,7 @@ class Stored:
 
 
 class Part(nn.Module):
-    """A part of a network that gives one tensor."""
+    """A part of a network that returns one tensor."""
 
     def __init__(self, graph: GraphModel):
         super().__init__()
@@ -127,6 +129,6 @@ class Part(nn.Module):
 
 
 def inverse_regression(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Least squares of rows (n, o) on rows (n, d) and a constant, (d + 1, o)."""
+    """Solve least squares of ``target`` (n, o) on ``x`` (n, d) and a constant; returns (d + 1, o)."""
     design = torch.cat([x, torch.ones(len(x), 1)], 1)
     return torch.linalg.inv(design.T @ design) @ design.T @ target

@@ -1,4 +1,4 @@
-"""Made-up stage outputs, shaped like the default grid's, to test what reads them. Never published as results."""
+"""Made-up stage outputs, shaped like the default grid's, to test the code that reads them. Never publish them."""
 
 import copy
 import csv
@@ -44,7 +44,7 @@ def _fitted(before: float, after: float, reason: str = "") -> dict:
     return fit | quantiles | {"alpha_mean": 0.5, "alpha_std": 0.1, "beta_rms": 0.2}
 
 
-# What `python -m qwt2` writes.
+# A report as `python -m qwt2` writes it.
 MODEL_REPORT = {
     "model": "mine:make", "method": "repq", "compensation": "cwac",
     "precision": {"weight_bits": 4, "activation_bits": 4},
@@ -86,7 +86,7 @@ def figure(model, precision, method, engine, metric, value, std=None, n=1):
 
 
 def cell_rows(model: str, precision: str) -> list[Row]:
-    """Every figure of one evaluated cell."""
+    """Return every figure of one evaluated cell."""
     rng = random.Random(f"{model}-{precision}")
     rows = []
     for compensation in ("", "qwt", "cwac"):
@@ -151,7 +151,7 @@ def _engine(rng, model, precision, compensation, engine):
 
 
 def layers_csv(model: str, precision: str) -> str:
-    """The per-module record of one cell: one module that got worse, one that the gate rejected, products, plain PTQ."""
+    """Return one cell's records of modules: one got worse, one was rejected by the gate; also products, plain PTQ."""
     rng = random.Random(f"layers-{model}-{precision}")
     engines = ("onnxruntime", "openvino")
     buffer = io.StringIO()
@@ -226,9 +226,9 @@ def write_out(out: Path, models=tuple(MODELS), precisions=PRECISIONS) -> None:
 
 
 def write_cells(count: int, tables: int = 3) -> None:
-    """Finished cells of sweeps in the current folder.
+    """Write cells of sweeps in the current folder: all finished but the last, which failed.
 
-    The last one failed; the first ``tables`` have their tables too.
+    The first ``tables`` cells also have tables of modules.
     """
     from hydra import compose, initialize_config_dir
 

@@ -1,4 +1,4 @@
-"""Where benchmarks of one machine are written: the file's name tells the CPU, and the versions that matter."""
+"""The files of benchmarks that depend on the machine; their names hold the CPU and the versions that matter."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ RESULTS = Path("results/benchmarks")
 
 
 def machine_file(kind: str, **versions: str) -> Path:
-    """``<kind>-<cpu>[-<short name><version>...].csv``; ``versions`` maps short names to packages."""
+    """Return the path ``<kind>-<cpu>[-<short name><version>...].csv``; ``versions`` maps short names to packages."""
     described = machine.describe()
     cpu = re.sub(r"[^a-z0-9]+", "-", described["cpu"].lower()).strip("-")
     return RESULTS / (
@@ -19,5 +19,5 @@ def machine_file(kind: str, **versions: str) -> Path:
 
 
 def versions_text(described: dict[str, Any]) -> str:
-    """The versions of a described machine, for one column."""
+    """Return the versions of a described machine as one text."""
     return " ".join(f"{name}={version}" for name, version in described["versions"].items())

@@ -1,4 +1,4 @@
-"""The whole chain at a tiny size, in a repository of its own: seconds instead of minutes."""
+"""The whole chain at a tiny size, in a separate repository; it takes seconds instead of minutes."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ NARROW = {"resnet_micro": {"channels": [8, 8, 16, 16]}, "vit_micro": {"embed_dim
 
 
 def make(folder: Path, models: tuple[str, ...] = ("resnet_micro",)) -> Path:
-    """A Git repository with the project's sources and a small grid; returns `folder`."""
+    """Make a Git repository with the project's sources and a small grid, and return ``folder``."""
     for source in SOURCES:
         target = folder / source
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run(folder: Path, *command: str, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run a command in `folder` with its sources; its output is part of the error if it fails."""
+    """Run a command in ``folder`` with its sources; if it fails, the error holds its output."""
     options = {"env": environment(folder), "capture_output": True, "text": True} | options
     done = subprocess.run(command, cwd=folder, **options)
     if check and done.returncode:

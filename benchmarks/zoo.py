@@ -1,11 +1,11 @@
-"""Models that nobody here wrote: the smallest member of each of timm's families, torchvision's and transformers'.
+"""Take models from outside through the library: timm's smallest per family, some of torchvision and transformers.
 
 Weights are random. A row tells whether a model comes through quantization, CWAC, folding and export to files that run
-on both engines, what stays in float, how close the outputs are, and what it takes. Each model has a process of its own.
+on both engines, what stays in float, how close the outputs are, and what it takes. Each model runs in its own process.
 
-SQNR is that of outputs about their mean over the images, on images that were not calibrated on, as networks of random
-weights give almost the same outputs for all images. Costs of compensations are multiply-accumulates in float forward
-passes of the calibration set.
+SQNR is measured on images that were not calibrated on. The outputs' mean over the images is subtracted first, because
+networks with random weights give almost the same outputs for all images. The cost of a compensation is its
+multiply-accumulates divided by those of one float forward pass of the calibration set.
 
 `python -m benchmarks.zoo [NAME ...]` continues what this machine has, small models first. With `--capture`, models
 are only captured and compared with their graphs, which takes seconds each.
@@ -128,7 +128,13 @@ def captured_like(model: nn.Module, parts: list[Any], test: Any) -> dict[str, An
 
 
 def through(model: nn.Module, parts: list[Any], test: Any) -> dict[str, Any]:
-    """The whole way of one model."""
+    """Take one model the whole way and return its figures.
+
+    Args:
+        model: in evaluation mode.
+        parts: batches of the calibration set.
+        test: inputs that were not calibrated on.
+    """
     captured = capture(model, first(parts[0], 2))
     exact = _floats(outputs_of(model, test))
     same = min(map(_error_db, exact, _floats(outputs_of(captured, test))))
@@ -203,7 +209,7 @@ def _slice(inputs: Any, start: int, stop: int) -> Any:
 
 
 def smooth(channels: int, height: int, width: int) -> Tensor:
-    """Images of a few large blobs, with some noise on them."""
+    """Return images of a few large blobs with some noise, (N, channels, height, width)."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(CALIBRATION + TEST, channels, 7, 7, generator=generator)
     noise = torch.randn(CALIBRATION + TEST, channels, height, width, generator=generator)
@@ -211,7 +217,7 @@ def smooth(channels: int, height: int, width: int) -> Tensor:
 
 
 def with_signal(model: nn.Module) -> nn.Module:
-    """The model with norms and heads that pass something on: many start at zero."""
+    """Draw the parameters that are all zero at random, in place, because zero norms and heads pass nothing on."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if not parameter.detach().any():
@@ -233,7 +239,7 @@ def normalized(model: nn.Module, images: Any) -> nn.Module:
 
 
 def members() -> Iterator[tuple[str, str, str, int]]:
-    """(source, family, name, parameters) of every model."""
+    """Yield (source, family, name, number of parameters) of every model."""
     for family, name, parameters in smallest():
         yield "timm", family, name, parameters
     for name, build in BUILDERS.items():
@@ -242,7 +248,7 @@ def members() -> Iterator[tuple[str, str, str, int]]:
 
 
 def smallest() -> Iterator[tuple[str, str, int]]:
-    """(family, name, parameters) of the smallest member of each of timm's families that can be built."""
+    """Yield (family, name, number of parameters) of the smallest model of each timm family that can be built."""
     import timm
     from timm.models._registry import _module_to_models
 
@@ -252,7 +258,7 @@ def smallest() -> Iterator[tuple[str, str, int]]:
             try:
                 with torch.device("meta"):
                     sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-            except Exception:  # what needs weights or another package
+            except Exception:  # it needs weights or another package
                 continue
         if sizes:
             yield family, *min(sizes.items(), key=lambda item: (item[1], item[0]))
@@ -284,7 +290,7 @@ def _torchvision(name: str) -> Callable[[], tuple[nn.Module, Tensor]]:
     return build
 
 
-# Name -> class of the configuration, of the model, and what is smaller than in the configuration's own defaults.
+# Name -> class of the configuration, class of the model, and the settings that are smaller than the defaults.
 _VISION = {"num_hidden_layers": 4, "image_size": 224}
 _TEXT = {"num_hidden_layers": 4, "vocab_size": 4000}
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {

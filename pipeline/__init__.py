@@ -1,1 +1,4 @@
-"""The benchmark pipeline, in rooms. Imports go one way: common <- tasks <- build <- stages <- sweeps <- comparison."""
+"""The benchmark pipeline. Its packages import each other in one direction only.
+
+common <- tasks <- build <- stages <- sweeps <- comparison
+"""

@@ -1,4 +1,4 @@
-"""What all tests share: one browser a process, and the run's last lines, which tell what did not run and why."""
+"""Fixtures of all tests: one browser per process, and the last lines of a run, which list skipped tests and why."""
 
 from collections import defaultdict
 
@@ -17,7 +17,7 @@ def chromium_browser():
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
-    """Write the skipped tests below pytest's own summary, grouped by reason."""
+    """List the skipped tests below pytest's own summary, grouped by reason."""
     result = yield
     skipped = defaultdict(list)
     for report in terminalreporter.stats.get("skipped", ()):

@@ -1,1 +1,1 @@
-"""What DVC decides by: composed and checked configuration, hashes of code, its files, and whether they are sound."""
+"""The inputs of DVC's decisions: composed and checked configuration, hashes of code, and DVC's own files."""

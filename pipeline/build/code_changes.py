@@ -1,6 +1,8 @@
-"""Which source files changed since a stage last ran: dvc.lock keeps one hash per stage, this keeps what it is made of.
+"""Tell which source files changed since a stage last ran.
 
-out/code/<hash>.yaml    the files behind the hash of a stage's code, each with its own hash
+dvc.lock keeps only one hash per stage. This module stores the files behind each of these hashes:
+
+out/code/<hash>.yaml    the files of a stage's code, each with its own hash
 """
 
 from pathlib import Path
@@ -17,7 +19,7 @@ SHOWN = 5
 
 
 def remember() -> None:
-    """Store the files behind the present hash of every stage; those of hashes that no stage ran with are dropped."""
+    """Store the files behind every stage's present hash, and delete the records of hashes that no stage ran with."""
     present = {code_hashes.fingerprint([stage]): stage for stage in code_hashes.MODULES}
     for path in HISTORY.glob("*.yaml"):
         if path.stem not in {*present, *_ran_with().values()}:
@@ -27,12 +29,12 @@ def remember() -> None:
 
 
 def messages() -> list[str]:
-    """One sentence per stage that will run again because of its code, naming the files that changed."""
+    """Return one sentence per stage that will run again because of its code; it names the files that changed."""
     return [f"{stage} runs again: {_listed(files)}" for stage, files in changes().items()]
 
 
 def changes() -> dict[str, list[str]]:
-    """Stage of dvc.lock -> the files that are not what they were when it last ran; empty where that is not known."""
+    """Return stage of dvc.lock -> the files that changed since it last ran; the list is empty if they are unknown."""
     found = {}
     for name, digest in _ran_with().items():
         stage = name.partition("@")[0]
@@ -56,7 +58,7 @@ def _listed(files: list[str]) -> str:
 
 
 def _ran_with() -> dict[str, str]:
-    """Stage of dvc.lock -> the hash of the code that it last ran with."""
+    """Return stage of dvc.lock -> the hash of the code that it last ran with."""
     code = config_path("code").as_posix()
     found = {}
     for name, stage in dvcfiles.locked_stages().items():

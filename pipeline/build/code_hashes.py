@@ -1,7 +1,8 @@
-"""Which source files a stage runs, read off their import statements, and a hash of what is in them.
+"""Find the source files that a stage runs, from their import statements, and hash their content.
 
-Nothing is imported for it. What a module imports anywhere counts, whether or not a run comes to that line. Of Python
-the syntax tree counts: comments, docstrings and formatting change no hash. Of libraries their pinned versions count.
+No module is imported for this. Every import statement counts, whether or not a run reaches it. A Python file is hashed
+by its syntax tree, so that comments, docstrings and formatting change no hash. Libraries are hashed by their pinned
+versions.
 """
 
 import ast
@@ -15,30 +16,30 @@ from pipeline.common.unchanged import while_unchanged
 from qwt2 import _LAZY
 
 ROOT = Path(__file__).resolve().parents[2]
-# The modules of the stages by whose code DVC decides.
+# The modules of the stages that DVC re-runs when their code changes.
 MODULES = {stage: f"pipeline.stages.{stage}" for stage in ("data", "baseline", "quantize", "evaluate", "report")} | {
     "trial": "pipeline.sweeps.trial"
 }
 LOCK = "requirements.lock"
-# What cannot change a result: names that are imported on first use, texts of errors, logs.
+# Files that cannot change a result: lazy imports, texts of errors, logs.
 WIRING = {"qwt2/__init__.py", "qwt2/errors.py", "pipeline/__init__.py", "pipeline/common/logs.py"}
 
 
 def fingerprint(stages: Iterable[str]) -> str:
-    """One hash of all that these stages run."""
+    """Return one hash of all the code that these stages run."""
     text = "".join(f"{name}\0{digest}\n" for name, digest in sources(stages).items())
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def sources(stages: Iterable[str]) -> dict[str, str]:
-    """The files that can change what these stages do, in order, with a hash of each one's content."""
+    """Return the files that can change what these stages do, sorted by name: file -> hash of its content."""
     files = closure(file for stage in stages for file in _files(MODULES[stage])) | {ROOT / LOCK}
     names = {path.relative_to(ROOT).as_posix(): path for path in files}
     return {name: digest(names[name]) for name in sorted(names.keys() - WIRING)}
 
 
 def closure(paths: Iterable[Path]) -> set[Path]:
-    """These files and all that they import, directly or not, and what else than Python lies in those packages."""
+    """Return these files, all files that they import directly or indirectly, and the non-Python files beside those."""
     seen: set[Path] = set()
     waiting = [*paths]
     while waiting:
@@ -50,20 +51,20 @@ def closure(paths: Iterable[Path]) -> set[Path]:
 
 
 def _needed(path: Path) -> set[Path]:
-    """What a file brings along, itself."""
+    """Return the files that a file needs directly."""
     if path.suffix != ".py":
         return set()
     names = _imports(path)
     found = {file for name in names for file in _files(name)}
     if path.name == "__init__.py":
         beside = {file for file in path.parent.glob("[!.]*") if file.is_file()}
-        takes_all = "qwt2.registry.Registry" in names  # a registry imports what lies beside it
+        takes_all = "qwt2.registry.Registry" in names  # a registry imports every module of its package
         found |= {file for file in beside if takes_all or file.suffix != ".py"}
     return found
 
 
 def _files(name: str) -> Iterator[Path]:
-    """The source file of a module of this project, or of what is in it, and those of the packages around it."""
+    """Yield the source file of a dotted name of this project, and those of the packages around it."""
     path = ROOT
     for part in name.split("."):
         path /= part
@@ -75,7 +76,7 @@ def _files(name: str) -> Iterator[Path]:
 
 @while_unchanged  # every cell of a sweep asks
 def _imports(path: Path) -> set[str]:
-    """Names of all that a file may import, except only for type annotations: modules, and what is in them."""
+    """Return the dotted names that a file may import at run time; imports for type annotations do not count."""
     found: set[str] = set()
     package = ".".join(path.relative_to(ROOT).parent.parts)
     for node in _run_time_nodes(ast.parse(path.read_bytes(), path)):
@@ -96,7 +97,7 @@ def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 @while_unchanged
 def digest(path: Path) -> str:
-    """Of what a file means: a module's syntax tree, the versions in the lock file, the bytes of anything else."""
+    """Hash a module's syntax tree without docstrings, the versions in the lock file, or any other file's bytes."""
     content = path.read_bytes()
     if path.suffix == ".py":
         content = ast.dump(_without_docstrings(ast.parse(content, path))).encode()
@@ -114,5 +115,5 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def _pins(text: str) -> list[str]:
-    """``name==version`` of every package in a lock file."""
+    """Return ``name==version`` of every package in a lock file."""
     return sorted(re.findall(r"^[\w.\[\]-]+==[^\s\\;]+", text, re.M))

@@ -1,4 +1,4 @@
-"""One cell's configuration: composed from conf/ by Hydra, checked, and cut to what each stage reads."""
+"""The configuration of one cell: composed from conf/ by Hydra, checked, and reduced to what each stage reads."""
 
 import re
 from importlib.util import find_spec
@@ -19,8 +19,8 @@ from qwt2.quantization.precision import Precision
 
 CONF = Path("conf")
 
-# What each stage reads: dotted keys of the composed configuration. `_ARCHITECTURE` are those of the model that build
-# the network, without where its weights come from.
+# The dotted keys of the composed configuration that each stage reads. `_ARCHITECTURE` stands for the model's keys that
+# build the network, without those that say where its weights come from.
 _ARCHITECTURE = "model.<architecture>"
 KEYS = {
     "data": ("datasets",),
@@ -38,7 +38,11 @@ KEYS = {
 
 
 def read_grid() -> dict[str, list[str]]:
-    """The models and precisions of conf/grid.yaml; Qwt2Error if it does not name some of each."""
+    """Read the models and precisions of conf/grid.yaml.
+
+    Raises:
+        Qwt2Error: the file is damaged or names no model or no precision.
+    """
     path = CONF / "grid.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -51,7 +55,17 @@ def read_grid() -> dict[str, list[str]]:
 
 
 def compose_cell(overrides: list[str]) -> dict[str, Any]:
-    """One cell's configuration, `checked`."""
+    """Compose and check one cell's configuration.
+
+    Args:
+        overrides: Hydra overrides.
+
+    Returns:
+        See :func:`checked`.
+
+    Raises:
+        Qwt2Error: it cannot be composed, or a value is wrong.
+    """
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             composed = compose("config", overrides)
@@ -61,9 +75,12 @@ def compose_cell(overrides: list[str]) -> dict[str, Any]:
 
 
 def checked(composed: DictConfig) -> dict[str, Any]:
-    """A composed cell as plain values, names and types checked.
+    """Check a composed cell's names and types and return it as plain values.
 
-    `compensations` lists the names under `compensation`.
+    Three keys are added: ``compensations`` (the names under ``compensation``), ``datasets`` and ``task``.
+
+    Raises:
+        Qwt2Error: a key, name or value is wrong.
     """
     cfg = check(composed)
     if "factory" in cfg["model"]:
@@ -78,7 +95,7 @@ def checked(composed: DictConfig) -> dict[str, Any]:
 
 
 def _source(factory: str) -> str:
-    """Hash of the file that defines a model of one's own: its code is not among the project's."""
+    """Hash the file that defines the user's own model, which is not part of this project's code."""
     module = factory.partition(":")[0]
     try:
         spec = find_spec(module)
@@ -92,7 +109,7 @@ def _source(factory: str) -> str:
 
 
 def one_sentence(error: Exception, overrides: list[str]) -> str:
-    """Hydra spreads its advice over several lines; keep what names the problem and the valid options."""
+    """Shorten an error of Hydra or YAML to one sentence that names the problem and the valid options."""
     text = str(error)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: no valid YAML ({error.problem})"
@@ -109,7 +126,7 @@ def one_sentence(error: Exception, overrides: list[str]) -> str:
 
 
 def select(cfg: dict[str, Any], stage: str) -> str:
-    """The keys that `stage` declares, as YAML."""
+    """Return the keys that ``stage`` declares, as YAML."""
     chosen: dict[str, Any] = {}
     for key in _keys(cfg, stage):
         *parents, last = key.split(".")

@@ -1,4 +1,4 @@
-"""What DVC wrote down about its stages: dvc.yaml, dvc.lock, and hashes as DVC computes them."""
+"""Reading dvc.yaml and dvc.lock, and hashing files as DVC does."""
 
 import hashlib
 import json
@@ -17,7 +17,11 @@ HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 def stages() -> dict[str, Any]:
-    """The stages of dvc.yaml; Qwt2Error outside the repository's root."""
+    """Read the stages of dvc.yaml.
+
+    Raises:
+        Qwt2Error: the current folder is not the repository's root.
+    """
     path = Path("dvc.yaml")
     if not path.is_file():
         raise Qwt2Error("there is no dvc.yaml here; run the command in the repository's root")
@@ -25,14 +29,15 @@ def stages() -> dict[str, Any]:
 
 
 def locked_stages() -> dict[str, Any]:
-    """What dvc.lock says of every stage that ran, by its name; empty where none did.
+    """Read dvc.lock's record of every stage that ran, by the stage's name; empty if there is no dvc.lock.
 
-    Raises Qwt2Error if dvc.lock is truncated or otherwise damaged.
+    Raises:
+        Qwt2Error: dvc.lock is truncated or otherwise damaged.
     """
     return _locked_stages(LOCK) if LOCK.is_file() else {}
 
 
-@while_unchanged  # every cell of a sweep asks several times, and the file is long
+@while_unchanged  # every cell of a sweep reads it several times, and the file is long
 def _locked_stages(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -48,7 +53,7 @@ def _locked_stages(path: Path) -> dict[str, Any]:
 
 
 def md5(path: Path) -> str | None:
-    """The hash that DVC gives to a file or folder; None if there is nothing at `path`."""
+    """Return the hash that DVC gives to a file or folder, or None if there is nothing at ``path``."""
     if path.is_dir():
         files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
         listing = json.dumps([{"md5": file_md5(file), "relpath": name} for name, file in files], sort_keys=True)
@@ -57,5 +62,6 @@ def md5(path: Path) -> str | None:
 
 
 def file_md5(path: Path) -> str:
+    """Return the MD5 hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()

@@ -1,9 +1,9 @@
-"""DVC's locks that nobody holds any more.
+"""Releasing DVC's locks that no running process holds any more.
 
-DVC notes in a file which process reads and writes which path, and lets go of the entries of processes that do not
-exist. A killed process that nobody has waited for still exists (in a container whose first process reaps none, for
-good), and one killed while it wrote the file leaves half of it. Either way DVC asks for the file to be removed by hand,
-with the locks of processes that still run.
+DVC notes in a file which process reads and writes which path, and drops the entries of processes that do not exist.
+This fails in two cases. A killed process that nobody has waited for still exists; in a container whose first process
+reaps no children, it does so for good. And a process that is killed while it writes the file leaves half of it. In both
+cases DVC asks the user to remove the file, and with it the locks of processes that still run.
 """
 
 from pathlib import Path
@@ -28,13 +28,13 @@ def release_abandoned() -> None:
 
 
 def is_sound() -> bool:
-    """Whether the file can be read and names only processes that run; so it does if there is none."""
+    """Return whether the lock file names only running processes; a missing file counts as sound, a damaged one not."""
     locks = _read() if PATH.is_file() else NONE
     return locks is not None and _held(locks) == locks
 
 
 def _read() -> dict[str, Any] | None:
-    """What the file holds; None where it is damaged."""
+    """Read the lock file; None if it is damaged."""
     try:
         locks = NONE | read_json(PATH)
         _held(locks)
@@ -44,7 +44,7 @@ def _read() -> dict[str, Any] | None:
 
 
 def _held(locks: dict[str, Any]) -> dict[str, Any]:
-    """What processes that run have noted; only writers have a path for themselves."""
+    """Keep the entries of running processes. A path has one writer but may have several readers."""
     writers = {path: info for path, info in locks["write"].items() if _runs(info["pid"])}
     readers = {path: [info for info in infos if _runs(info["pid"])] for path, infos in locks["read"].items()}
     return {"write": writers, "read": {path: infos for path, infos in readers.items() if infos}}

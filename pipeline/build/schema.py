@@ -1,4 +1,4 @@
-"""Which keys the configuration has and of what type they are, so that a slip is found before anything runs.
+"""The configuration's keys and their types, so that a mistake is found before anything runs.
 
 Options of PTQ methods and compensations, model arguments and bit widths are checked by the library, which
 defines them.
@@ -15,12 +15,14 @@ from pipeline.tasks import WEIGHTS, model_schema, task_of
 from qwt2.data import DATASETS
 from qwt2.errors import Qwt2Error
 
-# Every other whole number counts something and is at least 1.
+# Whole numbers that may be 0. Every other one counts something and is at least 1.
 _FROM_ZERO = ("seed", "seeds", "warmup_steps")
 
 
 @dataclass
 class PTQ:
+    """Keys of ``ptq``."""
+
     method: str = MISSING
     simulated: list[str] = MISSING
     target: str = MISSING
@@ -28,6 +30,8 @@ class PTQ:
 
 @dataclass
 class Calibration:
+    """Keys of ``calibration``."""
+
     images: int = MISSING
     batch_size: int = MISSING
     observer_images: int = MISSING
@@ -35,6 +39,8 @@ class Calibration:
 
 @dataclass
 class Latency:
+    """Keys of ``evaluate.latency``."""
+
     batch_size: int = MISSING
     threads: int = MISSING
     repeats: int = MISSING
@@ -43,6 +49,8 @@ class Latency:
 
 @dataclass
 class Evaluate:
+    """Keys of ``evaluate``."""
+
     engines: list[str] = MISSING
     batch_size: int = MISSING
     mismatch_images: int = MISSING
@@ -51,6 +59,8 @@ class Evaluate:
 
 @dataclass
 class Config:
+    """Keys of a cell. The task and the dataset give the schemas of ``model`` and ``data``."""
+
     threads: int = MISSING
     workers: int = MISSING
     seeds: list[int] = MISSING
@@ -64,9 +74,10 @@ class Config:
 
 
 def check(cfg: DictConfig) -> dict[str, Any]:
-    """The composed configuration as plain, fully resolved values of the declared types.
+    """Return the composed configuration as plain, fully resolved values of the declared types.
 
-    Raises `Qwt2Error` naming the key that does not exist, is not set, or holds a value of the wrong kind.
+    Raises:
+        Qwt2Error: a key does not exist, is not set, or holds a value of the wrong type; the message names it.
     """
     task = task_of(cfg.model)
     name = cfg.data.name
@@ -96,7 +107,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_weights(model: Mapping[str, Any]) -> None:
-    """Weights come from training, timm, a file or one's own function; a random network is never meant."""
+    """Require exactly one source of weights: training, timm, a file, or the user's own function."""
     known = [f"model.{key}" for key in WEIGHTS if key in model]
     sources = [key for key in known if model[key.removeprefix("model.")]]
     if len(sources) > 1 or (not sources and "factory" not in model):
@@ -107,7 +118,7 @@ def _check_weights(model: Mapping[str, Any]) -> None:
 
 
 def _whole_numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted keys and values of every whole number whose meaning this file declares."""
+    """Yield the dotted key and value of every whole number that this file declares."""
     for name, value in values.items():
         key = prefix + name
         if isinstance(value, Mapping) and key not in ("model.kwargs", "model.options", "precision", "compensation"):

@@ -1,7 +1,7 @@
-"""Command: re-hash everything that DVC and the sweeps stored, and say what is damaged (`make verify`).
+"""Command: re-hash everything that DVC and the sweeps stored, and list what is damaged (make verify).
 
-DVC trusts its cache and dvc.lock; this does not. `--repair` deletes what is damaged, and nothing else: `make repro` (or
-the sweep, run again) then makes that anew from what is left.
+DVC trusts its cache and dvc.lock; this command does not. The option ``--repair`` deletes only what is damaged. The next
+``make repro``, or the next run of the sweep, then builds it again.
 """
 
 import argparse
@@ -23,18 +23,18 @@ from qwt2.errors import Qwt2Error, guarded
 
 PER_CELL = ("baseline", "quantize", "evaluate")
 OBJECTS = Path(".dvc/cache/files/md5")
-# What qwt2.io.atomic_path calls a file that is being written: a dot, the name, the writer's process id, the suffix.
+# Names of temporary files of qwt2.io.atomic_path: a dot, the file's name, the writer's process id, the suffix.
 TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)(\.\w+)?")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not as it was stored.
+    """A file or folder that is not as it was stored.
 
     Attributes:
-        path: what to delete.
-        what: is wrong with it.
-        remedy: what makes it anew once it is deleted.
+        path: the file or folder to delete.
+        what: what is wrong with it, as the rest of a sentence that begins with the path.
+        remedy: the command that builds it again once it is deleted.
     """
 
     path: Path
@@ -43,6 +43,11 @@ class Damage:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """List what is damaged, and delete it with ``--repair``.
+
+    Raises:
+        Qwt2Error: something is damaged and was not deleted, or there is no dvc.yaml here.
+    """
     options = _parser().parse_args(arguments)
     dvcfiles.stages()  # refuses to run anywhere but in the repository
     found = list(damages())
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def damages() -> Iterator[Damage]:
-    """Everything damaged, the causes before what follows from them."""
+    """Yield everything that is damaged, causes before their consequences."""
     yield from abandoned_locks()
     yield from damaged_lock()
     yield from damaged_objects()
@@ -78,13 +83,13 @@ def damages() -> Iterator[Damage]:
 
 
 def abandoned_locks() -> Iterator[Damage]:
-    """The file of DVC's locks, if it is cut short or names processes that have ended."""
+    """Yield DVC's lock file, if it is truncated or names processes that have ended."""
     if not locks.is_sound():
         yield Damage(locks.PATH, "is damaged, or holds locks of processes that have ended")
 
 
 def damaged_lock() -> Iterator[Damage]:
-    """dvc.lock, if it cannot be read."""
+    """Yield dvc.lock, if it cannot be read."""
     try:
         dvcfiles.locked_stages()
     except Qwt2Error:
@@ -92,7 +97,7 @@ def damaged_lock() -> Iterator[Damage]:
 
 
 def damaged_objects() -> Iterator[Damage]:
-    """Objects of DVC's cache whose content is not the one they are named after."""
+    """Yield the objects of DVC's cache whose content does not have the hash in their name."""
     objects = sorted(path for path in OBJECTS.glob("??/*") if path.is_file())
     for path in tqdm(objects, "DVC's cache", unit="object", disable=None):
         if dvcfiles.file_md5(path) != path.parent.name + path.name.removesuffix(dvcfiles.DIRECTORY):
@@ -100,7 +105,7 @@ def damaged_objects() -> Iterator[Damage]:
 
 
 def damaged_outputs() -> Iterator[Damage]:
-    """Outputs of stages that are there but are not what dvc.lock says. What is not there is no damage: it is made."""
+    """Yield the outputs of stages that differ from dvc.lock. A missing output is no damage: DVC builds it."""
     try:
         stages = dvcfiles.locked_stages()
     except Qwt2Error:
@@ -120,7 +125,7 @@ def damaged_outputs() -> Iterator[Damage]:
 
 
 def half_written() -> Iterator[Damage]:
-    """Temporary files whose writer is gone."""
+    """Yield temporary files whose writer is no longer running."""
     for folder in (OUT, RESULTS):
         for path in sorted(folder.rglob(".*")):
             match = TEMPORARY.fullmatch(path.name)
@@ -129,7 +134,7 @@ def half_written() -> Iterator[Damage]:
 
 
 def damaged_cells() -> Iterator[Damage]:
-    """Cells of sweeps, and what they share, that were not finished or whose outputs are not what was recorded."""
+    """Yield unfinished cells of sweeps, and cells and shared folders whose files differ from their records."""
     remedy = "the sweep that it belongs to"
     for folder in sorted(CELLS.glob("*/")):
         if folder.name in (SHARED.name, LOCKS.name):
@@ -156,7 +161,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def repair(damage: Damage) -> None:
-    """Delete it; dvc.lock comes back from Git where Git has a sound one, and locks of running processes stay."""
+    """Delete what is damaged. A sound dvc.lock is taken from Git if there is one; locks of running processes stay."""
     if damage.path == locks.PATH:
         locks.release_abandoned()
     elif damage.path.is_dir():

@@ -1,1 +1,1 @@
-"""What all rooms share: the folders and the frame of a stage, logs, parallel work, peak memory."""
+"""Code that all of the pipeline's packages share: folders, the frame of a stage, logs, parallel work, peak memory."""

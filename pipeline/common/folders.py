@@ -1,4 +1,4 @@
-"""Where the outputs of stages and sweeps lie."""
+"""The folders of the stages' and sweeps' outputs."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from qwt2.io import read_json
 OUT = Path("out")
 RESULTS = Path("results")
 RESOLVED = OUT / "resolved"
-# Cells outside the grid.
+# Cells of sweeps and trials, which are outside the grid.
 CELLS = OUT / "cells"
 SHARED = CELLS / "shared"
 LOCKS = CELLS / "locks"
@@ -17,7 +17,7 @@ OUTPUTS = "outputs.json"
 
 
 def read_record(folder: Path, name: str = "cell.json") -> dict[str, Any] | None:
-    """The record that is written last into a cell's folder; None if it is missing or damaged."""
+    """Return the record that is written last into a cell's folder, or None if it is missing or damaged."""
     if not (folder / name).is_file():
         return None
     try:

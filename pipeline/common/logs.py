@@ -1,4 +1,4 @@
-"""A log file for every stage and cell, and how much of it reaches the terminal."""
+"""A log file per stage and cell; an environment variable shows it on the terminal too."""
 
 import logging
 import os
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOG = logging.getLogger("pipeline")
-VERBOSE = "QWT2_VERBOSE"  # an environment variable, so that worker processes and stages under DVC obey too
+VERBOSE = "QWT2_VERBOSE"  # an environment variable reaches worker processes, and stages that DVC starts
 
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Write log messages and warnings of the block into `path`, anew; with `-v` on stderr too."""
+    """Write a block's log messages and warnings into ``path``, replacing the file; with ``-v`` also to stderr."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handlers = [logging.FileHandler(path, mode="w", encoding="utf-8")]
     if os.environ.get(VERBOSE):

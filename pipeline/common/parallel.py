@@ -1,4 +1,4 @@
-"""Independent pieces of one stage's work on several cores."""
+"""Running independent pieces of a stage's work on several cores."""
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,14 +13,21 @@ from pipeline.common.logs import LOG
 def each(
     label: str, work: Callable[[Any], Any], items: Iterable[Any], workers: int, then: Callable[[Any], Any] | None = None
 ) -> list[Any]:
-    """`[work(item) for item in items]`, in forked processes if `workers` is above 1.
+    """Compute ``[work(item) for item in items]``, in forked processes if ``workers`` is above 1.
 
-    If given, `then(item)` follows `work(item)` as a piece of its own, perhaps in another process: few items in two
-    pieces each keep the workers busy for longer. Results are those of `work`.
+    Forked processes share what the stage has imported and loaded, which would take a new process seconds. Forking needs
+    single-threaded numeric libraries (``threads: 1``). Results do not depend on the number of workers.
 
-    Forking shares what the stage has imported and loaded, which would take a new process seconds. It needs
-    single-threaded numeric libraries (`threads: 1`); results do not depend on the number of workers. What is done is
-    logged, and shown as a bar on a terminal, under `label`.
+    Args:
+        label: names the work in the log and on the terminal's progress bar.
+        work: computes the result of one item.
+        items: what to work on.
+        workers: number of processes.
+        then: called with an item after ``work``, as a separate job that may run in another process. Splitting the work
+            keeps the workers busy when there are few items.
+
+    Returns:
+        The results of ``work``, in the order of ``items``.
     """
     items = list(items)
     if workers == 1 or len(items) == 1:
@@ -44,7 +51,7 @@ def _in_two_pieces(pool: Executor, items: Sequence[Any]) -> Iterator[Any]:
     numbers = {future: number for number, future in enumerate(first)}
     second = {}
     for done in as_completed(first):
-        done.result()  # raises what went wrong
+        done.result()  # raises the error, if there was one
         second[numbers[done]] = pool.submit(_call_then, items[numbers[done]])
     for number, future in enumerate(first):
         second[number].result()
@@ -52,7 +59,7 @@ def _in_two_pieces(pool: Executor, items: Sequence[Any]) -> Iterator[Any]:
 
 
 def watched(label: str, results: Iterable[Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Pass on the results of `items` as they come; log each, and show a bar on a terminal if there are several."""
+    """Yield the results of ``items`` as they come; log each item, and show a bar on a terminal if there are several."""
     bar = tqdm(zip(items, results), label, len(items), unit="model", disable=None if len(items) > 1 else True)
     for item, result in bar:
         LOG.info("%s: %s", label, " ".join(map(str, item)))

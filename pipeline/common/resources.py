@@ -6,10 +6,13 @@ import psutil
 
 
 class PeakMemory:
-    """Samples the process' resident memory inside a `with` block.
+    """Sample the process's resident memory inside a ``with`` block.
+
+    Args:
+        interval_s: time between samples, in seconds.
 
     Attributes:
-        megabytes: the peak above what was resident at the start.
+        megabytes: the peak above the memory that was resident at the start, in MiB.
     """
 
     def __init__(self, interval_s: float = 0.002):

@@ -1,4 +1,4 @@
-"""What every stage shares: its resolved configuration, its folders, and how it fails."""
+"""The frame of every stage: its resolved configuration, its folders, its lock and log, and how it fails."""
 
 import argparse
 import fcntl
@@ -19,7 +19,7 @@ from qwt2.errors import Qwt2Error, guarded
 
 
 class Declared(dict):
-    """A resolved configuration: the keys that `pipeline.build.compose` declares for the stage, and no others."""
+    """A resolved configuration; it has only the keys that ``pipeline.build.compose`` declares for the stage."""
 
     def __missing__(self, key: str) -> Any:
         raise KeyError(f"{key!r} is not among the keys this stage declares in pipeline/build/compose.py")
@@ -27,13 +27,13 @@ class Declared(dict):
 
 @dataclass(frozen=True)
 class Cell:
-    """Where the stages find and put the files of one cell.
+    """The files of one cell, which the stages read and write.
 
     Attributes:
-        name: of the cell, `<model>-<precision>` in the grid, or only of the model in stage `baseline`.
-        data: folder that holds one folder a dataset.
+        name: ``<model>-<precision>`` in the grid, or only ``<model>`` in stage ``baseline``.
+        data: folder that holds one folder per dataset.
         baseline: folder of the full-precision model.
-        out: folder that holds one folder a stage.
+        out: folder that holds one folder per stage.
     """
 
     name: str
@@ -43,37 +43,37 @@ class Cell:
 
     @classmethod
     def of_grid(cls, name: str, model: str) -> "Cell":
-        """A cell of the grid, which DVC builds below `out/`."""
+        """Return a cell of the grid, which DVC builds below ``out/``."""
         return cls(name, OUT / "data", OUT / "baseline" / model)
 
     def folder(self, stage: str) -> Path:
-        """Where `stage` puts this cell's outputs."""
+        """Return the folder of this cell's outputs of ``stage``."""
         return self.out / stage / self.name
 
     @property
     def predictions(self) -> Path:
-        """Where what the full-precision model predicts is stored; the task chooses the suffix."""
+        """The file of the full-precision model's predictions, without the suffix, which the task chooses."""
         return self.baseline / "predictions"
 
     def quantized(self, ptq: str, method: str, seed: int) -> Path:
-        """The stored model of a PTQ method, plain (`method` is "ptq") or compensated, at one calibration seed."""
+        """Return the file of a quantized model, plain (``method`` is "ptq") or compensated, at one calibration seed."""
         name = ptq if method == "ptq" else f"{ptq}+{method}"
         return self.folder("quantize") / f"{name}-seed{seed}.safetensors"
 
     def onnx(self, method: str, seed: int, part: str = "") -> Path:
-        """The exported file of a method at one calibration seed, or of one part of the model."""
+        """Return a method's exported file at one calibration seed, of the whole model or of one part."""
         return self.folder("quantize") / (f"{method}-seed{seed}" + (f".{part}" if part else "") + ".onnx")
 
 
 def ptq_methods(cfg: Declared) -> list[str]:
-    """The PTQ method that engines run, then those that are only simulated."""
+    """Return the PTQ method that engines run, followed by those that are only simulated."""
     return [cfg["ptq"]["method"], *cfg["ptq"]["simulated"]]
 
 
 def run_stage(stage: str, main: Callable[[Declared, Cell], None]) -> None:
-    """Run `main` on the configuration of the cell named on the command line, if any.
+    """Run ``main`` on the configuration of the cell named on the command line, if any.
 
-    A user's mistake is printed as one sentence with exit code 2, and what the stage had written so far is removed.
+    A user's mistake is printed as one sentence, the exit code is 2, and the stage's unfinished outputs are removed.
     """
     options = _parser(stage).parse_args()
     if options.verbose:
@@ -107,9 +107,10 @@ def _run(stage: str, name: str, main: Callable[[Declared, Cell], None]) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock when its holder dies.
+    """Let only one process at a time into a ``with`` block; the system releases the lock when its holder dies.
 
-    A stage outlives a DVC that is killed: the next DVC's stage waits for it instead of writing beside it.
+    A stage goes on running when DVC is killed. The stage of the next DVC run then waits for it, so that the two do not
+    write the same files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -118,7 +119,11 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def load_config(stage: str, cell: str = "") -> Declared:
-    """The keys declared for `stage`, resolved for `cell`."""
+    """Read the configuration of a stage, resolved for ``cell``.
+
+    Raises:
+        Qwt2Error: it was not resolved yet.
+    """
     path = config_path(stage, cell)
     if not path.is_file():
         raise Qwt2Error(f"{path} does not exist; run `dvc repro`, which resolves the configuration first")
@@ -126,11 +131,12 @@ def load_config(stage: str, cell: str = "") -> Declared:
 
 
 def config_path(stage: str, cell: str = "") -> Path:
+    """Return the file of a stage's resolved configuration."""
     return RESOLVED / (f"{stage}@{cell}.yaml" if cell else f"{stage}.yaml")
 
 
 def set_threads(count: int) -> None:
-    """Limit every numeric library to `count` threads; of those already imported, only torch obeys."""
+    """Limit every numeric library to ``count`` threads; of the libraries already imported, this reaches only torch."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(count)
     if "torch" in sys.modules:
@@ -138,7 +144,7 @@ def set_threads(count: int) -> None:
 
 
 def declared(text: str) -> Declared:
-    """A resolved configuration from its YAML text."""
+    """Make a resolved configuration of its YAML text."""
     return _declared(yaml.safe_load(text))
 
 

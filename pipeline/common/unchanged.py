@@ -1,4 +1,4 @@
-"""Files that are read often and change seldom: the records of sweeps, dvc.lock."""
+"""A cache for files that are read often and change rarely, such as the records of sweeps and dvc.lock."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +8,14 @@ T = TypeVar("T")
 
 
 def while_unchanged(read: Callable[[Path], T]) -> Callable[[Path], T]:
-    """`read`, called again for a file only once that has changed; its callers must leave what it returns as it is."""
+    """Cache ``read`` per file until the file changes. Callers share what it returns and must not modify it."""
     found: dict[Path, tuple[tuple[int, ...], T]] = {}
 
     def remembered(path: Path) -> T:
         try:
             facts = path.stat()
         except OSError:
-            return read(path)  # says in its own words what is wrong
+            return read(path)  # which reports the missing file in its own words
         state = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
         if path not in found or found[path][0] != state:
             found[path] = state, read(path)

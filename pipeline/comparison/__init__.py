@@ -1,1 +1,1 @@
-"""What is made of finished runs: the dashboard, published runs, tables of the README, differences of two tables."""
+"""Commands that read finished runs: the dashboard, publishing, the README's tables, and comparing two tables."""

@@ -1,6 +1,6 @@
-"""Command: a page on this machine to compare the runs of the grid and of all sweeps (`make dashboard`).
+"""Command: serve a page on this machine that compares the runs of the grid and of all sweeps (make dashboard).
 
-Serves only on loopback, loads nothing from elsewhere and reports to nobody. Reload the page to see new runs.
+The page is served on loopback only, loads nothing from elsewhere and sends nothing anywhere. Reload it to see new runs.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from qwt2.report.findings import ENGINES
 from qwt2.report.results import format_number, method_order, precision_order
 
 HOST = "127.0.0.1"
-# Shown figure -> its name in the run, heading. `gain` is the difference to plain PTQ, {accuracy} the task's headline.
+# Column -> the figure's name in a run, and the heading. `gain` is the difference to plain PTQ, and {accuracy} stands
+# for the task's main metric.
 FIGURES = {
     "accuracy": ("torch/{accuracy}", "top-1 or box AP %"),
     "segm_ap": ("torch/segm_ap", "mask AP %"),
@@ -38,14 +39,20 @@ FIGURES = {
     "bytes": ("onnxruntime/file_bytes", "bytes"),
 }
 GRAPH = {"displayModeBar": False}
-# Files that Dash would ask for only once the layout is there, its largest among them: the browser has them by then.
+# Files that Dash would request only after the layout has arrived, among them its largest. Listing them as scripts lets
+# the browser load them earlier.
 EARLY = ("plotly/package_data/plotly.min.js", "dash/dcc/async-graph.js", "dash_ag_grid/async-community.js")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Serve the dashboard until it is interrupted.
+
+    Raises:
+        Qwt2Error: there are no results, or the port cannot be used.
+    """
     options = _parser().parse_args(arguments)
-    all_runs()  # refuse before anything is served
+    all_runs()  # raises if there are none, before anything is served
     _check_port(options.port)
     app = make_app()
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
@@ -73,7 +80,7 @@ def _check_port(port: int) -> None:
 
 
 def make_app() -> Dash:
-    """The page; every load of it reads the runs anew."""
+    """Make the app. It reads the runs again whenever the page is loaded."""
     app = Dash(
         "qwt2", title="qwt2 runs", assets_folder=str(Path(__file__).parent / "assets"), serve_locally=True,
         update_title=None, enable_mcp=False,
@@ -87,7 +94,8 @@ def make_app() -> Dash:
         runs.update({run.id: run for run in found})
         return page(found)
 
-    app.validation_layout = page([])  # else the browser is sent the rows twice: once to check the callbacks against
+    # Without this, Dash sends the browser the rows twice, once of them only to check the callbacks.
+    app.validation_layout = page([])
     app.layout = layout
 
     @app.callback(
@@ -97,7 +105,7 @@ def make_app() -> Dash:
     )  # fmt: skip
     def draw(shown: list[dict[str, Any]] | None, engine: str, drawn: str) -> tuple[go.Figure, go.Figure, str, str]:
         rows = shown or []
-        if (asked := drawing(rows, engine)) == drawn:  # the page as it was loaded, or only sorted
+        if (asked := drawing(rows, engine)) == drawn:  # just loaded, or only sorted
             raise PreventUpdate
         return accuracy_against_bits(rows), accuracy_against_latency(rows, engine), f"{len(rows)} runs", asked
 
@@ -110,7 +118,7 @@ def make_app() -> Dash:
 
     @app.server.before_request
     def only_here() -> None:
-        """A page elsewhere must not read this one under a name that it has pointed to this machine."""
+        """Refuse requests under another host name, with which a foreign page could read this one (DNS rebinding)."""
         if urlsplit(request.host_url).hostname not in (HOST, "localhost"):
             abort(403)
 
@@ -124,6 +132,7 @@ def make_app() -> Dash:
 
 
 def page(runs: Sequence[Run]) -> html.Div:
+    """Make the page's layout: the table, two plots, and the comparison of two runs."""
     rows = [table_row(run) for run in runs]
     engines = [{"label": name, "value": engine} for engine, name in ENGINES.items()]
     engine = next(iter(ENGINES))
@@ -146,12 +155,12 @@ def page(runs: Sequence[Run]) -> html.Div:
 
 
 def drawing(rows: Iterable[Mapping[str, Any]], engine: str) -> str:
-    """The same for equal plots: of these runs in any order, on this engine."""
+    """Return a hash that identifies the plots of these runs, in any order, on this engine."""
     return hashlib.sha256("\0".join([engine, *sorted(row["id"] for row in rows)]).encode()).hexdigest()
 
 
 def table_row(run: Run) -> dict[str, Any]:
-    """A run as the table shows it."""
+    """Return a run as a row of the table."""
     row = {
         "id": run.id, "sweeps": ", ".join(run.sweeps), "model": run.model, "precision": run.precision,
         "method": run.method, "seeds": ", ".join(map(str, run.config.get("seeds", []))),
@@ -167,6 +176,7 @@ def table_row(run: Run) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dag.AgGrid:
+    """Make the table of runs, which the browser sorts and filters."""
     words = {"model": "model", "precision": "bits", "method": "method", "sweeps": "sweeps", "seeds": "seed"}
     number = {"filter": "agNumberColumnFilter"}
     measured = number | {
@@ -201,18 +211,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dag.AgGrid:
 
 
 def _width(heading: str, texts: Iterable[str]) -> int:
-    """Pixels for a column. The grid could measure its cells itself, but only by laying them all out once more."""
+    """Return a column's width in pixels. The grid could measure its cells, but would lay all of them out again."""
     longest = max(map(len, [heading, *texts]))
-    return min(max(110, 50 + 8 * longest), 400)  # room for typing into the filter, and an end to long errors
+    return min(max(110, 50 + 8 * longest), 400)  # at least wide enough to type a filter; long errors are cut off
 
 
 def accuracy_against_bits(rows: Iterable[Mapping[str, Any]]) -> go.Figure:
-    """Simulated accuracy by precision, many bits to few; one line's colour a method, its symbol a model."""
+    """Plot simulated accuracy by precision, from many bits to few; each model has its own symbol."""
     return _scatter(rows, "precision", "accuracy", "weight and activation bits", FIGURES["accuracy"][1])
 
 
 def accuracy_against_latency(rows: Iterable[Mapping[str, Any]], engine: str) -> go.Figure:
-    """Accuracy on an engine against milliseconds per call."""
+    """Plot accuracy on an engine against its latency in milliseconds per call."""
     return _scatter(
         rows, f"{engine}_ms", f"{engine}_accuracy", f"latency on {ENGINES[engine]}, ms", FIGURES["accuracy"][1]
     )
@@ -239,7 +249,7 @@ def _scatter(rows: Iterable[Mapping[str, Any]], x: str, y: str, x_title: str, y_
 
 
 def comparison(first: Run, second: Run) -> html.Div:
-    """Two runs: their figures, where their configurations differ, and their modules one by one."""
+    """Show two runs side by side: their figures, the settings that differ, and the SQNR of every module."""
     names = [f"{run.name} ({', '.join(run.sweeps) or 'no sweep'}) {run.id[:6]}" for run in (first, second)]
     figures = [
         [heading, *(table_row(run)[field] for run in (first, second))] for field, (_, heading) in FIGURES.items()
@@ -289,7 +299,7 @@ def _layer_chart(runs: Sequence[Run], names: Sequence[str]) -> Any:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys."""
+    """Return nested settings by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -300,7 +310,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_text(run: Run) -> str:
-    """A run's configuration as YAML, under the files that it comes from."""
+    """Return a run's configuration as YAML, with the names of its files as comments above it."""
     files = "".join(f"# {path}\n" for path in run.config_files)
     return f"# {run.name}\n{files}{yaml.safe_dump(run.config, sort_keys=True)}"
 

@@ -1,4 +1,4 @@
-"""Command: compare two tables of figures, timing apart (`python -m pipeline.comparison.differences A.csv B.csv`)."""
+"""Command: compare two tables of figures, without those of timing and memory."""
 
 import argparse
 from pathlib import Path
@@ -6,12 +6,16 @@ from pathlib import Path
 from qwt2.errors import guarded
 from qwt2.report.results import Row, format_number, read_rows
 
-# What a clock or the operating system measured; everything else is arithmetic, and must repeat to the last digit.
+# Metrics that a clock or the operating system measures. All others are arithmetic and must repeat to the last digit.
 TIMING = {"latency_ms", "latency_cpu_ms", "latency_ratio_to_ptq", "compensate_seconds", "peak_memory_mb"}
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """One line for each figure that the two tables do not share; Qwt2Error if one cannot be read."""
+    """Return one line per figure that differs between two tables or is missing from one of them.
+
+    Raises:
+        Qwt2Error: a table cannot be read.
+    """
     tables = [{row.key: row for row in read_rows(path) if row.metric not in TIMING} for path in (first, second)]
     return [
         f"{' '.join(key[2:])}: {_shown(tables[0].get(key))} and {_shown(tables[1].get(key))}"
@@ -27,7 +31,7 @@ def _shown(row: Row | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print what differs, and end with code 1 if anything does."""
+    """Print what differs, and exit with code 1 if anything does."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.comparison.differences", description=__doc__.splitlines()[0]
     )

@@ -1,8 +1,9 @@
-"""Command: publish finished runs to Weights & Biases (`python -m pipeline.comparison.publish [--sweep NAME ...]`).
+"""Command: publish finished runs to Weights & Biases (make publish).
 
-Reads results that are there; nothing is computed. Offline unless there is an API key and the server answers, or
-WANDB_MODE says otherwise; `wandb sync wandb/offline-run-*` sends what was published offline. A run's id is a hash of
-its configuration, so publishing again replaces and never doubles. `--report` makes a page of comparisons on the server.
+The command reads existing results and computes nothing. It works offline unless there is an API key and the server
+answers, or WANDB_MODE says otherwise. ``wandb sync wandb/offline-run-*`` later sends what was published offline. A
+run's id is a hash of its configuration, so publishing again replaces the run and does not duplicate it. ``--report``
+makes a page of comparisons on the server.
 """
 
 import argparse
@@ -33,6 +34,11 @@ SERVER = "https://api.wandb.ai"
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Publish runs, or make the report, as the command line says.
+
+    Raises:
+        Qwt2Error: there are no runs, WANDB_MODE is wrong, or the server refuses.
+    """
     options = _parser().parse_args(arguments)
     runs = chosen(all_runs(), options.sweep)
     mode = choose_mode(os.environ)
@@ -61,7 +67,11 @@ def _advice(mode: str) -> str:
 
 
 def chosen(runs: list[Run], sweeps: list[str] | None) -> list[Run]:
-    """The finished runs (of these sweeps); Qwt2Error if a sweep has none."""
+    """Return the finished runs, only of these sweeps if any are given.
+
+    Raises:
+        Qwt2Error: a sweep has no finished run.
+    """
     finished = [run for run in runs if run.status == "finished"]
     known = sorted({sweep for run in finished for sweep in run.sweeps})
     for sweep in sweeps or []:
@@ -71,9 +81,10 @@ def chosen(runs: list[Run], sweeps: list[str] | None) -> list[Run]:
 
 
 def choose_mode(environment: Mapping[str, str]) -> str:
-    """Decide before W&B is started: with a key and no network it would wait for minutes.
+    """Choose "online" or "offline" before W&B starts; with a key but no network, W&B would wait for minutes.
 
-    Raises Qwt2Error if WANDB_MODE is neither "online" nor "offline".
+    Raises:
+        Qwt2Error: WANDB_MODE is neither "online" nor "offline".
     """
     if mode := environment.get("WANDB_MODE"):
         if mode not in MODES:
@@ -84,7 +95,7 @@ def choose_mode(environment: Mapping[str, str]) -> str:
 
 
 def has_key(environment: Mapping[str, str], url: str) -> bool:
-    """Whether WANDB_API_KEY or the netrc file holds a key for the server."""
+    """Return whether WANDB_API_KEY or the netrc file holds a key for the server."""
     if environment.get("WANDB_API_KEY"):
         return True
     try:
@@ -95,14 +106,14 @@ def has_key(environment: Mapping[str, str], url: str) -> bool:
 
 
 def answers(url: str, seconds: float = PROBE_SECONDS) -> bool:
-    """Whether an HTTP server at `url` answers anything within `seconds`, name resolution included."""
+    """Return whether an HTTP server at ``url`` answers anything within ``seconds``, including name resolution."""
     answered = threading.Event()
 
     def ask() -> None:
         try:
             urllib.request.urlopen(url, timeout=seconds).close()
         except urllib.error.HTTPError:
-            pass  # an answer too
+            pass  # an error is an answer too
         except (OSError, ValueError):
             return
         answered.set()
@@ -112,11 +123,15 @@ def answers(url: str, seconds: float = PROBE_SECONDS) -> bool:
 
 
 def publish(runs: list[Run], mode: str, project: str, entity: str | None = None) -> int:
-    """Publish the runs that are not there already with the same content; how many that were.
+    """Publish the runs that are not already published with the same content.
 
-    Raises Qwt2Error if the server refuses.
+    Returns:
+        How many runs were published.
+
+    Raises:
+        Qwt2Error: the server refuses a run, or W&B cannot write its files.
     """
-    # Below HOME otherwise, which need not exist; offline tables stay there.
+    # By default these folders are below HOME, which may not exist. Tables of offline runs stay in them.
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         os.environ.setdefault(name, str(FOLDER.resolve() / "cache"))
     import wandb
@@ -148,7 +163,7 @@ def _offline_folders(run_id: str) -> list[Path]:
 
 
 def _content_digest(run: Run) -> str:
-    """Of all that is published, so that a re-measured run is published again."""
+    """Hash everything that is published of a run, so that a re-measured run is published again."""
     content = [
         run.sweeps,
         run.figures,
@@ -174,7 +189,7 @@ def _publish_one(run: Run, mode: str, project: str, entity: str | None) -> None:
             silent=True, console="off", init_timeout=30, finish_timeout=60, finish_timeout_raises=True,
             x_graphql_retry_max=3, x_file_stream_retry_max=3, x_file_transfer_retry_max=3,
             x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, disable_git=True,
-            x_save_requirements=False,  # this process's, not the run's; and listing them takes longer than all else
+            x_save_requirements=False,  # they would be this process's, and listing them takes longest of all
         ),
     )  # fmt: skip
     try:
@@ -193,16 +208,17 @@ def _publish_one(run: Run, mode: str, project: str, entity: str | None) -> None:
 
 
 def tags(run: Run) -> list[str]:
-    """Model, precision, method, and every sweep that the run belongs to. W&B allows 64 characters per tag."""
+    """Return a run's model, precision, method and sweeps as tags. W&B allows 64 characters per tag."""
     return [tag[:64] for tag in dict.fromkeys((run.model, run.precision, run.method, *run.sweeps))]
 
 
 def config(run: Run) -> dict[str, Any]:
+    """Return a run's configuration as W&B shows it, with its method, artifacts and sweeps."""
     return run.config | {"method": run.method, "artifacts": run.artifacts, "sweeps": list(run.sweeps)}
 
 
 def summary(run: Run) -> dict[str, float]:
-    """Every figure of the run as ``<engine>/<metric>``, with the accuracy of plain PTQ and of the float network."""
+    """Return a run's figures as ``<engine>/<metric>``, with the accuracy of plain PTQ and of the float network."""
     simulated = f"torch/{run.headline}"
     beside = {f"fp32/{run.headline}": run.fp32[simulated]}
     if simulated in run.ptq:
@@ -211,7 +227,7 @@ def summary(run: Run) -> dict[str, float]:
 
 
 def report(project: str, entity: str | None, runs: list[Run]) -> Any:
-    """The page of comparisons as a report of `wandb_workspaces`: nothing is sent before it is saved."""
+    """Make the page of comparisons as a report of ``wandb_workspaces``. Nothing is sent until it is saved."""
     import wandb_workspaces.reports.v2 as wr
 
     engines = sorted({name.partition("/")[0] for run in runs for name in run.figures} - {"torch"})
@@ -251,7 +267,11 @@ def report(project: str, entity: str | None, runs: list[Run]) -> Any:
 
 
 def save_report(project: str, entity: str | None, runs: list[Run]) -> str:
-    """Save the page on the server; its address. Qwt2Error if the server refuses."""
+    """Save the page of comparisons on the server and return its address.
+
+    Raises:
+        Qwt2Error: the server refuses it.
+    """
     import requests
     import wandb
 

@@ -1,4 +1,4 @@
-"""Command: rewrite the tables of README.md and docs/results.md from what is in results/ (`make readme`)."""
+"""Command: rewrite the tables of README.md and docs/results.md from the files in results/ (``make readme``)."""
 
 import csv
 from pathlib import Path
@@ -27,37 +27,37 @@ ZOO_END = "<!-- zoo:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
-    """Replace what stands between the result markers of `readme` by the table of `summary`.
+    """Replace the text between the result markers of ``readme`` by the table of ``summary``.
 
     Raises:
-        Qwt2Error: there are no markers.
+        Qwt2Error: the markers are missing.
     """
     replace_between(readme, BEGIN, END, table(Results(read_rows(summary)).of_task("classification")))
 
 
 def update_detection(readme: Path, summary: Path) -> None:
-    """The same for the detectors in it, if any."""
+    """Replace the table of detectors, if ``summary`` has any; see :func:`update`."""
     results = Results(read_rows(summary)).of_task("detection")
     if results.rows:
         replace_between(readme, DETECTION_BEGIN, DETECTION_END, detection_table(results))
 
 
 def update_peers(readme: Path, benchmarks: Path) -> None:
-    """The same for the comparison with other tools: a table for every machine that measured one."""
+    """Replace the tables that compare other tools, one per machine that measured them; see :func:`update`."""
     files = sorted(benchmarks.glob("peers-*.csv"))
     if files:
         replace_between(readme, PEERS_BEGIN, PEERS_END, "\n\n".join(peers_table(read_dicts(file)) for file in files))
 
 
 def update_costs(readme: Path, benchmarks: Path) -> None:
-    """The same for what calibrating takes."""
+    """Replace the tables of calibration costs, one per machine; see :func:`update`."""
     files = sorted(benchmarks.glob("calibration-cost-*.csv"))
     if files:
         replace_between(readme, COSTS_BEGIN, COSTS_END, "\n\n".join(costs_table(read_dicts(file)) for file in files))
 
 
 def update_zoo(readme: Path, benchmarks: Path) -> None:
-    """The same for models that nobody here wrote."""
+    """Replace the tables of models from outside, one per machine; see :func:`update`."""
     files = sorted(benchmarks.glob("zoo-*.csv"))
     if files:
         replace_between(readme, ZOO_BEGIN, ZOO_END, "\n\n".join(zoo_table(read_dicts(file)) for file in files))
@@ -73,7 +73,7 @@ _ZOO = {
 
 
 def zoo_table(rows: list[dict[str, str]]) -> str:
-    """Markdown: how many models of each source came through, then a row per model, with the reason where it did not."""
+    """Return Markdown: how many models of each source came through, then a row per model, with the reason if not."""
     lines = [["Family", "Model", *_ZOO], ["---", "---", "---", *["---:"] * (len(_ZOO) - 1)]]
     for row in sorted(rows, key=lambda row: (row["source"], row["family"])):
         figures = [row[column] or _MISSING for column in _ZOO.values()]
@@ -91,7 +91,7 @@ def zoo_table(rows: list[dict[str, str]]) -> str:
 
 
 def costs_table(rows: list[dict[str, str]]) -> str:
-    """Markdown: a row per step, with the multiples that the implementation which stores everything takes."""
+    """Return Markdown: a row per step, and how many times that the implementation which stores everything takes."""
     stored = {row["method"]: row for row in rows if row["implementation"] == "stored"}
     lines = [
         ["Step", "Seconds", "CPU seconds", "MB added", "stored ÷ this, CPU seconds", "stored ÷ this, MB"],
@@ -112,7 +112,11 @@ def costs_table(rows: list[dict[str, str]]) -> str:
 
 
 def replace_between(readme: Path, begin: str, end: str, content: str) -> None:
-    """Raises Qwt2Error where the two markers are not there once each, in this order."""
+    """Replace the text between two markers.
+
+    Raises:
+        Qwt2Error: the file does not have each marker once, in this order.
+    """
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise Qwt2Error(f"{readme} must hold the line {begin} once and {end} once after it; put them where it belongs.")
@@ -122,13 +126,13 @@ def replace_between(readme: Path, begin: str, end: str, content: str) -> None:
 
 
 def read_dicts(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file."""
+    """Return the rows of a CSV file."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def peers_table(rows: list[dict[str, str]]) -> str:
-    """Markdown: per engine, model and batch, how often folded CWAC's time the others take, and all SQNRs."""
+    """Return Markdown: per engine, model and batch, the latencies in multiples of folded CWAC's, and all SQNRs."""
     ratios = {"fp32": "fp32", "bf16": "bf16", "ptq": "PTQ", "cwac_unfolded": "CWAC unfolded", "qwt": "QwT",
               "quantize_static": "quantize_static", "nncf": "NNCF"}  # fmt: skip
     accuracies = {"ptq": "PTQ", "cwac": "CWAC", "quantize_static": "quantize_static", "nncf": "NNCF"}
@@ -158,7 +162,7 @@ def peers_table(rows: list[dict[str, str]]) -> str:
 
 
 def table(results: Results) -> str:
-    """Markdown: a row per model, precision and default PTQ; top-1 in percent, mean and deviation over the seeds."""
+    """Return Markdown: a row per model, precision and default PTQ, with top-1 in percent (mean ± deviation)."""
     headings = ["Model", "Bits", "fp32", *map(heading, results.compensations)]
     headings += [f"{label(SUBJECT)} on {name}" for name in ENGINES.values()]
     headings += [f"Latency ÷ PTQ, {name}" for name in ENGINES.values()]
@@ -184,7 +188,7 @@ def _line(results: Results, model: str, precision: str, ptq: str) -> list[str]:
 
 
 def detection_table(results: Results) -> str:
-    """Markdown: a row per detector, precision and default PTQ; box AP / mask AP in percent, means over the seeds."""
+    """Return Markdown: a row per detector, precision and default PTQ, with box AP / mask AP in percent (means)."""
     headings = ["Model", "Bits", "fp32", *map(heading, results.compensations), f"{label(SUBJECT)} recovers"]
     headings += [f"{label(SUBJECT)} on {name} − simulation" for name in ENGINES.values()]
     headings += [f"Latency ÷ PTQ, {name}" for name in ENGINES.values()]
@@ -213,6 +217,7 @@ def _percent(row: Row | None) -> str:
 
 
 def main() -> None:
+    """Rewrite every table."""
     update(Path("README.md"), RESULTS / "summary.csv")
     page = Path("docs/results.md")
     update_detection(page, RESULTS / "summary.csv")

@@ -1,7 +1,7 @@
-"""Finished work as one list of runs, wherever it was made: the grid of DVC, and the cells of all sweeps.
+"""One list of all runs: those of DVC's grid and those of all sweeps.
 
-A run is one method at one precision on one model. A cell of the grid holds several (plain PTQ, each compensation, on
-each PTQ method), means over its calibration seeds; a cell of a sweep is one.
+A run is one method at one precision on one model. A cell of the grid holds several runs (plain PTQ and each
+compensation, for each PTQ method), whose figures are means over the calibration seeds. A cell of a sweep is one run.
 """
 
 import copy
@@ -26,7 +26,7 @@ from qwt2.report.metrics import HEADLINE
 from qwt2.report.results import Layer, Method, Row, read_layers
 
 GRID = "grid"
-# The page of all runs reads thousands of files whenever it is loaded.
+# The dashboard reads thousands of files whenever it is loaded.
 _json = while_unchanged(read_json)
 _record = while_unchanged(lambda path: read_record(path.parent))
 _yaml = while_unchanged(lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -38,14 +38,14 @@ class Run:
     """One method at one precision on one model.
 
     Attributes:
-        id: the same for equal configurations, whenever and wherever they ran.
-        sweeps: that asked for it; ("grid",) for DVC's.
-        figures: ``<engine>/<metric>`` -> value; ``<engine>/<metric>_std`` where calibration seeds vary.
-        ptq, fp32: plain PTQ's figures of the same cell, and the full-precision network's.
-        config: nested, with all that can change the result.
-        config_files: the files that hold it.
-        layers_file: table of the compensated modules, of all methods of the cell; None where there is none.
-        artifacts: file -> bytes and sha256.
+        id: equal for equal configurations, whenever and wherever they ran.
+        sweeps: names of the sweeps that asked for it; ("grid",) for DVC's grid.
+        figures: ``<engine>/<metric>`` -> value, and ``<engine>/<metric>_std`` for several calibration seeds.
+        ptq, fp32: the figures of plain PTQ in the same cell, and of the full-precision network.
+        config: all settings that can change the result, nested.
+        config_files: the files that hold the configuration.
+        layers_file: the table of compensated modules, which covers all methods of the cell; None without compensation.
+        artifacts: file -> its bytes and sha256.
     """
 
     id: str
@@ -65,22 +65,31 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The run's title: ``<model>-<precision>-<method>``."""
         return f"{self.model}-{self.precision}-{self.method}"
 
     @property
     def headline(self) -> str:
-        """The figure that stands for the run's task."""
+        """The main accuracy metric of the run's task."""
         return HEADLINE[task_of(self.config["model"])]
 
     def layers(self) -> list[Layer]:
-        """The modules in execution order, every seed; Qwt2Error if the table is missing or damaged."""
+        """Read the compensated modules of every seed, in execution order.
+
+        Raises:
+            Qwt2Error: the table is missing or damaged.
+        """
         if self.layers_file is None:
             return []
         return [layer for layer in read_layers(self.layers_file) if layer.method == self.method]
 
 
 def all_runs() -> list[Run]:
-    """Every run there is, by name; of a sweep's cells those that failed too. Qwt2Error if there is none."""
+    """Return all runs sorted by name, including the failed cells of sweeps.
+
+    Raises:
+        Qwt2Error: there are none.
+    """
     runs = [*grid_runs(), *sweep_runs()]
     if not runs:
         raise Qwt2Error(
@@ -90,7 +99,7 @@ def all_runs() -> list[Run]:
 
 
 def grid_runs() -> Iterator[Run]:
-    """The evaluated cells of conf/grid.yaml, and the full-precision networks."""
+    """Yield the runs of conf/grid.yaml's evaluated cells, and the full-precision networks."""
     grid = read_grid()
     for model in grid["model"]:
         if not (OUT / "baseline" / model / "metrics.json").is_file():
@@ -125,7 +134,7 @@ def _grid_cell(model: str, precision: str, fp32: dict[str, float]) -> Iterator[R
 
 
 def _artifacts(cell: str, method: Method) -> dict[str, dict[str, Any]]:
-    """Size and hash of the files that engines run, one per calibration seed."""
+    """Return size and hash of the files that engines run, one per calibration seed."""
     files = (
         sorted((OUT / "quantize" / cell).glob(f"{method.compensation or 'ptq'}-seed*.onnx"))
         if not method.is_published
@@ -135,7 +144,7 @@ def _artifacts(cell: str, method: Method) -> dict[str, dict[str, Any]]:
 
 
 def sweep_runs() -> Iterator[Run]:
-    """The cells that any sweep finished or failed, each once."""
+    """Yield the cells that sweeps finished or failed, each cell once."""
     asked: dict[str, list[str]] = {}
     for folder in sorted(SWEEPS.glob("*/")):
         for cell in sorted({str(_json(path)["cell"]) for path in job_paths(folder.name)}):
@@ -174,7 +183,7 @@ def _figures(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def _merged(files: tuple[Path, ...]) -> dict[str, Any]:
-    """What a cell's stages read, in one. `workers` cannot change a result."""
+    """Merge the configurations of a cell's stages, without ``workers``, which cannot change a result."""
     merged: dict[str, Any] = {}
     for path in files:
         if not path.is_file():
@@ -189,7 +198,7 @@ def _update(target: dict[str, Any], source: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             _update(target[key], value)
         else:
-            target[key] = copy.deepcopy(value)  # what is updated next must not be what `_yaml` remembers
+            target[key] = copy.deepcopy(value)  # later updates must not change the values that `_yaml` caches
 
 
 def _id(config: dict[str, Any], method: str) -> str:

@@ -1,10 +1,11 @@
-"""Stage `baseline`: the full-precision model, trained from scratch or loaded, and its accuracy."""
+"""Stage ``baseline``: the full-precision model, trained from scratch or loaded, and its accuracy."""
 
 from pipeline.common.logs import LOG
 from pipeline.common.stage import Cell, run_stage
 
 
 def main(cfg, cell: Cell) -> None:
+    """Store the model's weights, its predictions on the validation set, and their accuracy."""
     from pipeline.tasks import open_task
     from qwt2.io import save_tensors, write_json
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: accuracy, mismatch and latency of one cell on the integer engines."""
+"""Stage ``evaluate``: accuracy, mismatch and latency of one cell on the integer engines."""
 
 from pipeline.common.stage import Cell, run_stage
 from qwt2.evaluation import machine
@@ -7,6 +7,7 @@ from qwt2.report.results import write_layers, write_rows
 
 
 def main(cfg, cell: Cell) -> None:
+    """Write the cell's figures, records of modules, counts of operations, pictures, and the machine's description."""
     from pipeline.stages.evaluation import Evaluation
 
     evaluation = Evaluation(cfg, cell)

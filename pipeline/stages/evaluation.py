@@ -26,12 +26,12 @@ from qwt2.report.results import Row
 
 @dataclass(frozen=True)
 class Measured:
-    """What one method gives on one engine at one calibration seed.
+    """Measurements of one method on one engine at one calibration seed.
 
     Attributes:
-        figures: its accuracy.
-        mismatches: module -> how far it is from the simulation; only of the first seed.
-        operations: what runs in integers and in float; only of plain PTQ at the first seed.
+        figures: accuracy.
+        mismatches: module -> its distance from the simulation; only at the first seed.
+        operations: counts of operations in integers and in float; only for plain PTQ at the first seed.
     """
 
     figures: Figures
@@ -40,7 +40,7 @@ class Measured:
 
 
 class Evaluation:
-    """Figures of one cell. Methods are named as in the results: `repq`, `repq+cwac`, `repq_published`, ..."""
+    """Figures of one cell. Methods are named as in the results: ``repq``, ``repq+cwac``, ``repq_published``, ..."""
 
     def __init__(self, cfg: Any, cell: Cell):
         self.cfg, self.cell = cfg, cell
@@ -51,12 +51,12 @@ class Evaluation:
         self.exported = list(dict.fromkeys(record["method"] for record in self.folded))
 
     def label(self, method: str, ptq: str | None = None) -> str:
-        """The name of a method in tables, on the PTQ method that engines run unless another one is named."""
+        """Return a method's name in tables; ``ptq`` is by default the PTQ method that engines run."""
         ptq = ptq or self.cfg["ptq"]["method"]
         return ptq if method == "ptq" else f"{ptq}+{method}"
 
     def row(self, method: str, engine: str, metric: str, values, ptq: str | None = None) -> Row:
-        """One figure; several values are its seeds."""
+        """Make one row of the results: the mean of ``values``, and their deviation if there are several seeds."""
         values = np.atleast_1d(np.asarray(values, dtype=np.float64))
         std = float(values.std(ddof=1)) if len(values) > 1 else None
         cfg = self.cfg
@@ -68,10 +68,11 @@ class Evaluation:
     def rows_of(
         self, method: str, engine: str, figures: Mapping[str, list[float]], ptq: str | None = None
     ) -> list[Row]:
+        """Make one row per metric of ``figures``: metric -> its values, one per seed."""
         return [self.row(method, engine, metric, values, ptq) for metric, values in figures.items()]
 
     def simulated(self) -> list[Row]:
-        """Accuracy of the unfolded simulation, on every PTQ method."""
+        """Return the accuracy of the unfolded simulation, for every PTQ method."""
         return [
             row
             for ptq in ptq_methods(self.cfg)
@@ -80,11 +81,11 @@ class Evaluation:
         ]
 
     def simulated_figures(self, method: str, ptq: str) -> list[Figures]:
-        """Of every seed."""
+        """Return the figures of one method in simulation, one entry per seed."""
         return [self.task.figures(self.cell.quantized(ptq, method, seed)) for seed in self.seeds]
 
     def compensation_costs(self) -> list[Row]:
-        """Time and memory that fitting took."""
+        """Return the time and memory that fitting took."""
         rows = []
         for ptq in ptq_methods(self.cfg):
             for name in self.compensations:
@@ -94,7 +95,7 @@ class Evaluation:
         return rows
 
     def folding(self) -> list[Row]:
-        """Folded against unfolded modules, and what each exported method stores and computes beyond plain PTQ."""
+        """Return how far folding moved modules, and what each exported method stores and computes beyond plain PTQ."""
         by_method = {m: [f for f in self.folded if f["method"] == m] for m in self.exported}
         base = by_method["ptq"][0]
         rows = []
@@ -106,13 +107,14 @@ class Evaluation:
         return rows
 
     def mismatch_rows(self, method: str, engine: str, worst: Mismatch) -> list[Row]:
+        """Make the rows of a method's largest mismatch."""
         return [
             self.row(method, engine, "engine_mismatch_steps", worst.steps),
             self.row(method, engine, "engine_mismatch_fraction", worst.fraction),
         ]
 
     def on_engine(self, engine: str) -> list[Row]:
-        """Accuracy of the exported methods on an integer engine, its distance from the simulation, and file sizes."""
+        """Return the exported methods' accuracy on an engine, its difference from the simulation, and file sizes."""
         rows = []
         for method in self.exported:
             found = [dict(self.measured[method, engine, seed].figures) for seed in self.seeds]
@@ -133,14 +135,15 @@ class Evaluation:
 
     @cached_property
     def measured(self) -> dict[tuple[str, str, int], Measured]:
-        """Every exported method on every engine at every seed."""
-        # The first seed takes longest, and engines that come later compile for longer: what is short had better come
-        # last, for the workers to end together.
+        """Measurements by method, engine and seed."""
+        # Longest jobs first, so that the workers finish together: the first seed also measures mismatches, and later
+        # engines compile longer.
         engines = list(reversed(self.cfg["evaluate"]["engines"]))
         runs = [(method, engine, seed) for seed in self.seeds for engine in engines for method in self.exported]
         return dict(zip(runs, each("evaluate on engines", self.measure, runs, self.cfg["workers"])))
 
     def measure(self, run: tuple[str, str, int]) -> Measured:
+        """Measure one (method, engine, seed): accuracy, and at the first seed also mismatches and operations."""
         method, engine, seed = run
         files = {part: self.cell.onnx(method, seed, part) for part in self.task.scored_files(seed)}
         engines = {part: load_engine(path, engine, self.cfg["threads"]) for part, path in files.items()}
@@ -153,7 +156,7 @@ class Evaluation:
         return Measured(figures, self.measure_mismatches(list(files.values()), engine), counted)
 
     def measure_mismatches(self, files: list[Path], engine: str) -> dict[str, Mismatch]:
-        """Of every module of every file."""
+        """Return each module's distance from the simulation, over all files."""
         found: dict[str, Mismatch] = {}
         for path in files:
             records = load_arrays(path.with_suffix(".records.safetensors"))
@@ -161,7 +164,7 @@ class Evaluation:
         return found
 
     def latency(self, engine: str) -> list[Row]:
-        """Latency of every exported method, interleaved in one run."""
+        """Measure the latency of every exported method, all methods interleaved in one run."""
         settings = self.cfg["evaluate"]["latency"]
         images = self.task.latency_input(settings["batch_size"])
 
@@ -170,7 +173,8 @@ class Evaluation:
             model.session(len(images))
             return partial(model, images)
 
-        # Methods are compiled in turn, and back: memory that was handed out earlier may be a few percent faster.
+        # Methods are compiled in turn, forwards and backwards: memory that was allocated earlier may be a few percent
+        # faster.
         seeds = islice(cycle(self.seeds), settings["instances"])
         runs = [(method, seed) for turn, seed in enumerate(seeds) for method in self.exported[:: -1 if turn % 2 else 1]]
         with ThreadPoolExecutor(self.cfg["workers"]) as pool:
@@ -188,14 +192,14 @@ class Evaluation:
         ]
 
     def write_pictures(self, path: Path) -> None:
-        """What fp32, plain PTQ and each compensation predict, side by side."""
+        """Draw the predictions of fp32, plain PTQ and each compensation side by side."""
         headings = {"ptq": heading(""), **{name: heading(name) for name in self.compensations}}
         ptq, seed = self.cfg["ptq"]["method"], self.seeds[0]
         quantized = {text: self.cell.quantized(ptq, name, seed) for name, text in headings.items()}
         self.task.write_pictures(path, {"fp32": self.cell.predictions} | quantized)
 
     def layers(self) -> list[dict]:
-        """What is known of each module: one record a method, seed and module or block."""
+        """Return one record per method, seed and module (or block), with all that was measured of it."""
         kinds, records = self.facts("ptq")["modules"], {}
         for fit in self.fits:
             label = self.label(fit["compensation"], fit["ptq"])
@@ -216,26 +220,26 @@ class Evaluation:
         ]
 
     def operations(self) -> dict:
-        """What plain PTQ's files run in integers and in float on each engine, and the modules left in float."""
+        """Return the operations of plain PTQ's files on each engine, and the modules left in float."""
         first = self.seeds[0]
         counts = {engine: self.measured["ptq", engine, first].operations for engine in self.cfg["evaluate"]["engines"]}
         return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
 
     def facts(self, method: str) -> dict:
-        """What stage `quantize` knows of a method's model at the first seed."""
+        """Return the record that stage ``quantize`` wrote of a method's model at the first seed."""
         return next(f for f in self.folded if (f["method"], f["seed"]) == (method, self.seeds[0]))
 
     @cached_property
     def folded(self) -> list[dict]:
-        """What stage `quantize` knows of every exported model."""
+        """The records that stage ``quantize`` wrote, one per exported model."""
         return read_json(self.cell.folder("quantize") / "folded.json")
 
     @cached_property
     def fits(self) -> list[dict]:
-        """What stage `quantize` knows of every fit."""
+        """The records that stage ``quantize`` wrote, one per fit."""
         return read_json(self.cell.folder("quantize") / "fits.json")
 
 
 def by_metric(records: list[Figures]) -> dict[str, list[float]]:
-    """metric -> its values, one a seed that has it."""
+    """Return metric -> its values, one per seed that has it."""
     return {metric: [record[metric] for record in records if metric in record] for metric in records[0]}

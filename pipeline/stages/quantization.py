@@ -21,7 +21,7 @@ PTQ = "ptq"  # the method without compensation, in file names and records
 
 
 class Quantization:
-    """The work of stage `quantize`. Each step stores its models in the cell's folder, where the next one finds them."""
+    """The work of stage ``quantize``. Each step stores its models in the cell's folder; the next step reads them."""
 
     def __init__(self, cfg: Any, cell: Cell):
         self.cfg, self.cell = cfg, cell
@@ -32,25 +32,25 @@ class Quantization:
         self.deployed = cfg["ptq"]["method"]  # the PTQ method that engines run
 
     def quantize(self) -> None:
-        """Plain PTQ, by every PTQ method and for every calibration seed, and what it predicts."""
+        """Quantize by every PTQ method at every calibration seed, without compensation, and store the predictions."""
         runs = [(ptq, PTQ, seed) for ptq in self.methods for seed in self.seeds]
         each("quantize", self._quantize_one, runs, self.workers, then=self._predict)
 
     def compensate(self) -> list[dict[str, Any]]:
-        """Every compensation of each of these models, and what it predicts.
+        """Compensate each of these models in every configured way, and store the predictions.
 
         Returns:
-            One record per model: what was fitted, how long it took in seconds, and the memory that it took.
+            One record per model: what was fitted, the time in seconds, and the memory in MB.
         """
-        # Equally long pieces side by side: the last ones then end about together.
+        # Neighbouring jobs take about equally long, so that the workers finish together.
         runs = [(ptq, name, seed) for name in self.cfg["compensation"] for ptq in self.methods for seed in self.seeds]
         return each("compensate", self._compensate_one, runs, self.workers, then=self._predict)
 
     def fold(self) -> list[dict[str, Any]]:
         """Fold compensation away and export, for every method that engines run.
 
-        The first file of a structure takes seconds to export. The others are written into copies of it, which takes a
-        fraction of that.
+        The first file of each structure takes seconds to export. The others are written into copies of it, which takes
+        a fraction of that.
 
         Returns:
             One record per method and seed: how far folding moved the modules, and what the model stores and computes.
@@ -65,7 +65,7 @@ class Quantization:
         return each("fold", self._fold_one, runs, self.workers)
 
     def _is_exportable(self, name: str) -> bool:
-        """Whether engines can run what a compensation makes; what they cannot run stays in simulation."""
+        """Return whether engines can run a compensation's models; others stay in simulation."""
         options = dict(self.cfg["compensation"][name])
         return COMPENSATIONS.get(options.pop("method"))(**options).exportable
 
@@ -103,15 +103,16 @@ class Quantization:
 
     @cached_property
     def inputs(self) -> Inputs:
-        """What files are exported with, and modules compared on."""
+        """The inputs that files are exported with and modules are compared on."""
         return self.task.mismatch_inputs(self.network)
 
     @cached_property
     def exporters(self) -> dict[str, Any]:
+        """One exporter per file of a model, by the file's name."""
         return self.task.exporters(self.captured, self.inputs)
 
     def _one_of_each_structure(self, methods: list[str]) -> list[tuple[str, str]]:
-        """(file, method) of the files of the first seed that differ in more than stored numbers."""
+        """Return one (file, method) per structure, among the files of the first seed."""
         chosen: dict[tuple[str, str], str] = {}
         for method in methods:
             folded = fold(self._quantized(self.deployed, method, self.seeds[0]))
@@ -141,7 +142,7 @@ class Quantization:
         }  # fmt: skip
 
     def _record(self, folded: GraphModel, method: str) -> None:
-        """Store what every module of a file computes, for the engines to be compared with."""
+        """Store the inputs and outputs of every module of a file; engines are compared with them."""
         records = record_modules(folded, self.inputs)
         for file, exporter in self.exporters.items():
             path: Path = self.cell.onnx(method, self.seeds[0], file).with_suffix(".records.safetensors")

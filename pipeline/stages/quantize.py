@@ -1,4 +1,4 @@
-"""Stage `quantize`: quantize one model at one precision, compensate it in every way, fold, and export for engines."""
+"""Stage ``quantize``: quantize one model at one precision, compensate it in every way, fold, and export for engines."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from pipeline.common.stage import Cell, run_stage
 
 
 def main(cfg: Any, cell: Cell) -> None:
+    """Write the cell's quantized models, the files for engines, and the records of fitting and folding."""
     from pipeline.stages.quantization import Quantization
     from qwt2.io import write_json
 

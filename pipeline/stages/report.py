@@ -1,4 +1,4 @@
-"""Stage `report`: gather the evaluated cells into results/summary.csv and results/report.html."""
+"""Stage ``report``: gather the evaluated cells into results/summary.csv and results/report.html."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,14 +15,15 @@ from qwt2.report.results import Layer, Results, Row, read_layers, read_rows, wri
 
 
 def main(config: Mapping[str, Any], _cell: Cell) -> None:
+    """Write the report of the whole grid."""
     report(config, OUT, RESULTS)
 
 
 def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
-    """Write ``summary.csv`` and ``report.html`` into `results` from the outputs under `out`; and what DVC compares.
+    """Write the summary, the page and the files that DVC compares into ``results``, from the outputs under ``out``.
 
-    Only the grid's cells are read: what an earlier, larger grid left behind is no result of this one.
-    The page is made before either file is written, so that they always belong together.
+    Only the grid's cells are read, because an earlier, larger grid may have left others behind.
+    The page is made before any file is written, so that the files always belong together.
     """
     models, precisions = config["grid"]["model"], config["grid"]["precision"]
     cells = [(model, precision) for model in models for precision in precisions]
@@ -40,7 +41,7 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
 
 
 def accuracies(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Simulated accuracy by model, precision and method, few figures for `dvc metrics diff` and `dvc exp show`."""
+    """Return simulated accuracy by model, precision and method, for ``dvc metrics diff`` and ``dvc exp show``."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in sorted(rows, key=lambda row: row.key):
         if (row.engine, row.metric) == ("torch", HEADLINE[row.task]):
@@ -49,7 +50,12 @@ def accuracies(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def accuracy_table(rows: Iterable[Row], metric: str) -> str:
-    """The same as CSV, for `dvc plots diff`: the models of one task, in its own metric."""
+    """Return the simulated accuracy of one task's models as CSV, for ``dvc plots diff``.
+
+    Args:
+        rows: figures of the task's models.
+        metric: the task's main metric, which names the column.
+    """
     lines = [
         f"{model} {precision} {method},{value}"
         for model, precisions in accuracies(rows).items()
@@ -60,9 +66,15 @@ def accuracy_table(rows: Iterable[Row], metric: str) -> str:
 
 
 def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[tuple[str, str]]) -> list[Row]:
-    """The figures of the baselines and of exactly these (model, precision) cells.
+    """Read the figures of the baselines and of exactly these (model, precision) cells.
 
-    `models` holds the ``task`` and ``dataset`` of every model.
+    Args:
+        out: the folder of all stages' outputs.
+        models: model -> its ``task`` and ``dataset``.
+        cells: (model, precision) of each cell.
+
+    Raises:
+        Qwt2Error: a file is missing, damaged, or belongs to something else.
     """
     rows = [
         row for model, facts in models.items() for row in baseline_rows(out, model, facts["task"], facts["dataset"])
@@ -73,7 +85,11 @@ def collect(out: Path, models: Mapping[str, Mapping[str, str]], cells: Iterable[
 
 
 def baseline_rows(out: Path, model: str, task: str, dataset: str) -> list[Row]:
-    """Accuracy of the fp32 network, from ``baseline/<model>/metrics.json``."""
+    """Read the fp32 network's accuracy from ``baseline/<model>/metrics.json``.
+
+    Raises:
+        Qwt2Error: the file is missing or damaged, or lacks a metric of the task.
+    """
     path = out / "baseline" / model / "metrics.json"
     metrics = read_json(path)
     missing = set(ACCURACY[task]) - set(metrics)
@@ -87,7 +103,11 @@ def baseline_rows(out: Path, model: str, task: str, dataset: str) -> list[Row]:
 
 
 def cell_rows(out: Path, model: str, precision: str, dataset: str) -> list[Row]:
-    """The figures of one cell, from ``evaluate/<cell>/rows.csv``; Qwt2Error if they are of anything else."""
+    """Read the figures of one cell from ``evaluate/<cell>/rows.csv``.
+
+    Raises:
+        Qwt2Error: the file is missing or damaged, or has a row of another cell.
+    """
     path = _cell_folder(out, model, precision) / "rows.csv"
     rows = read_rows(path)
     for row in rows:
@@ -96,7 +116,11 @@ def cell_rows(out: Path, model: str, precision: str, dataset: str) -> list[Row]:
 
 
 def cell_layers(out: Path, model: str, precision: str) -> list[Layer]:
-    """The per-module record of one cell, from ``evaluate/<cell>/layers.csv``."""
+    """Read the records of one cell's modules from ``evaluate/<cell>/layers.csv``.
+
+    Raises:
+        Qwt2Error: the file is missing or damaged, or has a row of another cell.
+    """
     path = _cell_folder(out, model, precision) / "layers.csv"
     layers = read_layers(path)
     for layer in layers:
@@ -105,7 +129,7 @@ def cell_layers(out: Path, model: str, precision: str) -> list[Layer]:
 
 
 def _pictures(out: Path, results: Results) -> dict[str, bytes]:
-    """Of every detector, what it finds at the precision where plain PTQ loses most."""
+    """Return each detector's pictures at the precision where plain PTQ loses most."""
     worst: dict[str, Line] = {}
     for line in lines(results.of_task("detection")):
         worst[line.model] = max(worst.get(line.model, line), line, key=lambda one: one.loss)

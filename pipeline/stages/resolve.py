@@ -1,8 +1,9 @@
-"""Stage `resolve`: compose the Hydra configuration of every grid cell into one small file per stage and cell.
+"""Stage ``resolve``: compose the Hydra configuration of every grid cell into one small file per stage and cell.
 
-DVC watches those files. Each holds only the keys that its stage reads, so that a change re-runs the stages
-that read it and no others. For code, code.yaml does the same: one hash per stage, of the source files that it runs
-(`pipeline.build.code_hashes`). Which files changed since a stage last ran is printed (`pipeline.build.code_changes`).
+DVC watches those files. Each holds only the keys that its stage reads, so that a change re-runs only the stages that
+read it. The file code.yaml does the same for code: it has one hash per stage, of the source files that the stage runs
+(``pipeline.build.code_hashes``). The stage also prints which files changed since each stage last ran
+(``pipeline.build.code_changes``).
 """
 
 import sys
@@ -20,10 +21,16 @@ from qwt2.io import write_text
 
 
 def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
-    """The resolved files of the whole grid: path -> YAML text.
+    """Compose the resolved files of the whole grid.
+
+    Args:
+        overrides: Hydra overrides that apply to every cell.
+
+    Returns:
+        path -> YAML text.
 
     Raises:
-        Qwt2Error: a group option, key or value that does not exist; the message lists what does.
+        Qwt2Error: a group option, key or value does not exist; the message lists those that do.
     """
     grid = read_grid()
     overrides = overrides or []
@@ -50,13 +57,17 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
 
 
 def code() -> dict[Path, str]:
-    """Hashes of the code of every stage: path -> YAML text."""
+    """Return the file with the hash of every stage's code: path -> YAML text."""
     hashes = {stage: code_hashes.fingerprint([stage]) for stage in code_hashes.MODULES}
     return {config_path("code"): yaml.safe_dump({"code": hashes})}
 
 
 def cells_of(task: str) -> list[str]:
-    """The grid's cells whose models are of `task`; Qwt2Error where there are none."""
+    """Return the grid's cells whose models belong to ``task``.
+
+    Raises:
+        Qwt2Error: there are none.
+    """
     files = resolve()
     if config_path("report", task) not in files:
         raise Qwt2Error(f"the grid has no model of task {task!r}; use classification or detection")
@@ -65,9 +76,9 @@ def cells_of(task: str) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the resolved files, and remove those that no cell of the grid has any more.
+    """Write the resolved files, and remove those of cells that the grid no longer has.
 
-    With the name of a task as argument, print the stages that evaluate its cells instead.
+    If the argument is the name of a task, only print the stages that evaluate the task's cells.
     """
     if arguments:
         print(*(f"evaluate@{cell}" for cell in cells_of(arguments[0])))

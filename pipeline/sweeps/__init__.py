@@ -1,1 +1,1 @@
-"""Cells outside the grid: experiments and trials. DVC builds the grid; these take one cell through the same stages."""
+"""Cells outside the grid: experiments and trials. Each goes through the grid's stages, in one process."""

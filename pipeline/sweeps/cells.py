@@ -1,7 +1,7 @@
-"""Cells outside the grid: each goes through the whole chain in one process, and only once.
+"""Cells outside the grid. Each goes through the whole chain in one process, and is skipped once it is finished.
 
 out/cells/<id>/      config.yaml, evaluate/, log.txt and, written last, cell.json (all that comparisons need);
-                     `id` is a hash of the configuration
+                     ``id`` is a hash of the configuration
 out/cells/shared/    datasets and baselines that DVC has not built; outputs.json, written last, has their hashes
 """
 
@@ -32,12 +32,18 @@ from qwt2.report.metrics import HEADLINE
 from qwt2.report.results import Row, read_rows
 
 CHAIN = {"quantize": quantize, "evaluate": evaluate}
-# Keys of conf/cell.yaml that say how a cell is run and filed, not what it is.
+# Keys of conf/cell.yaml that do not change a cell's results: they say how it is run and stored.
 _FILING = ("seed", "sweep", "keep_models", "objective", "experiment")
 
 
 def cell_config(composed: DictConfig) -> dict[str, Any]:
-    """conf/cell.yaml as a cell's configuration: its one compensation stands under the method's name, or is absent."""
+    """Turn a composed conf/cell.yaml into a cell's checked configuration.
+
+    The cell has one compensation, which moves under its method's name, or none.
+
+    Raises:
+        Qwt2Error: a key, name or value is wrong.
+    """
     cfg = OmegaConf.create(OmegaConf.to_container(composed))
     compensation = OmegaConf.to_container(cfg.compensation)
     method = compensation.get("method")
@@ -52,20 +58,28 @@ def cell_config(composed: DictConfig) -> dict[str, Any]:
 
 
 def cell_id(cfg: dict[str, Any]) -> str:
-    """Of everything that can change a cell's results, code apart; the number of workers cannot."""
+    """Hash every setting that can change a cell's results. The number of workers cannot; code is recorded apart."""
     settings = cfg | {"workers": 0}
     return _digest(*(select(settings, stage) for stage in ("data", "baseline", *CHAIN)))
 
 
 def cell_folder(cfg: dict[str, Any]) -> Path:
+    """Return the folder of a cell."""
     return CELLS / cell_id(cfg)
 
 
 def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
-    """Take a cell through the chain, unless it is finished; its record, as stored in ``cell.json``.
+    """Take a cell through the chain, unless it is finished.
 
-    A cell counts as finished while neither the code that its stages run nor its baseline has changed. The
-    record of one that fails has status "failed" and an `error` of one sentence; the traceback is in ``log.txt``.
+    A cell counts as finished as long as neither the code of its stages nor its baseline has changed.
+
+    Args:
+        cfg: a configuration from :func:`cell_config`.
+        keep_models: keep the cell's weights and ONNX files.
+
+    Returns:
+        The cell's record, as stored in ``cell.json``. Its ``status`` is "finished", "skipped" or "failed". If the cell
+        failed, ``error`` is one sentence, and ``log.txt`` has the traceback.
     """
     set_threads(cfg["threads"])
     folder = cell_folder(cfg)
@@ -100,7 +114,7 @@ def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, An
         rows = read_rows(cell.folder("evaluate") / "rows.csv")
         results = {"method": own_method(rows), "figures": by_method(rows)}
         results |= {"artifacts": _hashes(cell.out, "quantize"), "outputs": _hashes(cell.out, "evaluate")}
-    except Exception as error:  # whatever it is, the other cells of the sweep go on
+    except Exception as error:  # of any kind: the other cells of the sweep go on
         LOG.debug("failed", exc_info=error)
         _remove(cell, CHAIN)
         return {"status": "failed", "error": sentence(error)}
@@ -110,12 +124,12 @@ def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, An
 
 
 def own_method(rows: Iterable[Row]) -> str:
-    """The method a cell is about: its compensated one where it has one, else plain PTQ."""
+    """Return the method that a cell was run for: the compensated one if there is one, otherwise plain PTQ."""
     return max((row.method for row in rows), key=lambda method: ("+" in method, method))
 
 
 def by_method(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """method -> ``<engine>/<metric>`` -> value."""
+    """Return method -> ``<engine>/<metric>`` -> value."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         found.setdefault(row.method, {})[f"{row.engine}/{row.metric}"] = row.value
@@ -123,13 +137,13 @@ def by_method(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
 
 
 def sentence(error: Exception) -> str:
-    """What is shown of an error; a defect's class is named, as its words may mean nothing without it."""
+    """Return one line about an error; if it is not a user's mistake, with its class, which may be the clearest part."""
     text = (str(error).strip() or "no message").splitlines()[0]
     return text if isinstance(error, Qwt2Error) else f"{type(error).__name__}: {text} (traceback in the cell's log.txt)"
 
 
 def figures(record: dict[str, Any]) -> dict[str, float]:
-    """The figures by which cells are compared; percentages, dB and ratios to plain PTQ."""
+    """Return the figures by which cells are compared: accuracy in percent, SQNR in dB, and latency ratios to PTQ."""
     own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
     headline = HEADLINE[task_of(record["config"]["model"])]
     found = {f"fp32_{headline}": record["fp32"][headline], f"ptq_{headline}": ptq[f"torch/{headline}"]}
@@ -158,7 +172,7 @@ def _remove(cell: Cell, stages: Iterable[str]) -> None:
 
 
 def data_folder(cfg: dict[str, Any]) -> Path:
-    """Where the cell's dataset lies: with DVC if it built this one, else prepared now, once for all cells."""
+    """Return the folder of the cell's dataset: DVC's if DVC built it, otherwise one that all cells share."""
     stored = _made_with("data", config_path("data"))
     if cfg["datasets"].items() <= stored.get("datasets", {}).items() and _is_whole("data", "data"):
         return OUT / "data"
@@ -166,7 +180,7 @@ def data_folder(cfg: dict[str, Any]) -> Path:
 
 
 def baseline_folder(cfg: dict[str, Any]) -> Path:
-    """Where the cell's full-precision model lies: with DVC if it built this one, else made now, once for all cells."""
+    """Return the folder of the cell's full-precision model: DVC's if DVC built it, otherwise one that cells share."""
     model = cfg["model"]["name"]
     config = yaml.safe_load(select(cfg, "baseline"))
     if _made_with(f"baseline@{model}", config_path("baseline", model)) == config and _is_whole(
@@ -177,12 +191,12 @@ def baseline_folder(cfg: dict[str, Any]) -> Path:
 
 
 def _made_with(stage: str, path: Path) -> dict[str, Any]:
-    """The configuration that a stage of DVC last ran with; empty if it never ran."""
+    """Return the configuration that a DVC stage last ran with; empty if it never ran."""
     return dvcfiles.locked_stages().get(stage, {}).get("params", {}).get(path.as_posix(), {})
 
 
 def _is_whole(stage: str, out: str) -> bool:
-    """Whether what a stage of DVC made lies there as it left it."""
+    """Return whether the output of a DVC stage is still what the stage wrote."""
     return dvcfiles.md5(OUT / out) == dvcfiles.locked_stages()[stage]["outs"][0]["md5"]
 
 

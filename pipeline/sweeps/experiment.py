@@ -1,9 +1,11 @@
-r"""Command: one cell, or a sweep of cells (`-m`), through the whole chain; see conf/cell.yaml and conf/experiment/.
+r"""Command: run one cell, or a sweep of cells (``-m``), through the whole chain.
+
+The keys are those of conf/cell.yaml, and conf/experiment/ holds ready sweeps:
 
     python -m pipeline.sweeps.experiment -m model=vit_micro,swin_micro precision=w3a3,w4a4 \
         compensation=qwt,cwac seed=0,1,2
 
-What DVC built is reused, finished cells are skipped, and a cell that fails does not stop the others.
+Data and baselines that DVC built are reused. Finished cells are skipped. A cell that fails does not stop the others.
 """
 
 import os
@@ -26,9 +28,10 @@ from qwt2.errors import Qwt2Error, guarded
 
 
 def main(arguments: list[str]) -> None:
-    """Run what the arguments ask for, print the table, and end with code 1 if a cell failed.
+    """Run the cells that the arguments ask for and print the table; exit with code 1 if a cell failed.
 
-    Raises Qwt2Error for what cannot be composed; nothing has run then.
+    Raises:
+        Qwt2Error: the configuration cannot be composed; nothing has run then.
     """
     if {"-v", "--verbose"} & set(arguments):
         os.environ[VERBOSE] = "1"
@@ -64,7 +67,7 @@ def _name(overrides: list[str]) -> str:
 
 
 def _hydra(arguments: list[str]) -> None:
-    """Hydra's own command line, with its errors as ours."""
+    """Run Hydra's command line, and turn its errors into ``Qwt2Error``."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing advice over many lines
     OmegaConf.register_new_resolver("cores_per", processes, replace=True)
     sys.argv = [sys.argv[0], *arguments]
@@ -81,7 +84,7 @@ def _hydra(arguments: list[str]) -> None:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         overrides = [argument for argument in arguments if not argument.startswith(("-", "sweep="))]
         raise Qwt2Error(one_sentence(error, overrides)) from error
-    except ValueError as error:  # what Hydra says to a group that is given no name
+    except ValueError as error:  # Hydra raises it when a group is given no name
         if "Config group override" not in str(error):
             raise
         group = next((text.partition("=")[0] for text in arguments if text.endswith("=null")), "a group")
@@ -91,7 +94,7 @@ def _hydra(arguments: list[str]) -> None:
 
 
 def processes(threads: int) -> int:
-    """How many processes of so many threads this machine's cores carry."""
+    """Return how many processes with this many threads each fit on the machine's cores."""
     return max(1, len(os.sched_getaffinity(0)) // threads)
 
 

@@ -1,6 +1,6 @@
-"""Command: rewrite params.yaml, the cell that stage `trial` runs, from conf/ (`python -m pipeline.sweeps.params`).
+"""Command: rewrite params.yaml, the cell that stage ``trial`` runs, from conf/ (``python -m pipeline.sweeps.params``).
 
-`dvc exp run -S` composes it in the same way; a test keeps the committed one equal to the default cell.
+``dvc exp run -S`` composes the file in the same way. A test checks that the committed file equals the default cell.
 """
 
 import sys
@@ -17,7 +17,11 @@ from qwt2.io import write_text
 
 
 def text(overrides: list[str] | None = None) -> str:
-    """The composed cell as DVC writes it; Qwt2Error if it cannot be composed."""
+    """Return the composed cell as DVC writes it.
+
+    Raises:
+        Qwt2Error: it cannot be composed.
+    """
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             cfg = compose("cell", overrides or [])

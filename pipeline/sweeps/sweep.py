@@ -1,6 +1,6 @@
-"""Sweeps: which cells one command asked for, how each of them went, and the table of their figures.
+"""Sweeps: the cells that one command asked for, the outcome of each, and the table of their figures.
 
-* out/sweeps/<name>/jobs/: one record per cell that was asked for;
+* out/sweeps/<name>/jobs/: one record per requested cell;
 * out/sweeps/<name>/table.csv: the figures.
 """
 
@@ -32,10 +32,10 @@ _POLL_SECONDS = 0.5
 
 
 def run_job(composed: DictConfig) -> float | None:
-    """Run one cell of a sweep, in whatever process the launcher chose, and record how it went.
+    """Run one cell of a sweep, in the process that the launcher chose, and record the outcome.
 
     Returns:
-        The figure named by `objective`, for sweepers that optimize; None if the cell failed.
+        The figure named by ``objective``, for sweepers that optimize; None if the cell failed.
     """
     started = time.perf_counter()
     record: dict[str, Any] = {"cell": None, "status": "failed", "error": None}
@@ -61,12 +61,17 @@ def run_job(composed: DictConfig) -> float | None:
 
 
 def job_path(sweep: str, overrides: dict[str, str]) -> Path:
+    """Return the file of the record of one requested cell."""
     digest = hashlib.sha256("\0".join(sorted(f"{k}={v}" for k, v in overrides.items())).encode()).hexdigest()[:16]
     return SWEEPS / sweep / "jobs" / f"{digest}.json"
 
 
 def objective(record: dict[str, Any], metric: str) -> float:
-    """The simulated figure of a cell's own method; Qwt2Error if the simulation has none of this name."""
+    """Return a simulated figure of the method that a cell was run for.
+
+    Raises:
+        Qwt2Error: the simulation has no figure of this name.
+    """
     own = record["figures"][record["method"]]
     if f"torch/{metric}" not in own:
         known = ", ".join(sorted(name.removeprefix("torch/") for name in own if name.startswith("torch/")))
@@ -76,7 +81,11 @@ def objective(record: dict[str, Any], metric: str) -> float:
 
 @contextmanager
 def only_runner(sweep: str) -> Iterator[None]:
-    """Keep others from running the same sweep at the same time; Qwt2Error if one does."""
+    """Keep other processes from running the same sweep at the same time, and delete its old records.
+
+    Raises:
+        Qwt2Error: another process is running it.
+    """
     path = SWEEPS / sweep / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -87,13 +96,13 @@ def only_runner(sweep: str) -> Iterator[None]:
                 f"sweep {sweep} is running already; wait for it, or name this one with sweep=NAME"
             ) from error
         for record in (SWEEPS / sweep / "jobs").glob("*.json"):
-            record.unlink()  # the table tells only of this run of the sweep; the cells themselves remain
+            record.unlink()  # the table covers only this run of the sweep; the cells themselves remain
         yield
 
 
 @contextmanager
 def progress(sweep: str) -> Iterator[None]:
-    """A bar over a sweep's cells, whoever runs them: it counts their records. None on anything but a terminal."""
+    """Show a progress bar over a sweep's cells on a terminal; it counts their records, so any process may run them."""
     finished = threading.Event()
     with tqdm(desc=sweep, unit="cell", disable=None) as bar:
 
@@ -112,12 +121,12 @@ def progress(sweep: str) -> Iterator[None]:
 
 
 def job_paths(sweep: str) -> list[Path]:
-    """The records of a sweep. One that is being written has a name with a dot in front."""
+    """Return the files of a sweep's records. A file that is still being written begins with a dot and is left out."""
     return sorted((SWEEPS / sweep / "jobs").glob("[!.]*.json"))
 
 
 def jobs(sweep: str) -> list[dict[str, Any]]:
-    """The records of a sweep, in the order in which its cells were asked for."""
+    """Read the records of a sweep, in the order in which its cells were requested."""
     records = [read_json(path) for path in job_paths(sweep)]
     return sorted(records, key=lambda record: (record["number"], sorted(record["overrides"].items())))
 
@@ -132,7 +141,7 @@ def write_table(sweep: str) -> str:
 
 
 def job_row(record: dict[str, Any]) -> dict[str, str]:
-    """A row of the table: what was asked for, how it went, and the figures."""
+    """Return a row of the table: the overrides, the outcome, and the figures."""
     row = dict(record["overrides"]) | {"cell": record["cell"], "status": record["status"]}
     cell = read_record(CELLS / str(record["cell"]))
     if cell and cell["status"] == "finished":
@@ -141,7 +150,7 @@ def job_row(record: dict[str, Any]) -> dict[str, str]:
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
-    """A name for what was asked for: the experiment's, and a hash of the other overrides if there are any."""
+    """Name a sweep after its experiment, with a hash of the other overrides if there are any."""
     asked = [text for text in overrides if not text.startswith("hydra")]
     experiments = [text.partition("=")[2] for text in asked if text.partition("=")[0] == "experiment"]
     others = sorted(text for text in asked if text.partition("=")[0] != "experiment")

@@ -1,4 +1,4 @@
-"""Stage `trial`: the cell that params.yaml describes, in the grid or not (`dvc exp run trial -S model=swin_micro`)."""
+"""Stage ``trial``: run the cell of params.yaml, in the grid or not (``dvc exp run trial -S model=swin_micro``)."""
 
 from pathlib import Path
 
@@ -15,7 +15,11 @@ LAYERS = "module,method,sqnr_before_db,sqnr_after_db"
 
 
 def main() -> None:
-    """Run the cell, unless it is finished, and write its figures and its modules where DVC compares them."""
+    """Run the cell, unless it is finished, and write its figures and modules where DVC compares them.
+
+    Raises:
+        Qwt2Error: the cell failed.
+    """
     cfg = cell_config(OmegaConf.load(PARAMS))
     record = run_cell(cfg)
     if record["status"] == "failed":
@@ -25,7 +29,7 @@ def main() -> None:
 
 
 def _layers(path: Path) -> str:
-    """The SQNR of every compensated module, in execution order."""
+    """Return the SQNR of every compensated module in dB, as CSV in execution order."""
     fitted = [layer for layer in read_layers(path) if layer.sqnr_after_db is not None]
     rows = [f"{r.module},{r.method},{r.sqnr_before_db:.4f},{r.sqnr_after_db:.4f}" for r in fitted]
     return "\n".join([LAYERS, *rows]) + "\n"

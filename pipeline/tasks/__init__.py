@@ -1,7 +1,7 @@
-"""What the stages ask of a task, whatever its models are: networks, calibration inputs, predictions and their figures.
+"""The interface between the stages and a task: networks, calibration inputs, predictions and their figures.
 
-One file per task, registered under the name that stands in the results. The files import torch inside their methods:
-the configuration is resolved, and engines are run, without it.
+There is one file per task, registered under the task's name in the results. The files import torch inside their
+methods, because stages that resolve the configuration or run engines do without it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 
 TASKS: Registry[type[Task]] = Registry("task", __name__, "qwt2.tasks")
 Figures = dict[str, float]  # metric -> value
-# Keys of a model's configuration that say where its weights come from; all others build the network.
+# Keys of a model's configuration that say where its weights come from. All other keys build the network.
 WEIGHTS = ("pretrained", "checkpoint", "train")
 
 
 def task_of(model: Mapping[str, Any]) -> str:
-    """The task of a model's configuration, told by the key that names its architecture; Qwt2Error if it has none."""
+    """Return the name of a model's task, which the key that names the model's architecture decides.
+
+    Raises:
+        Qwt2Error: the configuration has no such key; the message lists the known ones.
+    """
     for name in TASKS.names():
         if TASKS.get(name).MODELS.keys() & model.keys():
             return name
@@ -41,33 +45,33 @@ def task_of(model: Mapping[str, Any]) -> str:
 
 
 def model_schema(model: Mapping[str, Any]) -> type:
-    """The dataclass whose fields are the keys of a model's configuration."""
+    """Return the dataclass whose fields are the keys of a model's configuration."""
     schemas = TASKS.get(task_of(model)).MODELS
     return next(schema for key, schema in schemas.items() if key in model)
 
 
 def architecture_keys(model: Mapping[str, Any]) -> list[str]:
-    """The keys of a checked configuration that build a network, without where its weights come from."""
+    """Return the keys of a checked configuration that build the network, without those that name its weights."""
     return [key for key in model if key not in WEIGHTS]
 
 
 def open_task(cfg: Any, cell: Cell) -> Task:
-    """The task of a resolved configuration."""
+    """Create the task of a resolved configuration."""
     return TASKS.get(task_of(cfg["model"]))(cfg, cell)
 
 
 class Task(ABC):
-    """One model and its data, in full precision, quantized, and on engines.
+    """One model and its data: in full precision, quantized, and on engines.
 
     Args:
         cfg: the resolved configuration of a stage.
-        cell: where the stage finds and puts files.
+        cell: where the stage reads and writes files.
 
     Attributes:
-        NAME: of the task in the results.
-        MODELS: the key of a model's configuration that names its architecture -> the dataclass of all its keys.
-        DELTAS: metric of accuracy -> metric of an engine's difference from the simulation in it.
-        TIMED: the file whose latency is measured, as in `Cell.onnx`.
+        NAME: the task's name in the results.
+        MODELS: the key that names an architecture -> the dataclass of all keys of such a model's configuration.
+        DELTAS: accuracy metric -> the metric that holds an engine's difference from the simulation.
+        TIMED: the file whose latency is measured, named as in ``Cell.onnx``.
     """
 
     NAME: ClassVar[str]
@@ -81,79 +85,83 @@ class Task(ABC):
 
     @abstractmethod
     def trained(self) -> nn.Module:
-        """The full-precision network, trained or loaded as the configuration says."""
+        """Train or load the full-precision network, as the configuration says."""
 
     @abstractmethod
     def baseline(self) -> nn.Module:
-        """The full-precision network with the weights that stage `baseline` stored."""
+        """Return the full-precision network with the weights that stage ``baseline`` stored."""
 
     def weights(self, network: nn.Module) -> dict[str, Any]:
-        """What `baseline` loads again."""
+        """Return the tensors that stage ``baseline`` stores and :meth:`baseline` loads."""
         return network.state_dict()
 
     @abstractmethod
     def predict(self, network: nn.Module, path: Path) -> None:
-        """Store what a network predicts on the validation set, in `path` with a suffix of the task's own."""
+        """Store a network's predictions on the validation set in ``path``, with a suffix that the task chooses."""
 
     @abstractmethod
     def fp32_figures(self) -> Figures:
-        """Accuracy of the full-precision network, from what it predicted."""
+        """Return the full-precision network's accuracy, from its stored predictions."""
 
     @abstractmethod
     def figures(self, path: Path) -> Figures:
-        """Accuracy of a quantized network, and its distance from the full-precision one, from what it predicted."""
+        """Return a quantized network's accuracy and its distance from full precision, from its stored predictions."""
 
     @abstractmethod
     def calibration(self, network: nn.Module, seed: int) -> Iterable[Inputs]:
-        """The calibration set of one seed in batches; `network` is the full-precision one."""
+        """Return the batches of one seed's calibration set; ``network`` is the full-precision one."""
 
     def captured(self, network: nn.Module) -> GraphModel:
-        """The graph of the full-precision network, captured once for all that a stage does with it."""
+        """Capture the graph of the full-precision network; a stage does so once."""
         from qwt2.capture.export import capture
 
         return capture(network, self.example(network))
 
     @abstractmethod
     def example(self, network: nn.Module) -> Inputs:
-        """Inputs of the size of a validation image."""
+        """Return inputs of a validation image's size."""
 
     def quantized_parts(self, network: nn.Module) -> list[str] | None:
-        """Names of the modules to quantize; ``None``, all."""
+        """Return the names of the modules to quantize, or ``None`` for all."""
         return None
 
     @abstractmethod
     def mismatch_inputs(self, network: nn.Module) -> Inputs:
-        """Inputs on which modules are compared one by one."""
+        """Return the inputs on which engine and simulation are compared module by module."""
 
     def exporters(self, captured: GraphModel, inputs: Inputs) -> dict[str, FileExporter]:
-        """One for every file of an exported model, by its name in `Cell.onnx`."""
+        """Return one exporter per file of an exported model, by the file's name in ``Cell.onnx``."""
         return {"": FileExporter(inputs)}
 
     def load_for_engines(self) -> None:  # noqa: B027 - a task may have nothing to load
-        """Load what the processes that run engines share."""
+        """Load what the processes that run engines share, before they are forked."""
 
     def files(self) -> list[str]:
-        """Names of the files of an exported model, as in `Cell.onnx`."""
+        """Return the names of an exported model's files, as in ``Cell.onnx``."""
         return [""]
 
     def scored_files(self, seed: int) -> list[str]:
-        """The files that accuracy on engines is taken with."""
+        """Return the names of the files that accuracy on engines is measured with."""
         return self.files()
 
     @abstractmethod
     def engine_figures(self, engines: dict[str, Engine]) -> Figures:
-        """Accuracy of a model whose files, by name, run on engines."""
+        """Return the accuracy of a model whose files run on engines, given by file name."""
 
     @abstractmethod
     def latency_input(self, batch_size: int) -> np.ndarray:
-        """What a file in `TIMED` is called with."""
+        """Return the input batch with which the file ``TIMED`` is called."""
 
     def write_pictures(self, path: Path, predictions: Mapping[str, Path]) -> None:  # noqa: B027 - or to draw
-        """Draw stored predictions, by heading, side by side, where they can be looked at."""
+        """Draw stored predictions, given by heading, side by side; a task may have nothing to draw."""
 
 
 def calibration_size(cfg: Any) -> tuple[int, int]:
-    """Number of calibration images and batch size; the remainder that fills no batch makes a smaller one."""
+    """Return the number of calibration images and the batch size; the last batch may be smaller.
+
+    Raises:
+        Qwt2Error: there are fewer images than one batch holds.
+    """
     images, batch_size = cfg["calibration"]["images"], cfg["calibration"]["batch_size"]
     if images < batch_size:
         raise Qwt2Error(
@@ -164,6 +172,6 @@ def calibration_size(cfg: Any) -> tuple[int, int]:
 
 
 def calibration_batches(cfg: Any, dataset: Any, seed: int) -> list[Inputs]:
-    """The calibration set of one seed in batches."""
+    """Return the batches of one seed's calibration set."""
     images, batch_size = calibration_size(cfg)
     return list(dataset.calibration(images, seed).split(batch_size))

@@ -1,4 +1,4 @@
-"""Classification: timm's classifiers and models of one's own, scored by top-1 and top-5."""
+"""Classification: timm's classifiers and the user's own models, scored by top-1 and top-5."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Train:
-    """Keys of `train` in the configuration of a classifier."""
+    """Keys of ``train`` in the configuration of a classifier."""
 
     steps: int
     batch_size: int
@@ -39,7 +39,7 @@ class Train:
 
 @dataclass
 class TimmModel:
-    """Keys of the configuration of a model of timm."""
+    """Keys of a timm model's configuration."""
 
     name: str
     timm: str
@@ -51,12 +51,15 @@ class TimmModel:
 
 @dataclass
 class OwnModel:
-    """Keys of the configuration of a PyTorch model of one's own. Without `checkpoint` and `train` it brings weights."""
+    """Keys of the configuration of the user's own PyTorch model.
+
+    Without ``checkpoint`` and ``train``, the function that makes the model also loads its weights.
+    """
 
     name: str
     factory: str  # package.module:function, which returns the nn.Module
     kwargs: dict[str, Any] = field(default_factory=dict)  # the function's arguments
-    image_size: int = 224  # of the images of a folder, which are normalised as ImageNet's
+    image_size: int = 224  # images of a folder are resized to this, and normalised as ImageNet's
     checkpoint: str | None = None
     train: Train | None = None
 
@@ -91,7 +94,11 @@ class Classification(Task):
         return model
 
     def predict(self, network: nn.Module, path: Path) -> None:
-        """Logits (N, classes) float32, `.npy`."""
+        """Store the logits (N, classes), float32, as ``.npy``.
+
+        Raises:
+            Qwt2Error: they hold NaN or infinity.
+        """
         from qwt2.classification.training import predict
 
         logits = predict(network, self.dataset)
@@ -118,7 +125,7 @@ class Classification(Task):
 
     @cached_property
     def _reference(self) -> np.ndarray:
-        """Logits of the full-precision network."""
+        """Logits (N, classes) of the full-precision network."""
         return self._stored(self.cell.predictions)
 
     def _accuracy(self, logits: np.ndarray) -> Figures:

@@ -1,4 +1,4 @@
-"""Detection: mmdet's detectors, with engines inside them, scored by mmdet's own COCO metric."""
+"""Detection: mmdet's detectors, which run their parts on engines and are scored by mmdet's own COCO metric."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PICTURES = 6  # validation scenes in the report
 
 @dataclass
 class Train:
-    """Keys of `train` in the configuration of a detector."""
+    """Keys of ``train`` in the configuration of a detector."""
 
     steps: int
     batch_size: int
@@ -43,7 +43,7 @@ class Train:
 
 @dataclass
 class MmdetModel:
-    """Keys of the configuration of a detector of mmdet."""
+    """Keys of the configuration of an mmdet detector."""
 
     name: str
     mmdet: str
@@ -57,7 +57,10 @@ class MmdetModel:
 
 @TASKS.register("detection")
 class Detection(Task):
-    """Average precision of boxes and masks; on engines run the dense part and the heads, the rest stays mmdet's."""
+    """Networks that find objects, scored by the average precision of boxes and masks.
+
+    Engines run the dense part and the heads. Everything else stays mmdet's.
+    """
 
     NAME = "detection"
     MODELS = {"mmdet": MmdetModel}
@@ -81,7 +84,7 @@ class Detection(Task):
         return Detector(train(detector, self.config, self.scenes, training) if training else detector)
 
     def baseline(self) -> nn.Module:
-        for _ in self.validation:  # kept, so that the processes of a stage share it
+        for _ in self.validation:  # loads the images, so that the processes of a stage share them
             pass
         return self.network
 
@@ -97,9 +100,9 @@ class Detection(Task):
         return network.detector.state_dict()
 
     def predict(self, network: nn.Module, path: Path) -> None:
-        """Average precision, and what is found in the first scenes, `.json`.
+        """Store average precision and what is found in the first scenes, as ``.json``.
 
-        A quantized network computes the parts of the detector, as engines do.
+        A quantized network computes the parts of the detector, in place of an engine.
         """
         from qwt2.capture.graph import GraphModel
         from qwt2.detection.parts import running_on, simulation_runs
@@ -113,7 +116,7 @@ class Detection(Task):
         write_json(path.with_suffix(".json"), found)
 
     def measure(self, detector: nn.Module) -> dict[str, Any]:
-        """Average precision of a detector on the validation set, and what it finds in the first scenes."""
+        """Return a detector's average precision on the validation set and what it finds in the first scenes."""
         from qwt2.detection.scenes import detect, score, shown
 
         found = detect(detector, self.validation)
@@ -127,7 +130,7 @@ class Detection(Task):
 
     @cached_property
     def validation(self) -> Batches:
-        """In the batches that the detector's configuration tests with."""
+        """The validation set, in the batches of the detector's test configuration."""
         from qwt2.detection.scenes import Batches, build_dataset
 
         dataset = build_dataset(self.config, self.scenes, "val")
@@ -143,7 +146,7 @@ class Detection(Task):
 
     @cached_property
     def training(self) -> Any:
-        """The training images, as a detector is tested with them."""
+        """The training images, prepared as for a test."""
         from qwt2.detection.scenes import build_dataset
 
         return build_dataset(self.config, self.scenes, "train")
@@ -160,7 +163,7 @@ class Detection(Task):
         return self._first_scenes(network, self.cfg["evaluate"]["mismatch_images"])
 
     def _first_scenes(self, network: nn.Module, count: int) -> Inputs:
-        """Of the size of the largest validation image, which is what files are exported for."""
+        """Return scenes padded to the size of the largest validation image, which files are exported for."""
         from qwt2.detection.parts import padded
         from qwt2.detection.scenes import Batches
 
@@ -171,7 +174,7 @@ class Detection(Task):
 
     @cached_property
     def largest_image(self) -> tuple[int, int]:
-        """Height and width that hold every validation image."""
+        """Height and width in which every validation image fits."""
         sizes = [images.shape[-2:] for images, _ in self.validation]
         return max(height for height, _ in sizes), max(width for _, width in sizes)
 
@@ -193,7 +196,7 @@ class Detection(Task):
         return part_names(self.network)
 
     def scored_files(self, seed: int) -> list[str]:
-        """Masks of the first seed only: they take half of the time."""
+        """Leave out the mask heads except at the first seed, because masks take half of the time."""
         from qwt2.detection.network import mask_heads
 
         masks = set() if seed == self.cfg["seeds"][0] else set(mask_heads(self.network.detector))
@@ -225,7 +228,7 @@ class Detection(Task):
 
 
 def image_size(engine: Engine) -> tuple[int, int]:
-    """Height and width that an exported file takes."""
+    """Return the height and width of an exported file's input."""
     *_, height, width = (dim.dim_value for dim in engine.input.type.tensor_type.shape.dim)
     return height, width
 
@@ -234,9 +237,9 @@ class PartExporter(FileExporter):
     """Writes files of one part of a detector.
 
     Args:
-        name: of the part.
-        inputs: of the whole detector.
-        example_input: what the part is called with then.
+        name: the part's name.
+        inputs: inputs of the whole detector.
+        example_input: the part's inputs when the detector gets ``inputs``.
         heads: names of the parts that are heads.
     """
 
@@ -261,7 +264,7 @@ class PartExporter(FileExporter):
 
 
 def part_exporters(captured: GraphModel, inputs: Inputs) -> dict[str, FileExporter]:
-    """One for every part of a captured detector, by its name."""
+    """Return one exporter per part of a captured detector, by the part's name."""
     from qwt2.detection.parts import DENSE, part_inputs
 
     examples = part_inputs(captured.of_size(captured.tensors_of(inputs)), inputs)

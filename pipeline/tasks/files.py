@@ -1,4 +1,4 @@
-"""The files that an exported model consists of."""
+"""Writing the files of an exported model."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ class FileExporter:
         self.exporter = Exporter(example_input)
 
     def export(self, folded: GraphModel, path: Path) -> Path:
+        """Write a folded model as an ONNX file and return its path."""
         return self.exporter.export(folded, path)
 
     def learn(self, path: Path) -> None:
-        """Write files of its structure into copies of a file that another process exported."""
+        """Take a file that another process exported as the template for later files of the same structure."""
         self.exporter.learn(path)
 
     def structure(self, folded: GraphModel) -> str:
-        """The same for networks whose files differ in stored numbers only."""
+        """Return a text that is equal for networks whose files differ only in stored numbers."""
         from qwt2.onnx.metadata import structure
 
         return structure(folded)
 
     def holds(self, module: str) -> bool:
-        """Whether the file holds a module of the network."""
+        """Return whether the file holds this module of the network."""
         return True

@@ -1,1 +1,1 @@
-"""What tests share: tiny networks and detectors, oracles, graphs under test, a user's models, golden vectors."""
+"""Code that tests share: tiny networks and detectors, oracles, graphs under test, users' models, golden vectors."""

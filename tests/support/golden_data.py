@@ -1,4 +1,4 @@
-"""Vectors computed by the public RepQ-ViT and QwT code (`tests/golden/README.md`), and their models in timm."""
+"""Vectors computed by the public RepQ-ViT and QwT code (``tests/golden/README.md``), and their models in timm."""
 
 import copy
 import functools
@@ -43,7 +43,7 @@ class Golden:
         return torch.from_numpy(np.asarray(self.values[key]))
 
     def under(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Arrays below a prefix, the module's name (as timm now calls it) first in the key."""
+        """Return the arrays below a prefix; keys begin with the module's name as in current timm."""
         return {self.current(k[len(prefix) + 1 :]): self[k] for k in self.values if k.startswith(prefix + "/")}
 
     def current(self, name: str) -> str:
@@ -53,7 +53,7 @@ class Golden:
         return re.sub(r"^head\b", "head.fc", name)
 
     def network(self) -> nn.Module:
-        """The float network with the reference's weights."""
+        """Build the float network with the reference's weights."""
         network = BUILDERS[self.model]()
         network.load_state_dict(
             {k: v for k, v in self.under("sd").items() if k in network.state_dict()}, strict=self.model != "swin"
@@ -67,22 +67,25 @@ class Golden:
 
     @functools.cached_property
     def sections(self) -> list[str]:
-        """Embedding or stem, blocks, reductions between stages, head; in the order in which they run."""
+        """The names of the sections in execution order: embedding or stem, blocks, reductions, head."""
         return list(dict.fromkeys(section(name) for name, _ in self.network().named_parameters()))
 
     def nearest(self, deviating: Callable[[nn.Module], set[str]], attempts: int = 150) -> nn.Module:
-        """The quantized model whose roundings fell as the reference's did, if there is one.
+        """Search for a quantized model whose values are rounded as the reference's were.
 
-        A value near a rounding boundary flips with the last bit of a float32 sum, so with the processor; a quantizer
-        behind it then takes another of its candidates, and everything after it differs by percents. The same model
-        with weights changed by 1e-7 of their value (about half a float32 step) is as good an input. Where a section
-        deviates from the reference, its weights and those before it are changed so, again and again, until none does.
-        A correct implementation gets there on any machine (43 attempts at most from 30 different starts); one that
-        computes something else never does, and the model with the weights as they are is returned.
+        A value near a rounding boundary flips with the last bit of a float32 sum, which depends on the processor. A
+        quantizer behind it then takes another of its candidates, and everything after it differs by percents. The same
+        model with weights changed by 1e-7 of their value (about half a float32 step) is an equally good input. Where a
+        section deviates from the reference, its weights and those before it are changed in this way, again and again,
+        until no section deviates. A correct implementation succeeds on any machine (after 43 attempts at most, from 30
+        different starts). One that computes something else never does.
 
         Args:
-            deviating: Names of the sections that deviate from the reference, of a quantized model.
-            attempts: Models tried before giving up.
+            deviating: returns the names of the sections of a quantized model that deviate from the reference.
+            attempts: number of models to try before giving up.
+
+        Returns:
+            The quantized model; if the search fails, the one with unchanged weights.
         """
         weights = captured(self.model).state_dict()
         generator = torch.Generator().manual_seed(0)
@@ -106,20 +109,20 @@ class Golden:
         return list(self.calibration.split(32))
 
     def relative_error(self, logits: torch.Tensor) -> float:
-        """Frobenius norm of the logits' error over that of the float logits."""
+        """Return the Frobenius norm of the logits' error, divided by that of the float logits."""
         reference = self["fp_logits"]
         return float((logits - reference).norm() / reference.norm())
 
 
 @functools.cache
 def captured(model: str) -> GraphModel:
-    """The float network's graph, to be read only."""
+    """Return the float network's graph; tests share it and must not modify it."""
     golden = Golden(model)
     return capture(golden.network(), golden.calibration[:2])
 
 
 def section(name: str) -> str:
-    """The part of the network that a parameter or module belongs to: a block, a reduction, or what surrounds them."""
+    """Return the section that a parameter or module belongs to: a block, a reduction, or a part around them."""
     return re.match(r"layers\.\d+\.(?:blocks\.\d+|downsample)|blocks\.\d+|layer\d+\.\d+|\w+", name)[0]
 
 
@@ -135,7 +138,7 @@ def _swin() -> nn.Module:
 
 
 def _resnet() -> nn.Module:
-    """Narrow from the stem on, which timm's class cannot be told."""
+    """Build a ResNet with a narrow stem, for which timm's class has no argument."""
     network = ResNet(BasicBlock, [2, 2, 2, 2], channels=(8, 16, 32, 64), num_classes=10)
     network.conv1, network.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
     network.layer1[0].conv1, network.layer1[0].downsample = nn.Conv2d(8, 8, 3, 1, 1, bias=False), None
@@ -146,10 +149,10 @@ BUILDERS = {"vit": _vit, "swin": _swin, "resnet": _resnet}
 
 
 def quantizer_parameters(qmodel: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters under the reference's names: `<module>/input_delta` and so on, flattened.
+    """Return a model's quantizer parameters under the reference's names (``<module>/input_delta`` ...), flattened.
 
-    timm scales q before the product; the reference's ViT scales the product. Their quantizers' parameters differ by
-    that power of two, which rounding does not see.
+    timm scales q before the product, and the reference's ViT scales the product. Their quantizers' parameters differ by
+    that power of two, which does not change any rounding.
     """
     found = {}
     for name, module in qmodel.named_modules():

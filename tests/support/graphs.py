@@ -1,4 +1,4 @@
-"""Captured graphs under test: without any normalising, pass after pass, and what is left in them."""
+"""Captured graphs under test: without normalization, after each pass, and the operations that are left in them."""
 
 from unittest.mock import patch
 
@@ -15,13 +15,13 @@ ATOL = 2e-5
 
 
 def raw(model: nn.Module, example) -> GraphModel:
-    """What `torch.export` gives, before any pass."""
+    """Return the graph that ``torch.export`` gives, before any pass."""
     with patch.object(export, "normalise", lambda graph: None):
         return export.capture(model, example)
 
 
 def assert_same(graph: GraphModel, model: nn.Module, inputs, atol: float = ATOL) -> None:
-    """The graph computes what the model computes, and every node has the size that is written on it."""
+    """Assert that the graph computes what the model computes, and that every node has its recorded shape."""
     with torch.no_grad():
         expected, found = (tree_flatten(call(network, inputs)) for network in (model, graph))
     assert found[1] == expected[1]
@@ -44,7 +44,7 @@ def assert_same(graph: GraphModel, model: nn.Module, inputs, atol: float = ATOL)
 
 
 def pass_after_pass(model: nn.Module, inputs, passes=PASSES, atol: float = ATOL) -> GraphModel:
-    """Apply the passes one by one; each alone must leave the function as it is, for a batch of another size too."""
+    """Apply the passes one by one; each must leave the function unchanged, also for another batch size."""
     example = {n: t[:2] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[:2]
     graph = raw(model.eval(), example)
     assert_same(graph, model, inputs, atol)
@@ -60,17 +60,17 @@ def pass_after_pass(model: nn.Module, inputs, passes=PASSES, atol: float = ATOL)
 
 
 def operations(graph: GraphModel) -> list[str]:
-    """Names of the ATen operations that are left, in order."""
+    """Return the names of the ATen operations that are left, in order."""
     return [node.target.__name__.partition(".")[0] for node in graph.graph.nodes if node.op == "call_function"]
 
 
 def kinds(graph: GraphModel) -> dict[str, str]:
-    """Names of the modules that run, and their classes'."""
+    """Return module name -> class name, for the modules that run."""
     return {name: type(graph.get_submodule(name)).__name__ for name in graph.calls(nn.Module)}
 
 
 class Calling(nn.Module):
-    """A module that calls a function with itself; modules and parameters are given by name."""
+    """A module whose forward calls a function with the module itself; submodules and parameters are given by name."""
 
     def __init__(self, function, **parts):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Command prefixes under which a command may do less than this process may."""
+"""Command prefixes that take rights away from a command."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 
 def in_namespace(*options: str) -> list[str]:
-    """In a namespace of Linux's that these options of `unshare` make."""
+    """Return a prefix that runs a command in the Linux namespace that these options of ``unshare`` make."""
     command = ["unshare", "--map-root-user", *options]
     if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("this system does not let `unshare` make a namespace")
@@ -16,7 +16,7 @@ def in_namespace(*options: str) -> list[str]:
 
 
 def unprivileged() -> list[str]:
-    """Without root's right to write anywhere."""
+    """Return a prefix that takes root's right to write anywhere away from a command."""
     if os.geteuid() != 0:
         return []
     if shutil.which("setpriv") is None:

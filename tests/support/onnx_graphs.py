@@ -1,4 +1,4 @@
-"""ONNX files under test: rewritten by single passes, and who makes and reads what in them."""
+"""ONNX models under test: rewriting them by single passes, running them, and looking up values and nodes."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from onnx import helper, numpy_helper
 
 
 def after(model: onnx.ModelProto, *passes: Callable[[ir.Graph], None]) -> onnx.ModelProto:
-    """A checked copy that passes have rewritten."""
+    """Return a copy of a model that the passes have rewritten, and that ONNX's checker accepts."""
     copied = onnx.ModelProto()
-    copied.CopyFrom(model)  # else the two would share tensors, and their names
+    copied.CopyFrom(model)  # otherwise the two would share tensors and their names
     changed = ir.from_proto(copied)
     for rewrite in passes:
         rewrite(changed.graph)
@@ -23,14 +23,14 @@ def after(model: onnx.ModelProto, *passes: Callable[[ir.Graph], None]) -> onnx.M
 
 
 def parsed(graph: str) -> onnx.ModelProto:
-    """A model from ONNX's text form, with the shapes that follow from those of its inputs."""
+    """Return a model from ONNX's text form, with shapes inferred from those of its inputs."""
     opsets = [helper.make_opsetid("", 20)]
     model = helper.make_model(onnx.parser.parse_graph(graph), opset_imports=opsets, ir_version=10)
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
 def run(model: onnx.ModelProto, seed: int = 0) -> list[np.ndarray]:
-    """Outputs of ONNX Runtime, which computes the graph as it is, for normally distributed inputs."""
+    """Return ONNX Runtime's outputs for normally distributed inputs, without any graph optimization."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -40,20 +40,20 @@ def run(model: onnx.ModelProto, seed: int = 0) -> list[np.ndarray]:
 
 
 def equal(left: onnx.ModelProto, right: onnx.ModelProto) -> bool:
-    """Whether two models compute the same, bit for bit."""
+    """Return whether the outputs of two models are equal bit for bit."""
     return all(np.array_equal(a, b) for a, b in zip(run(left), run(right), strict=True))
 
 
 def values_of(model: onnx.ModelProto) -> dict[str, ir.Value]:
-    """The values of a copy of a model's graph by name; each knows the node that makes it and those that read it."""
+    """Return the values of a copy of a model's graph by name; each knows its producer and its readers."""
     return ir.convenience.create_value_mapping(ir.from_proto(model).graph)
 
 
 def kinds(model: onnx.ModelProto) -> list[str]:
-    """Operators in order, without constants."""
+    """Return the names of the operators in order, without constants."""
     return [node.op_type for node in model.graph.node if node.op_type != "Constant"]
 
 
 def stored(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Initializers."""
+    """Return the initializers by name."""
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}

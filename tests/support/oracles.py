@@ -1,4 +1,4 @@
-"""Slow, plain versions of what the library computes cleverly: whole networks, hooks and numpy."""
+"""Slow, plain versions of the library's computations, with whole networks, hooks and NumPy."""
 
 import copy
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,7 @@ from qwt2.quantization.layers import QuantizedLayer, QuantizedModule
 
 
 def full_precision_copy(qmodel: nn.Module) -> nn.Module:
-    """The float network that a quantized one was made from (re-parameterised, BatchNorm folded)."""
+    """Return the float network that a quantized one was made from (re-parameterised, BatchNorm folded)."""
     reference = copy.deepcopy(qmodel)
     for module in reference.modules():
         if isinstance(module, QuantizedModule):
@@ -23,9 +23,9 @@ def full_precision_copy(qmodel: nn.Module) -> nn.Module:
 
 @contextmanager
 def recording(model: nn.Module, name: str):
-    """Collect copies of the arguments and the output of one module at every call inside the block.
+    """Collect the arguments and the output of one module at every call inside the ``with`` block.
 
-    Copies, made before and right after the call: residual networks overwrite both later on.
+    They are copied before and right after the call, because residual networks overwrite both later.
     """
     arguments, outputs = [], []
 
@@ -44,7 +44,7 @@ def recording(model: nn.Module, name: str):
 
 @torch.no_grad()
 def record(model: nn.Module, name: str, batches) -> tuple[list, list]:
-    """Arguments and outputs of a module over whole-network passes, one entry a batch."""
+    """Return a module's arguments and outputs in passes of the whole network, one entry per batch."""
     with recording(model, name) as (arguments, outputs):
         for batch in batches:
             model(batch)
@@ -53,7 +53,7 @@ def record(model: nn.Module, name: str, batches) -> tuple[list, list]:
 
 @torch.no_grad()
 def layer_pairs(qmodel: nn.Module, reference: nn.Module, name: str, batches, target: str):
-    """(y_q, y_f) of a quantized layer, one pair a batch, y_q before any compensation of its own."""
+    """Return (y_q, y_f) of a quantized layer, one pair per batch, with y_q before the layer's own compensation."""
     layer: QuantizedLayer = qmodel.get_submodule(name)
     bare, compensation = layer.output_quantizer, (layer.alpha, layer.beta)
     layer.output_quantizer = None
@@ -70,7 +70,7 @@ def layer_pairs(qmodel: nn.Module, reference: nn.Module, name: str, batches, tar
 
 @torch.no_grad()
 def block_triples(qmodel: GraphModel, reference: GraphModel, name: str, batches, target: str):
-    """(x, y_q, y_f) of a block, one triple a batch, from whole passes through the graph."""
+    """Return (x, y_q, y_f) of a block, one triple per batch, from whole passes through the graph."""
     x, y = ends(qmodel, name)
     quantized = [values_of(qmodel, (x, y), batch) for batch in batches]
     if target == "global":
@@ -82,7 +82,7 @@ def block_triples(qmodel: GraphModel, reference: GraphModel, name: str, batches,
 
 
 def values_of(model: GraphModel, nodes, batch) -> list[torch.Tensor]:
-    """What some nodes of a graph give on a batch."""
+    """Return the values of some nodes of a graph on a batch."""
     seen = {}
 
     def note(node, values):
@@ -94,12 +94,12 @@ def values_of(model: GraphModel, nodes, batch) -> list[torch.Tensor]:
 
 
 def rows(tensors, axis: int) -> np.ndarray:
-    """float64 (everything, channels) of a list of tensors."""
+    """Return the values of a list of tensors as one float64 array (rows, channels)."""
     return np.concatenate([t.movedim(axis, -1).reshape(-1, t.shape[axis]).double().numpy() for t in tensors])
 
 
 def affine(q: np.ndarray, f: np.ndarray, estimator: str = "least_squares") -> tuple[np.ndarray, np.ndarray]:
-    """alpha, beta per channel of (rows, channels)."""
+    """Return alpha and beta per channel, (channels,) each, from outputs (rows, channels)."""
     alpha = np.ones(q.shape[1])
     moving = np.ptp(q, axis=0) > 0
     if estimator == "least_squares":
@@ -116,7 +116,7 @@ def squared_error(q: np.ndarray, f: np.ndarray, alpha, beta) -> np.ndarray:
 
 
 def patches(x: np.ndarray, kernel: int, stride: int) -> np.ndarray:
-    """(N, C, H, W) -> (N, H', W', C, kernel, kernel), zero padded by kernel // 2."""
+    """Cut images (N, C, H, W), zero padded by kernel // 2, into patches (N, H', W', C, kernel, kernel)."""
     x = np.pad(x, ((0, 0), (0, 0), (kernel // 2,) * 2, (kernel // 2,) * 2))
     windows = np.lib.stride_tricks.sliding_window_view(x, (kernel, kernel), (2, 3))
     return windows[:, :, ::stride, ::stride].transpose(0, 2, 3, 1, 4, 5)

@@ -62,7 +62,7 @@ _NARROW_DETR = {
 
 
 def settings(kind: str) -> dict[str, Any]:
-    """The `model` section of a small detector: "swin" or "resnet"."""
+    """Return the ``model`` section of a small detector, "swin" or "resnet"."""
     cfg = compose_cell([f"model=mask_rcnn_{kind}_micro"])["model"]
     smaller = _SMALLER | {"model": _SMALLER["model"] | {"backbone": _BACKBONES[kind]}}
     smaller["model"]["neck"] = {"out_channels": 16, "in_channels": _WIDTHS[kind]}
@@ -70,7 +70,7 @@ def settings(kind: str) -> dict[str, Any]:
 
 
 def narrow(name: str) -> dict[str, Any]:
-    """The `model` section of a full-size detector with all its modules, each a few channels wide."""
+    """Return the ``model`` section of a full-size detector with all its modules, each only a few channels wide."""
     cfg = compose_cell([f"model={name}", "data.path=some/folder"])["model"]
     smaller = {"model": {"detr_resnet50": _NARROW_DETR}.get(name) or copy.deepcopy(_NARROW_CASCADE)}
     if name != "detr_resnet50":
@@ -82,12 +82,15 @@ def narrow(name: str) -> dict[str, Any]:
 
 
 def detector(kind: str) -> nn.Module:
-    """A detector whose layers all pass a signal on; mmdet's own initial values (0.01) would leave nothing to quantize."""
+    """Build a detector whose layers all pass a signal on.
+
+    mmdet's own initial values (standard deviation 0.01) would leave nothing to quantize.
+    """
     return with_signal(build_detector(settings(kind)))
 
 
 def with_signal(model: nn.Module) -> nn.Module:
-    """The model with other random weights, in place."""
+    """Draw the model's weights again so that layers pass a signal on, in place."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
@@ -103,14 +106,14 @@ def with_signal(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def scenes() -> Scenes:
-    """A dozen scenes of digits, composed once."""
+    """Return a dozen scenes of digits, composed once per process."""
     folder = Path(tempfile.mkdtemp(prefix="qwt2-test-"))
     write_dataset(DATA, folder)
     return open_dataset(DATA, folder)
 
 
 def batches(kind: str, network: Detector, count: int = 4, size: int = 2) -> list[Inputs]:
-    """Calibration batches with the regions that the detector itself chooses."""
+    """Return calibration batches with the regions that the detector itself chooses."""
     config = detector_config(settings(kind))
     dataset = build_dataset(config, scenes(), "train")
     loaded = Batches(config, dataset, size, torch.arange(count).numpy())

@@ -1,8 +1,8 @@
-"""Networks of a few thousand weights whose wiring holds what large ones hold.
+"""Networks of a few thousand weights that are wired like large ones.
 
-All are deterministic, in evaluation mode and take (N, 3, 32, 32). Weights are drawn so that every layer passes a
-signal on: timm's own initial values (standard deviation 0.02, residual branches that start at zero) would leave
-nothing to quantize in networks this narrow.
+All are deterministic, in evaluation mode, and take images (N, 3, 32, 32). Weights are drawn so that every layer passes
+a signal on. With timm's own initial values (standard deviation 0.02, residual branches that start at zero), networks
+this narrow would have almost nothing to quantize.
 """
 
 import copy
@@ -26,23 +26,23 @@ from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel
 
 SIZE, CLASSES = 32, 5
-# Those that compile a model for seconds, or need hardware, have tests of their own.
+# Engines that compile a model for seconds, or need hardware, have separate tests.
 ENGINES = [name for name in engines.ENGINES.names() if name not in ("inductor", "tensorrt", "tvm")]
 PTQ = {"vit": "repq", "swin": "repq", "resnet": "percentile", "mobilenet": "percentile"}
 
 
 def images(count: int = 16, seed: int = 0) -> torch.Tensor:
-    """Normally distributed images (count, 3, 32, 32)."""
+    """Return normally distributed images (count, 3, 32, 32)."""
     return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 def batches(count: int = 16, size: int = 4, seed: int = 0) -> list[torch.Tensor]:
-    """Calibration batches of one size."""
+    """Return calibration batches, (size, 3, 32, 32) each."""
     return list(images(count, seed).split(size))
 
 
 def vit(depth: int = 2, width: int = 16) -> nn.Module:
-    """ViT with a class token: 16 patches of 8x8, two heads."""
+    """A ViT with a class token, 16 patches of 8x8 pixels and two heads."""
     model = VisionTransformer(
         img_size=SIZE, patch_size=8, embed_dim=width, depth=depth, num_heads=2, num_classes=CLASSES
     )  # fmt: skip
@@ -59,7 +59,7 @@ def swin() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    """Residual network with in-place ReLU, `x += shortcut` and strided blocks with a downsampling shortcut."""
+    """A residual network with in-place ReLU, ``x += shortcut``, and strided blocks with a downsampling shortcut."""
     model = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=CLASSES)
     return randomize(model)
 
@@ -83,7 +83,7 @@ def mobilenet() -> nn.Module:
 
 
 class MLPBlock(nn.Module):
-    """x + fc2(relu(fc1(x))), the addition in place."""
+    """x + fc2(relu(fc1(x))), with the addition in place."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -190,7 +190,10 @@ BUILDERS = {"vit": vit, "swin": swin, "resnet": resnet, "mobilenet": mobilenet}
 
 @functools.cache
 def captured(build: Callable[[], nn.Module]) -> GraphModel:
-    """The graph of what `build` returns, captured once a process: to be read only. `qwt2.quantize` makes its own copy."""
+    """Return the graph of the model that ``build`` makes, captured once per process.
+
+    Tests share it and must not modify it; ``qwt2.quantize`` works on a copy.
+    """
     return capture(build(), images(2))
 
 
@@ -204,7 +207,7 @@ def _quantized(name: str, weight_bits: int, activation_bits: int, target: str, p
 def quantized(
     name: str, weight_bits: int = 4, activation_bits: int = 4, target: str = "portable", published: bool = False
 ) -> nn.Module:
-    """A quantized copy of one of `BUILDERS`, the caller's own."""
+    """Return a quantized copy of one of ``BUILDERS``, which the caller may modify."""
     return copy.deepcopy(_quantized(name, weight_bits, activation_bits, target, published))
 
 
@@ -220,7 +223,10 @@ def _exporter(name: str):
 
 @functools.cache
 def exported(name: str, bits: int = 8, method: str | None = None, target: str = "portable") -> tuple[nn.Module, Path]:
-    """A folded model, to be read only, and its ONNX file; compensated by every module's fit if `method` says so."""
+    """Return a folded model, which tests share and must not modify, and its ONNX file.
+
+    If ``method`` is given, the model is compensated by it first.
+    """
     qmodel = quantized(name, bits, bits, target)
     if method:
         qwt2.compensate(qmodel, batches(), method, **({"gate": "none"} if method == "cwac" else {}))
@@ -229,5 +235,5 @@ def exported(name: str, bits: int = 8, method: str | None = None, target: str = 
 
 
 def exported_models(names=tuple(BUILDERS)):
-    """Parameters of a test over models; tests of one model share its files, hence a worker."""
+    """Return the parameters of a test over models; tests of one model run in one worker, to share its files."""
     return [pytest.param(name, marks=pytest.mark.xdist_group(f"export-{name}")) for name in names]

@@ -1,6 +1,6 @@
-"""Plain networks as people write them, with nothing of this library or of timm in them.
+"""Plain networks as users write them, without this library or timm.
 
-All are deterministic, in evaluation mode and take (N, 3, 32, 32), or tokens (N, 12, 16) where `SHAPES` says so.
+All are deterministic, in evaluation mode, and take images (N, 3, 32, 32), or tokens (N, 12, 16) if ``SHAPES`` says so.
 """
 
 import torch
@@ -13,7 +13,7 @@ TOKENS = (12, 16)
 
 
 class RootAttention(nn.Module):
-    """A transformer in one forward method: products of activations in the root itself."""
+    """A transformer in one forward method, so that products of activations belong to the root module."""
 
     def __init__(self, fused: bool, depth: int = 2, width: int = 16, heads: int = 2):
         super().__init__()
@@ -47,7 +47,7 @@ class RootAttention(nn.Module):
 
 
 class Branching(RootAttention):
-    """The same, with a branch on the input's values."""
+    """``RootAttention`` with a branch on the input's values, which cannot be captured."""
 
     def forward(self, x):
         if x.abs().sum() == 0:
@@ -56,7 +56,7 @@ class Branching(RootAttention):
 
 
 class TransformerClassifier(nn.Module):
-    """`nn.TransformerEncoder` on rows of pixels."""
+    """``nn.TransformerEncoder`` on rows of pixels."""
 
     def __init__(self, norm_first: bool = False):
         super().__init__()
@@ -71,7 +71,7 @@ class TransformerClassifier(nn.Module):
 
 
 class FunctionalConvNet(nn.Module):
-    """Convolution and BatchNorm with functional ReLU, an addition and a concatenation."""
+    """Convolutions and BatchNorm with a functional ReLU, an addition and a concatenation."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class SharedLinear(nn.Module):
 
 
 class SharedBehindNorms(nn.Module):
-    """One Linear behind two LayerNorms: their scales cannot move into it."""
+    """One Linear behind two LayerNorms, whose scales therefore cannot move into it."""
 
     def __init__(self):
         super().__init__()
@@ -164,7 +164,7 @@ class RepeatedBlock(nn.Module):
 
 
 class TiedWeights(nn.Module):
-    """Two Linears with one weight tensor, and one module under two names."""
+    """Two Linears that share a weight tensor, and one module under two names."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +178,7 @@ class TiedWeights(nn.Module):
 
 
 class FunctionalLinear(nn.Module):
-    """A projection by `F.linear` with a bare parameter."""
+    """A projection by ``F.linear`` with a bare parameter."""
 
     def __init__(self):
         super().__init__()
@@ -226,7 +226,7 @@ class Padded(nn.Module):
 
 
 class ListAttention(nn.Module):
-    """`nn.MultiheadAttention` in the root's forward, residuals and LayerNorms around it."""
+    """``nn.MultiheadAttention`` in the root's forward method, with residuals and LayerNorms around it."""
 
     def __init__(self):
         super().__init__()
@@ -259,13 +259,13 @@ def batchnorm1d() -> nn.Module:
 
 
 def vit_b_16_small() -> nn.Module:
-    """torchvision's ViT with the patches and the structure of ViT-B/16, narrow and shallow."""
+    """torchvision's ViT with the patches and structure of ViT-B/16, but narrow and shallow."""
     from torchvision.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(32, 16, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=CLASSES)
 
 
-# name -> (how to make it, PTQ method, names of what stays in float)
+# name -> (the function that makes it, PTQ method, names of the modules that stay in float)
 MODELS = {
     "root_attention": (lambda: RootAttention(fused=False), "repq", set()),
     "root_fused_attention": (lambda: RootAttention(fused=True), "repq", set()),
