@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--own", action="store_true", help="measure this library alone, and keep the file's rows of the other"
+        "--own", action="store_true", help="measure only this library, and keep the file's rows of the other"
     )
     parser.add_argument("--child", nargs=3, metavar=("METHOD", "IMPLEMENTATION", "FILE"), help="measure one, here")
     arguments = parser.parse_args()

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--mean", nargs="+", type=float, help="of each channel, in [0, 1]; default: the model's own, or ImageNet's"
     )
-    p.add_argument("--std", nargs="+", type=float, help="likewise")
+    p.add_argument("--std", nargs="+", type=float, help="of each channel; default as for --mean")
     p.add_argument("--device", default="cpu", help="cpu or cuda: where the model is calibrated")
     p.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     p.add_argument(
