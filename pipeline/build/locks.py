@@ -6,6 +6,7 @@ reaps no children, it does so for good. And a process that is killed while it wr
 cases DVC asks the user to remove the file, and with it the locks of processes that still run.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ def release_abandoned() -> None:
 
 
 def is_sound() -> bool:
-    """Return whether the lock file names only running processes; a missing file counts as sound, a damaged one not."""
+    """Return whether DVC can work with its lock file: it can be read, and no process in it is a zombie.
+
+    A missing file is sound. So are entries of processes that do not exist any more: DVC drops them by itself.
+    """
     locks = _read() if PATH.is_file() else NONE
-    return locks is not None and _held(locks) == locks
+    return locks is not None and not any(_is_zombie(info["pid"]) for info in _infos(locks))
 
 
 def _read() -> dict[str, Any] | None:
@@ -50,8 +54,18 @@ def _held(locks: dict[str, Any]) -> dict[str, Any]:
     return {"write": writers, "read": {path: infos for path, infos in readers.items() if infos}}
 
 
+def _infos(locks: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield from locks["write"].values()
+    for infos in locks["read"].values():
+        yield from infos
+
+
 def _runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

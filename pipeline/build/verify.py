@@ -83,7 +83,7 @@ def damages() -> Iterator[Damage]:
 
 
 def abandoned_locks() -> Iterator[Damage]:
-    """Yield DVC's lock file, if it is truncated or names processes that have ended."""
+    """Yield DVC's lock file, if DVC cannot work with it; see :func:`pipeline.build.locks.is_sound`."""
     if not locks.is_sound():
         yield Damage(locks.PATH, "is damaged, or holds locks of processes that have ended")
 

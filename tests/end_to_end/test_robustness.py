@@ -155,10 +155,13 @@ def test_locks_of_ended_processes_are_found_and_released(project):
         tiny_chain.run(project, *VERIFY, "--repair")
         assert json.loads(lock.read_text())["write"] == (running if content != '{"write": {"' else {})
         tiny_chain.run(project, *force)
+    zombie.wait()
+    lock.write_text(json.dumps({"write": {path: {"pid": zombie.pid, "cmd": "dvc repro"}}}))  # nobody has this number now
+    assert tiny_chain.run(project, *VERIFY).stdout == "nothing is damaged\n"
+    tiny_chain.run(project, *force)
     lock.write_text(json.dumps({"write": {path: running.popitem()[1]}}))
     assert tiny_chain.run(project, *VERIFY).stdout == "nothing is damaged\n"
     assert "is busy" in tiny_chain.run(project, *force, check=False).stderr
-    zombie.wait()
 
 
 def test_two_at_once_build_once_or_one_says_why_not(built, sources):

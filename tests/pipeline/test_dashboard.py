@@ -52,6 +52,7 @@ def page(chromium_browser):
     """An empty page; what is opened in it must not complain."""
     problems = []
     with chromium_browser.new_page(viewport={"width": 1600, "height": 1400}) as page:
+        page.set_default_timeout(120_000)  # a thousand rows, on a busy machine
         page.on("console", lambda message: message.type == "error" and problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         yield page
