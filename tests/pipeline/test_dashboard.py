@@ -22,7 +22,7 @@ from qwt2.errors import Qwt2Error
 from qwt2.report.results import read_layers
 
 ROOT = Path(__file__).resolve().parents[2]
-CELLS = 200  # more take minutes to draw: to be found out why
+CELLS = 160  # more take minutes to draw: to be found out why
 COUNT = "Number(document.querySelector('#count').innerText.split(' ')[0])"
 
 
