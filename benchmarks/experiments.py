@@ -114,9 +114,9 @@ def served(folder: Path) -> Iterator[str]:
     try:
         for _ in range(300):
             try:
-                urllib.request.urlopen(address, timeout=60).close()  # the first page reads all runs
+                urllib.request.urlopen(address, timeout=5).close()
                 break
-            except (urllib.error.URLError, TimeoutError):
+            except urllib.error.URLError:
                 time.sleep(0.1)
         yield address
     finally:

@@ -10,8 +10,11 @@ entry point, and the module registers itself in the same way as a file of this l
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
@@ -52,7 +55,7 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Return all known names in alphabetical order, without importing plug-ins."""
         self._discover()
-        return sorted({*self._entries, *(point.name for point in entry_points(group=self.group))})
+        return sorted({*self._entries, *(point.name for point in self._points())})
 
     def get(self, name: str) -> T:
         """Return the implementation called ``name``.
@@ -62,11 +65,15 @@ class Registry(Generic[T]):
                 be imported or uses a name that is already taken (the message names the package).
         """
         self._discover()
-        for point in entry_points(group=self.group, name=name):
-            self._load(point)
+        for point in self._points():
+            if point.name == name:
+                self._load(point)
         if name not in self._entries:
             raise Qwt2Error(f"unknown {self.kind} {name!r}; use one of: {', '.join(self.names())}")
         return self._entries[name]
+
+    def _points(self) -> list[EntryPoint]:
+        return _entry_points(self.group, tuple((entry, _changed(entry)) for entry in sys.path))
 
     def _discover(self) -> None:
         package = importlib.import_module(self.package)
@@ -86,6 +93,23 @@ class Registry(Generic[T]):
                 f"the {self.kind} {point.name!r} of package {_package(point)} cannot be used: {_first_line(error)}; "
                 "correct or uninstall that package"
             ) from error
+
+
+@cache
+def _entry_points(group: str, path: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
+    """Read a group's entry points, anew only if the folders of ``path`` have changed.
+
+    It takes 10 ms, because the metadata of every installed package is read.
+    """
+    return list(entry_points(group=group))
+
+
+def _changed(folder: str) -> int:
+    """Return when a folder of the import path last gained or lost something, in ns; 0 if it is no folder."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _package(point: EntryPoint) -> str:

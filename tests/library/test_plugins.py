@@ -13,6 +13,7 @@ from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.precision import Precision
+from qwt2.registry import Registry
 from tests.support.tiny_models import batches, images, vit
 
 # Ranges of two thirds of what is seen: no method of this library has them.
@@ -171,3 +172,15 @@ def test_an_unknown_name_lists_plugins(install):
     install("my-narrow", METHOD, "qwt2.ptq_methods", "narrow")
     with pytest.raises(Qwt2Error, match="unknown PTQ method 'narow'; use one of: minmax, mse, narrow, percentile"):
         PTQ_METHODS.get("narow")
+
+
+def test_packages_are_looked_into_once(monkeypatch):
+    """A page of runs asks for names thousands of times, and each look reads the metadata of every installed package."""
+    asked = []
+    monkeypatch.setattr("qwt2.registry.entry_points", lambda **wanted: asked.append(wanted) or ())
+    fresh = Registry("thing", "qwt2.quantization.methods", "qwt2.nobody_has_this")
+    for _ in range(3):
+        assert fresh.names() == []
+        with pytest.raises(Qwt2Error, match="unknown thing"):
+            fresh.get("nothing")
+    assert asked == [{"group": "qwt2.nobody_has_this"}]

@@ -22,13 +22,13 @@ from qwt2.errors import Qwt2Error
 from qwt2.report.results import read_layers
 
 ROOT = Path(__file__).resolve().parents[2]
-CELLS = 160  # more take minutes to draw: to be found out why
+CELLS = 1000
 COUNT = "Number(document.querySelector('#count').innerText.split(' ')[0])"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """A grid of 2 cells and three sweeps of (made-up) cells, one of them failed."""
+    """A grid of 2 cells and three sweeps of (made-up) cells, a thousand in all, one of them failed."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(ROOT / "conf", folder / "conf")
     (folder / "conf/grid.yaml").write_text(yaml.safe_dump({"grid": {"model": ["vit_micro"], "precision": ["w8a8", "w4a4"]}}))
@@ -52,7 +52,6 @@ def page(chromium_browser):
     """An empty page; what is opened in it must not complain."""
     problems = []
     with chromium_browser.new_page(viewport={"width": 1600, "height": 1400}) as page:
-        page.set_default_timeout(120_000)  # a thousand rows, on a busy machine
         page.on("console", lambda message: message.type == "error" and problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         yield page
