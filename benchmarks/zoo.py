@@ -12,7 +12,6 @@ are only captured and compared with their graphs, which takes seconds each.
 """
 
 import argparse
-import csv
 import json
 import math
 import subprocess
@@ -32,16 +31,19 @@ from tqdm import tqdm
 
 from benchmarks.table import machine_file, versions_text
 from pipeline.common.resources import PeakMemory
+from pipeline.comparison.readme import read_dicts
 from qwt2 import compensate, export_onnx, fold, load_engine, quantize
 from qwt2.capture import wiring
 from qwt2.capture.batch import call, first
 from qwt2.capture.blocks import find_blocks
 from qwt2.capture.check import outputs_of
 from qwt2.capture.export import capture
-from qwt2.capture.graph import Product
+from qwt2.capture.graph import GraphModel, Product
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation import machine
+from qwt2.evaluation.metrics import sqnr_db
 from qwt2.io import write_csv
+from qwt2.quantization.allocation import centred_sqnr_db
 
 LIMIT_SECONDS = 600
 CAPTURED = "captured"
@@ -67,7 +69,7 @@ def main() -> None:
     described = machine.describe()
     facts = {"cpu": described["cpu"], "versions": versions_text(described)}
     output = machine_file("zoo")
-    rows = {row["model"]: row for row in _read(output)}
+    rows: dict[str, dict[str, Any]] = {row["model"]: row for row in read_dicts(output)} if output.is_file() else {}
     for source, family, name, parameters in tqdm(sorted(members(), key=lambda member: member[3]), desc="models"):
         left = name not in rows or (rows[name]["outcome"] == CAPTURED and not arguments.capture)
         if name in arguments.names or (not arguments.names and left):
@@ -104,7 +106,9 @@ def measured(name: str, only_capture: bool) -> dict[str, Any]:
     started = time.process_time()
     try:
         with PeakMemory() as memory:
-            found = captured_like(model, parts, test) if only_capture else through(model, parts, test)
+            captured = capture(model, first(parts[0], 2))
+            found = captured_like(model, captured, test)
+            found |= {} if only_capture else through(model, captured, parts, test)
     except Qwt2Error as error:
         return {"outcome": "refused", "reason": str(error)[:300]}
     seconds = time.process_time() - started
@@ -116,68 +120,61 @@ def measured(name: str, only_capture: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def captured_like(model: nn.Module, parts: list[Any], test: Any) -> dict[str, Any]:
-    """How close a model's graph is to it."""
-    graph = capture(model, first(parts[0], 2))
-    pairs = zip(_floats(outputs_of(model, test)), _floats(outputs_of(graph, test)), strict=True)
-    same = min(_error_db(exact, found) for exact, found in pairs)
+def captured_like(model: nn.Module, captured: GraphModel, test: Any) -> dict[str, Any]:
+    """What a model's graph holds, and how close it is to the model."""
+    same = min(map(_error_db, _floats(outputs_of(model, test)), _floats(outputs_of(captured, test))))
     return {
-        "same_db": "exact" if math.isinf(same) else round(same), "layers": len(wiring.layers(graph)),
-        "products": len(graph.calls(Product)), "blocks": len(find_blocks(graph)),
+        "same_db": "exact" if math.isinf(same) else round(same), "layers": len(wiring.layers(captured)),
+        "products": len(captured.calls(Product)), "blocks": len(find_blocks(captured)),
     }  # fmt: skip
 
 
-def through(model: nn.Module, parts: list[Any], test: Any) -> dict[str, Any]:
+def through(model: nn.Module, captured: GraphModel, parts: list[Any], test: Any) -> dict[str, Any]:
     """Take one model the whole way and return its figures.
 
     Args:
         model: in evaluation mode.
+        captured: its graph.
         parts: batches of the calibration set.
         test: inputs that were not calibrated on.
     """
-    captured = capture(model, first(parts[0], 2))
-    exact = _floats(outputs_of(model, test))
-    same = min(map(_error_db, exact, _floats(outputs_of(captured, test))))
+    exact = outputs_of(model, test)
     one_pass = _work(lambda: [outputs_of(captured, part) for part in parts])
-    qmodel = quantize(captured, parts, "percentile")
-    info, figures = qmodel.quantization, {}
-    macs = info.total_macs or 1
-    figures["ptq_db"] = _centred_db(exact, _floats(outputs_of(qmodel, test)))
-    if info.blocks:
-        work = _work(lambda: compensate(qmodel, parts, "qwt"))
-        figures |= {
-            "qwt_passes": round(work / one_pass, 2),
-            "qwt_db": _centred_db(exact, _floats(outputs_of(qmodel, test))),
-        }
+    figures: dict[str, Any] = {}
+    for method in ("ptq", "qwt", "cwac"):
         qmodel = quantize(captured, parts, "percentile")
-    work = _work(lambda: compensate(qmodel, parts, "cwac"))
-    figures |= {
-        "cwac_passes": round(work / one_pass, 2),
-        "cwac_db": _centred_db(exact, _floats(outputs_of(qmodel, test))),
-    }
+        if method == "qwt" and not qmodel.quantization.blocks:
+            continue
+        if method != "ptq":
+            work = _work(lambda qmodel=qmodel, method=method: compensate(qmodel, parts, method))
+            figures[f"{method}_passes"] = round(work / one_pass, 2)
+        figures[f"{method}_db"] = round(centred_sqnr_db(exact, outputs_of(qmodel, test)), 2)
     folded = fold(qmodel)
     simulated = _floats(outputs_of(folded, test))
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(folded, Path(folder) / "model.onnx", first(test, 2))
         for engine in ENGINES:
             figures[f"{engine}_db"] = round(min(map(_error_db, simulated, _on(path, engine, test))), 1)
+    info = qmodel.quantization
     return figures | {
-        "same_db": "exact" if math.isinf(same) else round(same), "layers": len(info.layers),
-        "products": len(info.matmuls), "blocks": len(info.blocks),
-        "integer_macs_percent": round(100 * (1 - sum(info.float_macs.values()) / macs), 2),
+        "integer_macs_percent": round(100 * (1 - sum(info.float_macs.values()) / (info.total_macs or 1)), 2),
         "float_modules": "; ".join(f"{name}: {reason}" for name, reason in info.float_modules.items())[:500],
-    }  # fmt: skip
+    }
 
 
-def _on(path: Path, engine: str, inputs: Any) -> list[Tensor]:
+def _on(path: Path, engine: str, inputs: Any) -> list[np.ndarray]:
     feeds = {n: t.numpy() for n, t in inputs.items()} if isinstance(inputs, dict) else inputs.numpy()
     outputs = load_engine(path, engine)(feeds)
     arrays = outputs.values() if isinstance(outputs, dict) else [outputs]
-    return [torch.from_numpy(np.asarray(array)) for array in arrays if array.dtype.kind == "f"]
+    return [np.asarray(array) for array in arrays if array.dtype.kind == "f"]
 
 
-def _floats(outputs: list[Any]) -> list[Tensor]:
-    return [y for y in outputs if isinstance(y, Tensor) and y.is_floating_point()]
+def _floats(outputs: list[Any]) -> list[np.ndarray]:
+    return [y.numpy() for y in outputs if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def _error_db(exact: np.ndarray, found: np.ndarray) -> float:
+    return sqnr_db(found, exact)
 
 
 def _work(action: Callable[[], Any]) -> int:
@@ -190,18 +187,6 @@ def _seconds(action: Callable[[], Any]) -> float:
     started = time.process_time()
     action()
     return time.process_time() - started
-
-
-def _error_db(exact: Tensor, found: Tensor) -> float:
-    error = (exact.double() - found.double()).square().sum()
-    return math.inf if not error else float(10 * torch.log10(exact.double().square().sum() / error))
-
-
-def _centred_db(exact: list[Tensor], found: list[Tensor]) -> float:
-    pairs = [(e.double(), f.double()) for e, f in zip(exact, found)]
-    signal = sum(float((e - e.mean(0)).square().sum()) for e, _ in pairs)
-    error = sum(float((f - e).square().sum()) for e, f in pairs)
-    return round(10 * math.log10(signal / error), 2) if signal and error else math.inf
 
 
 def _slice(inputs: Any, start: int, stop: int) -> Any:
@@ -322,13 +307,6 @@ def _transformers(name: str) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]
 
 
 BUILDERS = {name: _torchvision(name) for name in TORCHVISION} | {name: _transformers(name) for name in TRANSFORMERS}
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from qwt2.capture.batch import Inputs, first, tensors
 from qwt2.capture.check import outputs_of
 from qwt2.engines import ENGINES, load_engine
 from qwt2.errors import Qwt2Error
+from qwt2.evaluation.metrics import sqnr_db
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules
 from qwt2.folding.layers import IntegerLayer
 from qwt2.io import atomic_path
@@ -84,7 +85,7 @@ def _check_file(folded: nn.Module, file: Path, inputs: Inputs, name: str) -> Non
     if len(exact) != len(found) or any(e.shape != f.shape for e, f in zip(exact, found)):
         shapes = [f.shape for f in found]
         raise Qwt2Error(f"{name}: on {engine}, outputs of shapes {shapes} come from the file; it was not kept")
-    close = min(map(_sqnr_db, exact, found), default=np.inf)
+    close = min(map(sqnr_db, found, exact), default=np.inf)
     if close >= _CLOSE_DB:
         return
     module, steps = _worst_module(folded, file, first(inputs, 1), engine)
@@ -109,10 +110,3 @@ def _worst_module(folded: nn.Module, file: Path, inputs: Inputs, engine: str) ->
     records = record_modules(folded, inputs)
     mismatches = engine_mismatch(load_onnx(file), engine, records, torch.get_num_threads())
     return max(((name, mismatch.steps) for name, mismatch in mismatches.items()), key=lambda found: found[1])
-
-
-def _sqnr_db(exact: np.ndarray, found: np.ndarray) -> float:
-    exact = exact.astype(np.float64)
-    noise = float(np.square(found - exact).sum())
-    with np.errstate(divide="ignore"):
-        return float(np.inf if noise == 0 else 10 * np.log10(np.square(exact).sum() / noise))

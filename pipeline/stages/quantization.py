@@ -55,13 +55,12 @@ class Quantization:
         Returns:
             One record per method and seed: how far folding moved the modules, and what the model stores and computes.
         """
-        methods = [PTQ, *(name for name in self.cfg["compensation"] if self._is_exportable(name))]
-        first_of_structure = self._one_of_each_structure(methods)
+        first_of_structure = self._one_of_each_structure()
         each("export", self._export_new, first_of_structure, self.workers)
         for file, method in first_of_structure:
             self.exporters[file].learn(self.cell.onnx(method, self.seeds[0], file))
         self.exported = set(first_of_structure)
-        runs = [(method, seed) for method in methods for seed in self.seeds]
+        runs = [(method, seed) for method in self.first_folded for seed in self.seeds]
         return each("fold", self._fold_one, runs, self.workers)
 
     def _is_exportable(self, name: str) -> bool:
@@ -111,24 +110,28 @@ class Quantization:
         """One exporter per file of a model, by the file's name."""
         return self.task.exporters(self.captured, self.inputs)
 
-    def _one_of_each_structure(self, methods: list[str]) -> list[tuple[str, str]]:
+    @cached_property
+    def first_folded(self) -> dict[str, GraphModel]:
+        """Every method that engines run -> its folded model at the first seed; the workers share them."""
+        methods = [PTQ, *(name for name in self.cfg["compensation"] if self._is_exportable(name))]
+        return {method: fold(self._quantized(self.deployed, method, self.seeds[0])) for method in methods}
+
+    def _one_of_each_structure(self) -> list[tuple[str, str]]:
         """Return one (file, method) per structure, among the files of the first seed."""
         chosen: dict[tuple[str, str], str] = {}
-        for method in methods:
-            folded = fold(self._quantized(self.deployed, method, self.seeds[0]))
+        for method, folded in self.first_folded.items():
             for file, exporter in self.exporters.items():
                 chosen.setdefault((file, exporter.structure(folded)), method)
         return [(file, method) for (file, _), method in chosen.items()]
 
     def _export_new(self, run: tuple[str, str]) -> None:
         file, method = run
-        folded = fold(self._quantized(self.deployed, method, self.seeds[0]))
-        self.exporters[file].export(folded, self.cell.onnx(method, self.seeds[0], file))
+        self.exporters[file].export(self.first_folded[method], self.cell.onnx(method, self.seeds[0], file))
 
     def _fold_one(self, run: tuple[str, int]) -> dict[str, Any]:
         method, seed = run
         qmodel = self._quantized(self.deployed, method, seed)
-        folded = fold(qmodel)
+        folded = self.first_folded[method] if seed == self.seeds[0] else fold(qmodel)
         for file, exporter in self.exporters.items():
             if seed != self.seeds[0] or (file, method) not in self.exported:
                 exporter.export(folded, self.cell.onnx(method, seed, file))

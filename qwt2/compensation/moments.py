@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qwt2.decibel import decibel
 
 # A variance below this share of a channel's mean square is rounding, not signal.
 CONSTANT_CHANNEL = 1e-10
@@ -88,10 +89,3 @@ class Moments:
         """Return the SQNR of alpha q + beta against f over all channels, dB."""
         signal = (self.var_f + self.mean_f.square()).sum()
         return decibel(float(signal), float(self.squared_error(alpha, beta).sum()))
-
-
-def decibel(signal: float, noise: float) -> float:
-    """Return 10 log10(signal / noise) for two powers; infinity without noise."""
-    if noise <= 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

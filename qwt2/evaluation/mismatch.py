@@ -127,16 +127,14 @@ def fold_mismatch(qmodel: GraphModel, folded: GraphModel, inputs: Inputs) -> dic
 
     from qwt2.capture.batch import call
     from qwt2.capture.check import watching
+    from qwt2.folding.check import output_step
     from qwt2.quantization.info import quantized_layers
 
     result: dict[str, Mismatch] = {}
 
     def compare(name: str, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        expected = output.numpy()
-        step = float(expected.max() - expected.min()) / 255 or 1.0
-        if layer.output_quantizer is not None:
-            step = float(layer.output_quantizer.scale)
-        found = Mismatch.of(folded.get_submodule(name)(args[0]).numpy(), expected, step)
+        actual = folded.get_submodule(name)(args[0]).numpy()
+        found = Mismatch.of(actual, output.numpy(), output_step(layer, output) or 1.0)
         result[name] = Mismatch.worst([found, result.get(name, found)])
 
     with watching(quantized_layers(qmodel), compare), torch.no_grad():

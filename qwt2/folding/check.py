@@ -55,13 +55,18 @@ def _values(quantizer: UniformQuantizer, shape: tuple[int, ...], generator: torc
     return low + (high - low) * ((1 + 2 * _BEYOND) * share - _BEYOND)
 
 
-def _steps(module: nn.Module, expected: Tensor, found: Tensor) -> float:
-    """Return the largest difference in output steps; the step of a float output is 1/255 of its range.
-
-    The step is at least the resolution of float32, which matters for constant inputs and large biases.
-    """
-    step = torch.maximum((expected.max() - expected.min()) / 255, expected.abs().max() * _RESOLVED)
+def output_step(module: nn.Module, output: Tensor) -> float:
+    """Return a module's output step: its output quantizer's scale, or 1/255 of the range of a float output."""
     if isinstance(module, QuantizedLayer) and module.output_quantizer is not None:
-        step = module.output_quantizer.scale
-    difference = (found - expected).abs().max()
-    return 0.0 if not difference else float(difference / step)
+        return float(module.output_quantizer.scale)
+    return float(output.max() - output.min()) / 255
+
+
+def _steps(module: nn.Module, expected: Tensor, found: Tensor) -> float:
+    """Return the largest difference in output steps.
+
+    A step is taken to be at least the resolution of float32, which matters for constant inputs and large biases.
+    """
+    step = max(output_step(module, expected), float(expected.abs().max()) * _RESOLVED)
+    difference = float((found - expected).abs().max())
+    return difference / step if difference else 0.0

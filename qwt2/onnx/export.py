@@ -42,29 +42,16 @@ def write_onnx(
     opset: int = OPSETS[-1],
     output_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write a folded model as an ONNX file with a dynamic batch dimension.
-
-    :func:`qwt2.export_onnx` also checks the file. Weights are int8 and biases int32 in the file. Activations pass
-    through pairs of QuantizeLinear and DequantizeLinear, which engines turn into integer kernels. Codes of fewer than
-    8 bits are 8-bit codes followed by a Clip to the codes of the grid.
+    """Write a folded model as an ONNX file; :func:`qwt2.export_onnx` checks the file too.
 
     Args:
-        folded: a model from :func:`qwt2.fold`, or a float model (a baseline for benchmarks). A model quantized with
-            target="tensorrt" gets float biases and must keep TensorRT's rules (:mod:`qwt2.onnx.tensorrt_rules`).
-        path: the file; written atomically.
-        example_input: one input batch. The file's input is named "images"; inputs from a dictionary keep its keys.
-        weight_storage: "int8", or "int4" to store codes of at most 4 bits in half the bytes. An "int4" file is of
-            opset 21, the first with INT4; :func:`qwt2.load_engine` restores the int8 model of ``opset`` from it.
-        opset: version of ONNX's operators, 18 to 20; all of them give equal outputs.
-        output_names: names of the model's outputs, in order. Without it, a single tensor is named "logits", the
-            values of a dictionary are named by their keys, and all others as the exporter names them.
+        folded, path, example_input, weight_storage, opset, output_names: as in :func:`qwt2.export_onnx`.
 
     Returns:
         ``path``.
 
     Raises:
-        Qwt2Error: the model is quantized but not folded, or cannot be exported; the weight storage or the opset is
-            not supported; or the model breaks the target's rules or does not fit the weight storage.
+        Qwt2Error: as in :func:`qwt2.export_onnx`, except for what the check of the file finds.
     """
     _refuse_unfolded(folded)
     info = getattr(folded, "quantization", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +12,7 @@ from qwt2.capture.batch import Inputs, image_count, joined, model_inputs
 from qwt2.capture.check import outputs_of
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel
+from qwt2.decibel import decibel
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.precision import Precision
 from qwt2.quantization.quantize import quantize
@@ -227,12 +227,11 @@ def _fewest_moves(
     return best
 
 
-def _sqnr_db(exact: list[Any], found: list[Any]) -> float:
-    """Return the SQNR over all outputs, dB; the signal is their spread about the mean over the images."""
+def centred_sqnr_db(exact: list[Any], found: list[Any]) -> float:
+    """Return the SQNR over all float outputs, dB; the signal is their spread about the mean over the images."""
     pairs = [(e.double(), f.double()) for e, f in zip(exact, found) if isinstance(e, Tensor) and e.is_floating_point()]
     signal = sum(float((e - e.mean(0)).square().sum()) for e, _ in pairs)
-    noise = sum(float((f - e).square().sum()) for e, f in pairs)
-    return math.inf if noise <= 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    return decibel(signal, sum(float((f - e).square().sum()) for e, f in pairs))
 
 
 def _agreement(exact: list[Any], found: list[Any]) -> float:
@@ -240,4 +239,4 @@ def _agreement(exact: list[Any], found: list[Any]) -> float:
     return float((exact[0].argmax(-1) == found[0].argmax(-1)).double().mean()) * 100
 
 
-_MEASURES: dict[str, Callable[[list[Any], list[Any]], float]] = {"sqnr_db": _sqnr_db, "agreement": _agreement}
+_MEASURES: dict[str, Callable[[list[Any], list[Any]], float]] = {"sqnr_db": centred_sqnr_db, "agreement": _agreement}

@@ -43,8 +43,14 @@ class Recipe:
         return self.symmetric_weights and self.zero_in_range and self.integer_zero_points and not self.log_softmax
 
 
-# The papers' code quantizes only the inputs of layers and products.
-PAPER = Target(output_bits=None, addition_bits=None)
+# The grids of the papers' code, which quantizes only the inputs of layers and products.
+PAPER = Recipe(
+    observer="percentile",
+    symmetric_weights=False,
+    symmetric_matmuls=False,
+    zero_in_range=False,
+    placement=Target(output_bits=None, addition_bits=None),
+)
 
 
 class PTQMethod:

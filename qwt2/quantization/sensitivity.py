@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 from qwt2.capture import wiring
 from qwt2.capture.batch import Inputs, first, image_count, model_inputs
 from qwt2.capture.graph import GraphModel
+from qwt2.decibel import decibel
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.layers import QuantizedLayer, QuantizedModule
 from qwt2.quantization.precision import Precision
@@ -44,7 +44,7 @@ class ModuleCost:
     @property
     def sqnr_db(self) -> float:
         """SQNR of the network's outputs if only this module is quantized, dB."""
-        return math.inf if self.error <= 0 else -10 * math.log10(self.error)
+        return decibel(1.0, self.error)
 
 
 def sensitivity(
@@ -131,11 +131,11 @@ def _run(qmodel: GraphModel, inputs: Inputs) -> tuple[list[_Call], list[Tensor]]
         if not isinstance(module, QuantizedModule):
             return qmodel.evaluate(node, values)
         args = [values[argument] for argument in node.args]
-        with torch.no_grad():
-            exact, rounded = module.full_precision(*args), module(*args)
+        exact = module.full_precision(*args)
         # Adding a leaf makes the output differentiable even if none of the module's inputs is.
-        output = module.full_precision(*args) + torch.zeros((), requires_grad=True, device=exact.device)
-        calls.append((node.target, output, rounded - exact))
+        output = exact + torch.zeros((), requires_grad=True, device=exact.device)
+        with torch.no_grad():
+            calls.append((node.target, output, module(*args) - exact))
         return output
 
     with torch.enable_grad():

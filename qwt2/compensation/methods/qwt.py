@@ -18,9 +18,9 @@ from torch import Tensor
 from qwt2.capture.blocks import is_inside
 from qwt2.compensation.blocks import LinearCompensation, put_behind, visits_behind_blocks
 from qwt2.compensation.methods import COMPENSATIONS
-from qwt2.compensation.moments import decibel
 from qwt2.compensation.regression import Regression
 from qwt2.compensation.report import ModuleReport
+from qwt2.decibel import decibel
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.info import channel_axis, quantization_info
 from qwt2.quantization.recipe import Recipe

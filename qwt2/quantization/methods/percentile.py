@@ -1,5 +1,7 @@
 """Percentile ranges for convolutional networks, as the QwT reference code quantizes ResNets."""
 
+from dataclasses import replace
+
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.recipe import PAPER, PTQMethod, Recipe
 
@@ -15,12 +17,4 @@ class Percentile(PTQMethod):
 class PublishedPercentile(PTQMethod):
     """PTQ of ResNets as in the public code, where "W4A4" is W4A8 with BatchNorm in float; simulation only."""
 
-    recipe = Recipe(
-        observer="percentile",
-        symmetric_weights=False,
-        symmetric_matmuls=False,
-        zero_in_range=False,
-        fold_batchnorm=False,
-        conv_input_bits=8,
-        placement=PAPER,
-    )
+    recipe = replace(PAPER, fold_batchnorm=False, conv_input_bits=8)

@@ -7,6 +7,7 @@ channel-wise part then moves into the LayerNorm's affine parameters and the foll
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,13 +86,4 @@ def _absorb(linear: QuantizedLinear, ratio: Tensor, shift: Tensor) -> None:
 class PublishedRepQ(RepQ):
     """RepQ-ViT's own grids: asymmetric weights, fractional zero points, a log-sqrt2 softmax; simulation only."""
 
-    recipe = Recipe(
-        observer="percentile",
-        symmetric_weights=False,
-        symmetric_matmuls=False,
-        zero_in_range=False,
-        integer_zero_points=False,
-        log_softmax=True,
-        log_floor=1e-6,
-        placement=PAPER,
-    )
+    recipe = replace(PAPER, integer_zero_points=False, log_softmax=True, log_floor=1e-6)
