@@ -132,8 +132,8 @@ def _check_names(
 ) -> None:
     expected, added = set(qmodel.state_dict()), set()
     for name, module in qmodel.named_modules():
-        if isinstance(module, (QuantizedLayer, nn.LayerNorm)):  # compensation and re-parameterisation add tensors
-            added |= {f"{name}.{attribute}" for attribute in ("alpha", "beta", "weight", "bias")}
+        if isinstance(module, (QuantizedLayer, nn.LayerNorm)):  # methods add tensors to these
+            added |= {f"{name}.{attribute}" for attribute in ("alpha", "beta", "codes", "weight", "bias")}
     differing = sorted((expected - set(tensors)) | (set(tensors) - expected - added))
     if not differing:
         return

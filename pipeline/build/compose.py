@@ -27,7 +27,7 @@ KEYS = {
     "baseline": ("threads", "data", "model"),
     "quantize": (
         *("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision", "compensation"),
-        "evaluate.mismatch_images",
+        *("simulated", "evaluate.mismatch_images"),
     ),
     "evaluate": (
         *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.simulated"),

@@ -69,6 +69,7 @@ class Config:
     ptq: PTQ = MISSING
     precision: dict[str, Any] = MISSING
     compensation: dict[str, Any] = MISSING
+    simulated: list[str] = MISSING
     calibration: Calibration = MISSING
     evaluate: Evaluate = MISSING
 
@@ -103,6 +104,9 @@ def check(cfg: DictConfig) -> dict[str, Any]:
         if value < least:
             raise Qwt2Error(f"the configuration's {key!r} is {value}, but must be at least {least}")
     _check_weights(values["model"])
+    if unknown := [name for name in values["simulated"] if name not in values["compensation"]]:
+        known = ", ".join(values["compensation"])
+        raise Qwt2Error(f"the configuration's 'simulated' names {unknown[0]!r}; the cell's compensations are: {known}")
     return values
 
 

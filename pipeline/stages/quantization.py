@@ -64,7 +64,9 @@ class Quantization:
         return each("fold", self._fold_one, runs, self.workers)
 
     def _is_exportable(self, name: str) -> bool:
-        """Return whether engines can run a compensation's models; others stay in simulation."""
+        """Return whether a compensation's models are to run on engines, and can; others stay in simulation."""
+        if name in self.cfg["simulated"]:
+            return False
         options = dict(self.cfg["compensation"][name])
         return COMPENSATIONS.get(options.pop("method"))(**options).exportable
 

@@ -140,6 +140,11 @@ def _is_move(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _MOVES
 
 
+def is_bijection(node: fx.Node) -> bool:
+    """Return whether a node only reorders values, so that every value stays exactly once."""
+    return _is_move(node) and node.target is not aten.expand.default
+
+
 def _keeps_last_axis(node: fx.Node) -> bool:
     """Return whether a node only moves values, and moves each row of the last axis as a whole."""
     if not _is_move(node):

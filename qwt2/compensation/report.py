@@ -23,6 +23,8 @@ class ModuleReport:
         output_rms: root mean square of the target, to compare beta with.
         gate_before_db, gate_after_db: SQNR on the held-out images, without and with the parameters fitted on the other
             images, dB; NaN if no images were held out.
+        ridge: strength of Refit's regression; infinite if it kept the weight and only rounded it by feedback, ``None``
+            if it kept the PTQ method's own codes.
     """
 
     module: str
@@ -36,6 +38,7 @@ class ModuleReport:
     output_rms: float = math.nan
     gate_before_db: float = math.nan
     gate_after_db: float = math.nan
+    ridge: float | None = None
 
 
 @dataclass

@@ -68,7 +68,7 @@ def fold_layer(layer: QuantizedLayer) -> IntegerLayer:
     if layer.alpha is not None and layer.beta is not None:
         bias = layer.alpha.double() * bias + layer.beta.double()
     scales = layer.integer_scales(layer.alpha, bias)
-    codes = scales.codes(layer.weight_quantizer.codes(layer.weight))
+    codes = scales.codes(layer.weight_codes)
     kind: type[IntegerLayer] = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
     return kind(layer, codes, scales.scale, scales.bias_codes(bias))
 

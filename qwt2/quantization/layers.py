@@ -41,6 +41,14 @@ class QuantizedModule(nn.Module):
         self.calibrate(*([x] for x in args), [])
         return self(*args)
 
+    def calibrate_inputs(self, *args: Tensor) -> None:
+        """Choose only the ranges of the arguments from one run."""
+        self.calibrate(*([x] for x in args), [])
+
+    def activation_quantizers(self) -> list[Quantizer]:
+        """Return all quantizers but that of a weight."""
+        return [quantizer for name, quantizer in self.quantizers().items() if name != "weight_quantizer"]
+
     def quantizers(self) -> dict[str, Quantizer]:
         """Return the quantizers by attribute name."""
         return {name: child for name, child in self.named_children() if isinstance(child, Quantizer)}
@@ -61,6 +69,8 @@ class QuantizedLayer(QuantizedModule):
 
     Attributes:
         alpha, beta: compensation, float32 (C_out,), or ``None``.
+        codes: weight codes, int8 (C_out, ...) (uint8 on affine grids), from a method that does not round the weight to
+            the nearest codes; ``None`` rounds it.
     """
 
     channel_axis: int
@@ -82,11 +92,22 @@ class QuantizedLayer(QuantizedModule):
         self.integer_bias = integer_bias
         self.register_buffer("alpha", None)
         self.register_buffer("beta", None)
+        self.register_buffer("codes", None)
 
     @property
     def out_channels(self) -> int:
         """Number of output channels."""
         return self.weight.shape[0]
+
+    @property
+    def weight_codes(self) -> Tensor:
+        """The codes of the weight, int32 (C_out, ...)."""
+        return self.weight_quantizer.codes(self.weight) if self.codes is None else self.codes.to(torch.int32)
+
+    @property
+    def quantized_weight(self) -> Tensor:
+        """The weight that the codes stand for, float32 (C_out, ...)."""
+        return self.weight_quantizer(self.weight) if self.codes is None else self.weight_quantizer.values(self.codes)
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer's linear operation."""
@@ -97,8 +118,8 @@ class QuantizedLayer(QuantizedModule):
         return self.op(x, self.weight, self.bias)
 
     def products(self, x: Tensor) -> Tensor:
-        """Return op(Q(x), Q(weight)), which does not depend on the compensation."""
-        return self.op(self.input_quantizer(x), self.weight_quantizer(self.weight), None)
+        """Return op(Q(x), Q(weight)), which does not depend on alpha and beta."""
+        return self.op(self.input_quantizer(x), self.quantized_weight, None)
 
     def finished(self, products: Tensor) -> Tensor:
         """Return the layer's output from its :meth:`products`, which are overwritten."""
@@ -118,6 +139,15 @@ class QuantizedLayer(QuantizedModule):
             bias = self.integer_scales(alpha, bias).rounded(bias)
         return y.add_(per_channel(bias, y, self.channel_axis))
 
+    def without_bias(self, y: Tensor) -> Tensor:
+        """Return an output of the float layer without its bias."""
+        return y if self.bias is None else y - per_channel(self.bias, y, self.channel_axis)
+
+    def set_codes(self, codes: Tensor | None) -> None:
+        """Set the weight's codes, (C_out, ...); ``None`` rounds the weight to the nearest codes again."""
+        kind = torch.int8 if self.weight_quantizer.grid.symmetric else torch.uint8
+        self.codes = None if codes is None else codes.to(kind)
+
     def calibrate(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Choose all ranges; without ``outputs``, the output's range comes from the quantized layer itself."""
         self.input_quantizer.calibrate(_together(inputs, self.channel_axis))
@@ -125,6 +155,16 @@ class QuantizedLayer(QuantizedModule):
         if self.output_quantizer is not None:
             outputs = outputs or [self.with_bias(self.products(x)) for x in inputs]
             self.output_quantizer.calibrate(_together(outputs, self.channel_axis))
+
+    def calibrate_inputs(self, *args: Tensor) -> None:
+        """See :meth:`QuantizedModule.calibrate_inputs`."""
+        self.input_quantizer.calibrate(_together(args, self.channel_axis))
+
+    def calibrate_output(self, products: Tensor) -> None:
+        """Choose the range of the output, compensated as it is now, from :meth:`products`, which are overwritten."""
+        y = self.with_bias(products, self.alpha, self.beta)
+        assert self.output_quantizer is not None  # only layers that have one are asked
+        self.output_quantizer.calibrate(_together([y], self.channel_axis))
 
     def integer_scales(self, alpha: Tensor | None, bias: Tensor) -> ChannelScales:
         """Return the layer's integer form for compensation ``alpha`` and a ``bias`` that already includes beta."""

@@ -18,6 +18,8 @@ from qwt2.errors import Qwt2Error
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 MSE_SHRINKS = tuple(1 - 0.01 * step for step in range(0, 80, 2))
+# Errors of candidate ranges are measured on about this many values per row; more hardly change the choice.
+ERROR_LIMIT = 2**20
 # torch.quantile refuses more values than this. The reference implementations then use a coarser estimate.
 QUANTILE_LIMIT = 2**24
 
@@ -141,7 +143,7 @@ def mse(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     candidates = []
     for shrink in MSE_SHRINKS:
         candidates += grid.parameters(low * shrink, high * shrink)
-    return _best(x, grid, candidates)
+    return _best(x[:, :: -(-x.shape[1] // ERROR_LIMIT)], grid, candidates)
 
 
 OBSERVERS: dict[str, Observer] = {"minmax": minmax, "percentile": percentile, "mse": mse}

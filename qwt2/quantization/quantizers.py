@@ -77,14 +77,17 @@ class UniformQuantizer(Quantizer):
         self.channel_axis, self.calibrated = channel_axis, True
 
     def _choose(self, x: Tensor) -> None:
-        if self.channel_axis is None:
-            scale, zero_point = observe(self.observer, x.reshape(1, -1), self.grid)
-            self.scale, self.zero_point = scale[0], zero_point[0]
-            if self.grid.zero_in_range:  # for integer engines
-                self.scale = without_ties(x, self.scale)
-        else:
-            rows = x.movedim(self.channel_axis, 0).reshape(x.shape[self.channel_axis], -1)
-            self.scale, self.zero_point = observe(self.observer, rows, self.grid)
+        self.scale, self.zero_point = self.chosen(x)
+
+    def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale and zero point that :meth:`calibrate` would set."""
+        if self.channel_axis is not None:
+            return observe(
+                self.observer, x.movedim(self.channel_axis, 0).reshape(x.shape[self.channel_axis], -1), self.grid
+            )
+        scales, zero_points = observe(self.observer, x.reshape(1, -1), self.grid)
+        scale, zero_point = scales[0], zero_points[0]
+        return without_ties(x, scale) if self.grid.zero_in_range else scale, zero_point  # for integer engines
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and zero point in shapes that broadcast against ``x``."""
@@ -106,6 +109,11 @@ class UniformQuantizer(Quantizer):
         scale, zero_point = self.parameters_for(x)
         codes = torch.clamp(torch.round(x / scale) + zero_point, self.grid.qmin, self.grid.qmax)
         return codes.to(torch.int32)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Return the values that integer codes stand for, float32 of the same shape."""
+        scale, zero_point = self.parameters_for(codes)
+        return (codes - zero_point) * scale
 
     def extra_repr(self) -> str:
         """Return the settings that ``print`` shows."""

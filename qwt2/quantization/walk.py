@@ -8,7 +8,7 @@ the stored values grow too much. In that case it is computed again from the earl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,8 +18,10 @@ from qwt2.capture.batch import Inputs
 from qwt2.capture.blocks import belongs
 from qwt2.capture.graph import GraphModel
 from qwt2.quantization.activation_store import ActivationStore, size_of
-from qwt2.quantization.layers import QuantizedModule
+from qwt2.quantization.layers import QuantizedLayer, QuantizedModule
 from qwt2.quantization.malloc import give_back_after
+from qwt2.quantization.quantizers import UniformQuantizer
+from qwt2.quantization.streams import Joint, branch_end, joint
 
 # Called with the number of finished modules and the number of all modules.
 Progress = Callable[[int, int], None]
@@ -56,6 +58,22 @@ class Walk:
             yield Visit(self, name, calls)
             if self.progress is not None:
                 self.progress(number, len(modules))
+
+    def layer_visits(self, ranges: str | None = None) -> Iterator[Visit]:
+        """Yield a visit for each quantized layer, in the order of their first calls.
+
+        Args:
+            ranges: observer that chooses the ranges of all activations again on the way: those of each module's
+                arguments in front of it, and that of a layer's output after its visit. ``None`` keeps the ranges.
+        """
+        if ranges is None:
+            yield from self.visits(QuantizedLayer)
+            return
+        for visit in self.visits(QuantizedModule):
+            visit.choose_ranges(ranges)
+            if isinstance(visit.module, QuantizedLayer):
+                yield visit
+                visit.choose_output_range()
 
     @cached_property
     def routes(self) -> list[Route]:
@@ -98,36 +116,100 @@ class Visit:
         """Whether the module runs several times in one pass."""
         return len(self.calls) > 1
 
+    @property
+    def is_inside_branch(self) -> bool:
+        """Whether the layer lies inside a residual branch, and not at its end."""
+        route = self.walk.routes[0]
+        return self.joint() is None and branch_end(route.model, route.nodes[route.calls[self.name][-1]]) is not None
+
+    def joint(self, index: int = 0) -> Joint | None:
+        """Return where the layer's output is added to a residual stream that is known by then, in a batch's graph."""
+        route = self.walk.routes[index]
+        numbers = route.calls[self.name]
+        found = joint(route.model, route.nodes[numbers[0]]) if len(numbers) == 1 else None
+        return found if found is not None and route.positions[found.shortcut] < numbers[0] else None
+
     def layer_outputs(self, target: str) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (batch number, output, target) of a layer for every batch and call, both (N, ..., C) or (N, C, H, W).
 
         The output is that of the quantized layer in the quantized network, without compensation.
 
         Args:
-            target: "global" for the layer's output in the full-precision network; "local" for the full-precision
-                layer's output on the quantized network's input.
+            target: "global" for the layer's output in the full-precision network; "stream" for the same, but if the
+                output is added to a residual stream, for what the stream lacks: the full-precision stream behind the
+                addition minus the quantized stream before it; "local" for the full-precision layer's output on the
+                quantized network's input.
         """
         for index in range(len(self.walk.batches)):
             inputs: list[Tensor] = []
             products: list[Tensor] = []
             give = partial(self._products, inputs, products)
-            self.walk.quantized.visit(index, self, give, pending=products)
-            if target == "global":
-                targets: list[Tensor] = []
-                self.walk.reference.visit(index, self, partial(self._full_precision, targets))
-            else:
-                targets = [self.module.full_precision(x) for x in inputs]
-            for y, y_f in zip(products, targets, strict=True):
+            before = self.walk.quantized.visit(index, self, give, pending=products)
+            for y, y_f in zip(products, self._targets(index, target, inputs, before), strict=True):
                 yield index, self.module.with_bias(y.clone()), y_f
             give_back_after(index)
 
+    def layer_inputs(self, target: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (batch number, quantized input, target) of a layer for every batch and call.
+
+        The walk stays in front of the layer, whose weight may then be changed.
+
+        Args:
+            target: as in :meth:`layer_outputs`.
+        """
+        for index in range(len(self.walk.batches)):
+            inputs: list[Tensor] = []
+            before = self.walk.quantized.visit(index, self, partial(self._inputs, inputs), stay=True)
+            for x, y_f in zip(inputs, self._targets(index, target, inputs, before), strict=True):
+                yield index, self.module.input_quantizer(x), y_f
+            give_back_after(index)
+
+    def _targets(self, index: int, target: str, inputs: list[Tensor], before: _Values) -> list[Tensor]:
+        if target == "local":
+            return [self.module.full_precision(x) for x in inputs]
+        targets: list[Tensor] = []
+        exact = self.walk.reference.visit(index, self, partial(self._full_precision, targets))
+        found = self.joint(index) if target == "stream" else None
+        if found is None:
+            return targets
+        model, [y] = self.walk.routes[index].model, targets
+        lack = exact[found.shortcut] - operand(model, found, before[found.shortcut])
+        return [y + found.moved_back(model, before, lack, y)]
+
     def _full_precision(self, targets: list[Tensor], x: Tensor) -> Tensor:
         return _kept(self.module.full_precision(x), targets)
+
+    def _inputs(self, inputs: list[Tensor], x: Tensor) -> Tensor:
+        inputs.append(x)
+        return self.module(x) if self.is_repeated else x
 
     def _products(self, inputs: list[Tensor], products: list[Tensor], x: Tensor) -> Tensor:
         inputs.append(x)
         products.append(self.module.products(x))
         return self.module.finished(products[-1].clone()) if self.is_repeated else products[-1]
+
+    def stream_error(self, batches: Iterable[int]) -> tuple[float, float] | None:
+        """Return the power of the residual stream behind the branch that a layer lies in, and that of its error.
+
+        The walk must just have visited the layer. It does not move on.
+
+        Args:
+            batches: numbers of the batches to run.
+
+        Returns:
+            The sum of squares of the full-precision stream, and of the quantized stream's error, with the layer's
+            present compensation; ``None`` if no stream follows, or if the layer runs several times.
+        """
+        signal = error = 0.0
+        for index in sorted(batches):
+            route = self.walk.routes[index]
+            end = branch_end(route.model, route.nodes[route.calls[self.name][-1]])
+            if end is None or self.is_repeated:
+                return None
+            exact = self.walk.reference.value(index, end).double()
+            signal += float(exact.square().sum())
+            error += float((self.walk.quantized.value(index, end) - exact).square().sum())
+        return signal, error
 
     def block_outputs(self, block: str, target: str) -> Iterator[tuple[int, tuple, tuple]]:
         """Yield (batch number, quantized values, target values) for every batch.
@@ -172,6 +254,30 @@ class Visit:
         else:
             self.walk.quantized.visit(0, self, self.module.calibrate_on)
 
+    def choose_ranges(self, observer: str) -> None:
+        """Choose the ranges of the module's arguments again, from the quantized network's values on the first batch.
+
+        Ranges of modules that run several times stay as they are.
+        """
+        for quantizer in self.module.activation_quantizers():
+            if isinstance(quantizer, UniformQuantizer):
+                quantizer.observer = observer
+        if not self.is_repeated:
+            self.walk.quantized.visit(0, self, self.module.calibrate_inputs, stay=True)
+
+    def choose_output_range(self) -> None:
+        """Choose the range of a layer's output again, with its present weight codes and compensation."""
+        if not self.is_repeated and self.module.output_quantizer is not None:
+            self.module.calibrate_output(self.walk.quantized.products(0, self.walk.routes[0].calls[self.name][0]))
+
+
+def operand(model: GraphModel, found: Joint, shortcut: Tensor) -> Tensor:
+    """Return the shortcut as the quantized addition sees it."""
+    addition = model.get_submodule(str(found.addition.target))
+    quantizers = addition.quantizers() if isinstance(addition, QuantizedModule) else {}
+    quantizer = quantizers.get(("a_quantizer", "b_quantizer")[found.side])
+    return shortcut if quantizer is None else quantizer(shortcut)
+
 
 def _kept(value: Any, where: list, kept: Any = None) -> Any:
     where.append(value if kept is None else kept)
@@ -183,6 +289,7 @@ class Route:
 
     Attributes:
         nodes: the nodes; a position is an index into them.
+        positions: node -> position.
         last: node -> position of its last reader.
         by_name: node name -> node.
         calls: module name -> positions of its calls.
@@ -190,10 +297,10 @@ class Route:
 
     def __init__(self, model: GraphModel):
         self.model, self.nodes = model, list(model.graph.nodes)
-        numbers = {node: number for number, node in enumerate(self.nodes)}
-        self.last = {source: number for node, number in numbers.items() for source in node.all_input_nodes}
+        self.positions = {node: number for number, node in enumerate(self.nodes)}
+        self.last = {source: number for node, number in self.positions.items() for source in node.all_input_nodes}
         self.by_name = {node.name: node for node in self.nodes}
-        self.calls = {name: [numbers[call] for call in calls] for name, calls in model.calls(nn.Module).items()}
+        self.calls = {name: [self.positions[call] for call in calls] for name, calls in model.calls(nn.Module).items()}
 
     def start_of(self, block: str) -> int:
         """Return the position of the first node of a block."""
@@ -224,7 +331,9 @@ class Path:
         self.run_module, self.store = run_module, store
         self.runs_again: set[int] = set()  # batches whose stored position lies before operations that have run
 
-    def visit(self, index: int, visit: Visit, give: Callable, pending: list[Tensor] | None = None) -> None:
+    def visit(
+        self, index: int, visit: Visit, give: Callable, pending: list[Tensor] | None = None, stay: bool = False
+    ) -> _Values:
         """Run one batch up to a module and through all its calls, and store the new position.
 
         If other nodes run between the calls, they depend on changes that the visit makes. The batch then stays in front
@@ -237,6 +346,10 @@ class Path:
             pending: list that ``give`` fills with the layer's products, one tensor per call. The outputs are computed
                 from these when the walk goes on, with the compensation that the layer has by then. ``None`` if the
                 results of ``give`` are final.
+            stay: stay in front of the first call, because the visit will change the layer's weight.
+
+        Returns:
+            The values that are alive before the first call.
         """
         route = self.routes[index]
         numbers = route.calls[visit.name]
@@ -247,7 +360,7 @@ class Path:
             position = number + 1
             values[route.nodes[number]] = give(*route.arguments(values, number))
             route.drop(values, number)
-        if numbers[-1] - numbers[0] >= len(numbers):  # other nodes run between the calls and will see changes
+        if stay or numbers[-1] - numbers[0] >= len(numbers):  # nodes between the calls will see changes
             self.hold(index, (numbers[0], before))
         elif pending is None:
             self.hold(index, (position, values), (numbers[0], before))
@@ -255,6 +368,21 @@ class Path:
             for number in numbers:
                 values.pop(route.nodes[number], None)
             self.hold(index, (numbers[0], values, dict(zip(numbers, pending))), (numbers[0], before))
+        return before
+
+    def value(self, index: int, node: fx.Node) -> Tensor:
+        """Run one batch up to a node and return its value, without storing the new position."""
+        number = self.routes[index].positions[node]
+        values = self.advance(index, number)
+        return self.run_module(self.model.get_submodule(node.target), *self.routes[index].arguments(values, number))
+
+    def products(self, index: int, number: int) -> Tensor:
+        """Return the products of the layer that is called at a position, which the last visit may have left."""
+        _, _, *results = self.store[index]
+        if results and number in results[0]:
+            return results[0][number].clone()
+        layer = self.model.get_submodule(self.routes[index].nodes[number].target)
+        return layer.products(*self.routes[index].arguments(self.advance(index, number), number))
 
     def advance(self, index: int, number: int) -> _Values:
         """Run one batch up to the node at position ``number``, and return the values that are alive there."""

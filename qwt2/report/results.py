@@ -379,7 +379,7 @@ def fit_record(fit: Any) -> dict[str, Any]:
     """
     decibels = ("sqnr_before_db", "sqnr_after_db", "gate_before_db", "gate_after_db")
     figures = {name: min(max(getattr(fit, name), -EXACT_DB), EXACT_DB) for name in decibels}
-    figures |= {"r2": fit.r2, "output_rms": fit.output_rms}
+    figures |= {"r2": fit.r2, "output_rms": fit.output_rms, "ridge": math.nan if fit.ridge is None else fit.ridge}
     if fit.alpha is not None:
         alpha, beta = (np.asarray(values.cpu(), np.float64) for values in (fit.alpha, fit.beta))
         figures |= {

@@ -95,7 +95,7 @@ class TestCWACAgainstWholeNetworks:
     def test_modules(self, name, target, order):
         qmodel, batches = quantized(name), tiny.batches(8)
         twin, reference = copy.deepcopy(qmodel), full_precision_copy(qmodel)
-        report = qwt2.compensate(qmodel, batches, "cwac", target=target, order=order, gate="none")
+        report = qwt2.compensate(qmodel, batches, "cwac_paper", target=target, order=order, gate="none")
         assert [m.module for m in report.modules] == qmodel.quantization.layers
         for module in report.modules:
             pairs = layer_pairs(twin, reference, module.module, batches, target)
@@ -121,7 +121,7 @@ class TestCWACAgainstWholeNetworks:
         qmodel, batches = quantized(name), tiny.batches(8)
         blocks, axis = list(qmodel.quantization.blocks), 1 if name == "resnet" else -1
         twin, reference = copy.deepcopy(qmodel), full_precision_copy(qmodel)
-        report = qwt2.compensate(qmodel, batches, "cwac", granularity="block", target=target, order=order, gate="none")
+        report = qwt2.compensate(qmodel, batches, "cwac_paper", granularity="block", target=target, order=order, gate="none")
         assert [m.module for m in report.modules] == blocks
         for module in report.modules:
             triples = block_triples(twin, reference, module.module, batches, target)
@@ -137,7 +137,7 @@ class TestCWACAgainstWholeNetworks:
     def test_estimators(self, estimator):
         qmodel, batches = quantized("vit"), tiny.batches(8)
         twin, reference = copy.deepcopy(qmodel), full_precision_copy(qmodel)
-        for module in qwt2.compensate(qmodel, batches, "cwac", estimator=estimator, gate="none").modules:
+        for module in qwt2.compensate(qmodel, batches, "cwac_paper", estimator=estimator, gate="none").modules:
             pairs = layer_pairs(twin, reference, module.module, batches, "global")
             assert_same_parameters(module, *affine(*(rows(outputs, -1 if q_is_tokens(pairs) else 1) for outputs in zip(*pairs)), estimator))
             apply(twin, module)
@@ -148,7 +148,7 @@ class TestCWACAgainstWholeNetworks:
         qmodel, batches = quantized("vit", 8), tiny.batches(16, 2)
         twin, reference = copy.deepcopy(qmodel), full_precision_copy(qmodel)
         decisions = set()
-        for module in qwt2.compensate(qmodel, batches, "cwac", gate=gate, holdout=0.25).modules:
+        for module in qwt2.compensate(qmodel, batches, "cwac_paper", gate=gate, holdout=0.25).modules:
             pairs = layer_pairs(twin, reference, module.module, batches, "global")
             axis = -1 if q_is_tokens(pairs) else 1
             q, f = zip(*((rows([a], axis), rows([b], axis)) for a, b in pairs))
@@ -178,7 +178,7 @@ class TestGate:
             qmodel = quantized("vit", 3)
             # 3-bit patches: a first layer whose error is large and systematic
             qmodel.patch_embed.proj.weight_quantizer.scale *= 0.3
-            first = qwt2.compensate(qmodel, [*normal, last], "cwac", gate="module").modules[0]
+            first = qwt2.compensate(qmodel, [*normal, last], "cwac_paper", gate="module").modules[0]
             assert first.module == "patch_embed.proj" and first.kept == kept
             assert (qmodel.patch_embed.proj.alpha is not None) == kept
             if not kept:
@@ -188,7 +188,7 @@ class TestGate:
 
     def test_none_keeps_everything(self):
         black = torch.zeros(4, 3, tiny.SIZE, tiny.SIZE)
-        report = qwt2.compensate(quantized("vit"), [*tiny.batches(12), black], "cwac", gate="none")
+        report = qwt2.compensate(quantized("vit"), [*tiny.batches(12), black], "cwac_paper", gate="none")
         assert all(m.kept for m in report.modules)
 
     @pytest.mark.parametrize("holdout, count, expected", [(0.25, 4, [3]), (0.5, 4, [1, 3]), (0.01, 3, [2]), (0.99, 3, [1, 2]), (0.3, 10, [3, 6, 9])])
@@ -210,15 +210,15 @@ class TestGate:
 
 def held_out_power(qmodel: nn.Module, batches, holdout: float) -> float:
     """What the gate of the first layer sees: its SQNR on held-out batches, without compensation."""
-    return qwt2.compensate(copy.deepcopy(qmodel), batches, "cwac", holdout=holdout).modules[0].gate_before_db
+    return qwt2.compensate(copy.deepcopy(qmodel), batches, "cwac_paper", gate="module", holdout=holdout).modules[0].gate_before_db
 
 
 class TestCWAC:
-    @pytest.mark.parametrize("estimator", ["least_squares", "moment", "bias_only"])
+    @pytest.mark.parametrize("estimator", ["branch", "least_squares", "moment", "bias_only"])
     @pytest.mark.parametrize("granularity", ["module", "block"])
     @pytest.mark.parametrize("order", ["sequential", "one_pass"])
-    @pytest.mark.parametrize("target", ["global", "local"])
-    @pytest.mark.parametrize("gate", ["none", "module", "channel"])
+    @pytest.mark.parametrize("target", ["stream", "global", "local"])
+    @pytest.mark.parametrize("gate", ["stream", "module", "channel", "none"])
     def test_every_combination_of_settings_runs(self, target, order, granularity, estimator, gate):
         qmodel = quantized("mlp", 3)
         wanted = qmodel.quantization.layers if granularity == "module" else qmodel.quantization.blocks
@@ -231,7 +231,7 @@ class TestCWAC:
         assert torch.isfinite(qmodel(tiny.images(2))).all()
 
     def test_least_squares_on_all_images_lowers_every_module_s_error(self):
-        for module in qwt2.compensate(quantized("swin"), tiny.batches(), "cwac", gate="none").modules:
+        for module in qwt2.compensate(quantized("swin"), tiny.batches(), "cwac_paper", gate="none").modules:
             assert module.r2 >= 0 and module.sqnr_after_db >= module.sqnr_before_db, module.module
 
     @pytest.mark.parametrize("name", ["vit", "resnet"])
@@ -239,11 +239,11 @@ class TestCWAC:
         """Only float32 rounding inside the network's own layers may differ (and flip a code now and then)."""
         results = []
         for size in (16, 8, 5, 1):
-            report = qwt2.compensate(quantized(name, 8), tiny.batches(16, size), "cwac", gate="none")
+            report = qwt2.compensate(quantized(name, 8), tiny.batches(16, size), "cwac_paper", gate="none")
             results.append(torch.cat([torch.cat([m.alpha, m.beta]) for m in report.modules]))
         for result in results[1:]:
             assert float((result - results[0]).abs().max()) < 1e-3
-        fewer = qwt2.compensate(quantized(name, 8), tiny.batches(15, 15), "cwac", gate="none")
+        fewer = qwt2.compensate(quantized(name, 8), tiny.batches(15, 15), "cwac_paper", gate="none")
         gone = torch.cat([torch.cat([m.alpha, m.beta]) for m in fewer.modules])
         assert float((gone - results[0]).abs().max()) > 1e-3  # one image of 16 is visible at this tolerance
 
@@ -492,7 +492,7 @@ class TestErrors:
         with pytest.raises(qwt2.Qwt2Error, match=rf"^{named} gives NaN or infinity"):
             qwt2.compensate(qmodel, tiny.batches(), method, **options)
 
-    @pytest.mark.parametrize("method", ["cwac", "qwt"])
+    @pytest.mark.parametrize("method", ["cwac_paper", "qwt", "refit"])
     @pytest.mark.parametrize("target", ["global", "local"])
     def test_overflow_of_the_full_precision_network_alone_is_an_error(self, method, target):
         """Quantizers clip what overflows, so that only the target is infinite."""
@@ -529,15 +529,21 @@ class TestErrors:
     @pytest.mark.parametrize(
         "method, options, valid",
         [
-            ("cwac", {"target": "x"}, "global, local"),
+            ("cwac", {"target": "x"}, "stream, global, local"),
             ("cwac", {"order": "x"}, "sequential, one_pass"),
             ("cwac", {"granularity": "x"}, "module, block"),
-            ("cwac", {"estimator": "x"}, "least_squares, moment, bias_only"),
-            ("cwac", {"gate": "x"}, "none, module, channel"),
+            ("cwac", {"estimator": "x"}, "branch, least_squares, moment, bias_only"),
+            ("cwac", {"gate": "x"}, "stream, module, channel, none"),
             ("cwac", {"holdout": 0.0}, "between 0 and 1"),
             ("cwac", {"holdout": 1}, "between 0 and 1"),
             ("cwac", {"holdout": "half"}, "between 0 and 1"),
-            ("cwac", {"gat": "module"}, "target, order, granularity, estimator, gate, holdout"),
+            ("cwac", {"gat": "module"}, "target, order, granularity, estimator, gate, ranges, holdout"),
+            ("cwac", {"ranges": "x"}, "minmax, percentile, mse"),
+            ("refit", {"ranges": "x"}, "minmax, percentile, mse"),
+            ("refit", {"target": "x"}, "stream, global, local"),
+            ("refit", {"ridges": [0]}, "above 0"),
+            ("refit", {"ridges": 0.05}, "list"),
+            ("refit", {"holdout": 1.0}, "between 0 and 1"),
             ("qwt", {"target": "x"}, "local, global"),
             ("qwt", {"dtype": "float8"}, "float16, float32"),
             ("qwt", {"r2": "x"}, "pooled, positional"),
@@ -545,7 +551,7 @@ class TestErrors:
             ("qwt", {"kernel_size": "3"}, "odd"),
             ("qwt", {"damping": -1.0}, "damping"),
             ("qwt", {"channels_per_group": 0}, "channels_per_group"),
-            ("affine", {}, "cwac, qwt"),
+            ("affine", {}, "cwac, cwac_paper, qwt, qwt_global, refit"),
         ],
     )
     def test_bad_settings_are_refused_with_the_valid_ones(self, method, options, valid):
@@ -578,7 +584,7 @@ def test_report_counts_its_seconds_and_its_method():
 def test_weights_and_quantizers_stay_as_they_were():
     qmodel = quantized("vit")
     before = copy.deepcopy(qmodel.state_dict())
-    qwt2.compensate(qmodel, tiny.batches(8))
+    qwt2.compensate(qmodel, tiny.batches(8), "cwac_paper")
     after = qmodel.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert {n.rpartition(".")[2] for n in after.keys() - before.keys()} == {"alpha", "beta"}
@@ -588,7 +594,7 @@ def test_weights_and_quantizers_stay_as_they_were():
 @pytest.mark.parametrize("gate", ["none", "module", "channel"])
 def test_reports_tell_the_distribution_and_what_the_gate_saw(gate):
     qmodel = tiny.quantized("vit", 3, 4)
-    for module in qwt2.compensate(qmodel, tiny.batches(), "cwac", gate=gate).modules:
+    for module in qwt2.compensate(qmodel, tiny.batches(), "cwac_paper", gate=gate).modules:
         told = fit_record(module)
         for name, values in (("alpha", module.alpha.numpy()), ("beta", module.beta.numpy())):
             for suffix, share in {"min": 0, "p05": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}.items():
@@ -613,7 +619,7 @@ def test_the_output_s_size_is_the_target_s():
 def test_cwac_finds_what_the_implementation_that_stores_everything_finds(name):
     qmodel = tiny.quantized("vit", 4, 4) if name == "vit" else quantized("mlp")
     stored = Stored(copy.deepcopy(qmodel), tiny.batches()).cwac()
-    report = qwt2.compensate(qmodel, tiny.batches(), "cwac", gate="none")
+    report = qwt2.compensate(qmodel, tiny.batches(), "cwac_paper", gate="none")
     assert list(stored) == [module.module for module in report.modules]
     # Roundings that fall differently in float32 change what later layers see; the first ones see the same.
     for module in report.modules[:3]:

@@ -9,7 +9,7 @@ import torch
 
 from qwt2.compensation.blocks import LinearCompensation
 from qwt2.compensation.methods.qwt import Patches, QwT, Tokens
-from qwt2.compensation.regression import Regression
+from qwt2.quantization.regression import Regression
 from tests.support.golden_data import arrays
 
 VECTORS = arrays("b_regression")

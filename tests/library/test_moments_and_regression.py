@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from qwt2.compensation.methods.cwac import affine
 from qwt2.compensation.moments import Moments
-from qwt2.compensation.regression import Regression
 from qwt2.decibel import decibel
+from qwt2.quantization.regression import Regression
 
 
 def paired(rows: int, channels: int, mean: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """QwT-v2: channel-wise affine compensation (CWAC), arXiv 2505.20932.
 
 y = alpha * y_q + beta per output channel of each quantized module. The parameters follow in closed form from the joint
-moments of the quantized and the full-precision output. :func:`qwt2.fold` folds alpha and beta into the integer layer's
-own scales and biases.
+moments of the quantized output and its target. :func:`qwt2.fold` folds alpha and beta into the integer layer's own
+scales and biases. By default, the target is what the residual stream lacks; "cwac_paper" is the paper's own form.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from qwt2.compensation.blocks import AffineCompensation, put_behind, visits_behi
 from qwt2.compensation.methods import COMPENSATIONS
 from qwt2.compensation.moments import Moments
 from qwt2.compensation.report import ModuleReport
+from qwt2.decibel import decibel
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.info import channel_axis
 from qwt2.quantization.layers import QuantizedLayer
+from qwt2.quantization.observers import OBSERVERS
 from qwt2.quantization.recipe import Recipe
 from qwt2.quantization.walk import Visit, Walk
 
 # Estimators of alpha for channels that are not constant; beta = mean(y_f) - alpha * mean(y_q). QwT-v2: least squares.
+# "branch" is "moment" inside a residual branch and "least_squares" at its end.
 ESTIMATORS: dict[str, Callable[[Moments], Tensor]] = {
     "least_squares": lambda m: m.cov / m.var_q,
     "moment": lambda m: (m.var_f / m.var_q).sqrt(),
     "bias_only": lambda m: torch.ones_like(m.var_q),
 }
 CHOICES = {
-    "target": ("global", "local"),
+    "target": ("stream", "global", "local"),
     "order": ("sequential", "one_pass"),
     "granularity": ("module", "block"),
-    "estimator": tuple(ESTIMATORS),
-    "gate": ("none", "module", "channel"),
+    "estimator": ("branch", *ESTIMATORS),
+    "gate": ("stream", "module", "channel", "none"),
 }
 
 
@@ -46,15 +49,22 @@ class CWAC:
     """Settings of CWAC.
 
     Args:
-        target: "global" for the module's output in the full-precision network; "local" for the full-precision module's
-            output on the quantized module's input.
+        target: "stream" for what the residual stream lacks if a module's output is added to it (the full-precision
+            stream behind the addition minus the quantized stream before it), and "global" for other modules; "global"
+            for the module's output in the full-precision network; "local" for the full-precision module's output on
+            the quantized module's input.
         order: "sequential" fits each module after the modules before it are compensated; "one_pass" fits all modules
             on the uncompensated network.
         granularity: "module" compensates every Linear and Conv2d, which folds away completely; "block" compensates
             every block's output by an extra operation that cannot be folded.
-        estimator: "least_squares", "moment" or "bias_only".
-        gate: keep a compensation only if it lowers the squared error on held-out calibration batches: "module" decides
-            per module, "channel" per channel, and "none" keeps all.
+        estimator: "branch", "least_squares" (the paper), "moment" or "bias_only". Least squares shrinks a noisy output,
+            and inside a branch every later module would see less signal. "branch" therefore takes "moment" inside a
+            residual branch, and "least_squares" at its end and outside.
+        gate: keep a compensation only if it lowers the squared error on held-out calibration batches: "stream" decides
+            per module by the residual stream behind its branch (by the module's output where there is none), "module"
+            by the module's output, "channel" by each channel of it, and "none" keeps all.
+        ranges: observer that chooses the ranges of activations again on the compensated network; ``None`` keeps them.
+            Compensation of blocks keeps them in any case.
         holdout: share of the batches held out for the gate, at least one batch.
 
     Raises:
@@ -65,19 +75,19 @@ class CWAC:
     ORDER: ClassVar[int] = 20
     COLOUR: ClassVar[str] = "#0f9d76"
 
-    target: str = "global"
+    target: str = "stream"
     order: str = "sequential"
     granularity: str = "module"
-    estimator: str = "least_squares"
-    gate: str = "module"
+    estimator: str = "branch"
+    gate: str = "stream"
+    ranges: str | None = "mse"
     holdout: float = 0.25
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise Qwt2Error(f"cwac: unknown {name} {getattr(self, name)!r}; use one of: {', '.join(choices)}")
-        if not isinstance(self.holdout, float) or not 0 < self.holdout < 1:
-            raise Qwt2Error(f"cwac: holdout is {self.holdout!r}; use a share between 0 and 1")
+        check_calibration("cwac", self.ranges, self.holdout)
 
     @property
     def exportable(self) -> bool:
@@ -104,7 +114,7 @@ class CWAC:
         for layer in walk.model.calls(QuantizedLayer):
             walk.model.get_submodule(layer).set_compensation(None, None)
         fits = []
-        for place in PLACES[self.granularity](walk):  # in execution order
+        for place in PLACES[self.granularity](walk, self.ranges):  # in execution order
             fits.append(self._fit(place, len(walk.batches)))
             if self.order == "sequential":
                 fits[-1].apply()
@@ -114,18 +124,56 @@ class CWAC:
         return [fit.report() for fit in fits]
 
     def _fit(self, place: Place, batches: int) -> _Fit:
+        held = held_out_batches(batches, self.holdout) if self.gate != "none" else set()
         fitted: list[Moments] = []
         held_out: list[Moments] = []
         for index, y_q, y_f in place.outputs(self.target):
             moments = Moments.of(y_q, y_f, place.channel_axis)
             if not moments.is_finite:
                 raise Qwt2Error(f"{place.name} gives NaN or infinity on the calibration images; check its weights")
-            part = held_out if self.gate != "none" and _is_held_out(index, batches, self.holdout) else fitted
+            part = held_out if index in held else fitted
             part[:] = [part[0] + moments] if part else [moments]
+        estimator = estimator_at(place.is_inside_branch) if self.estimator == "branch" else self.estimator
         # The gate judges parameters that were fitted without the held-out images; the final ones use all images.
         every = fitted[0] + held_out[0] if held_out else fitted[0]
-        fit = _Fit(place, every, *affine(every, self.estimator))
-        return fit.gated(held_out[0], affine(fitted[0], self.estimator), self.gate) if held_out else fit
+        fit = _Fit(place, every, *affine(every, estimator))
+        return self._gated(fit, held, held_out[0], affine(fitted[0], estimator)) if held_out else fit
+
+    def _gated(self, fit: _Fit, held: set[int], held_out: Moments, trial: tuple[Tensor, Tensor]) -> _Fit:
+        """Return the fit without parameters that do not help on held-out batches.
+
+        Args:
+            fit: the fit on all batches.
+            held: numbers of the held-out batches.
+            held_out: their moments.
+            trial: alpha and beta fitted on the other batches, (C,).
+        """
+        if self.gate == "stream" and (found := fit.place.stream_errors(held, trial)):
+            signal, before, after = found
+            return fit.keeping(torch.tensor(after < before), decibel(signal, before), decibel(signal, after))
+        gain = held_out.squared_error() - held_out.squared_error(*trial)
+        better = gain > 0 if self.gate == "channel" else gain.sum() > 0
+        return fit.keeping(better, held_out.sqnr_db(), held_out.sqnr_db(*trial))
+
+
+@COMPENSATIONS.register("cwac_paper")
+@dataclass
+class PaperCWAC(CWAC):
+    """CWAC exactly as QwT-v2 describes it (arXiv 2505.20932, section 3): least squares to each module's own output."""
+
+    LABEL: ClassVar[str] = "CWAC, paper"
+    ORDER: ClassVar[int] = 19
+    COLOUR: ClassVar[str] = "#86d3bd"
+
+    target: str = "global"
+    estimator: str = "least_squares"
+    gate: str = "none"
+    ranges: str | None = None
+
+
+def estimator_at(is_inside_branch: bool) -> str:
+    """Return the estimator that keeps the size of the signal inside a branch, and lowers the error elsewhere."""
+    return "moment" if is_inside_branch else "least_squares"
 
 
 def affine(moments: Moments, estimator: str = "least_squares") -> tuple[Tensor, Tensor]:
@@ -140,20 +188,41 @@ class LayerPlace:
     Attributes:
         name: name of the layer.
         channel_axis: channel axis of its output.
+        is_inside_branch: whether it lies inside a residual branch, and not at its end.
     """
 
     def __init__(self, visit: Visit):
         self.name, self.layer, self.outputs = visit.name, visit.module, visit.layer_outputs
-        self.channel_axis = visit.module.channel_axis
+        self.visit, self.channel_axis, self.is_inside_branch = visit, visit.module.channel_axis, visit.is_inside_branch
+
+    def stream_errors(self, batches: set[int], parameters: tuple[Tensor, Tensor]) -> tuple[float, float, float] | None:
+        """Return what the layer's parameters do to the residual stream behind its branch.
+
+        Args:
+            batches: numbers of the batches to run.
+            parameters: alpha and beta.
+
+        Returns:
+            The power of the full-precision stream, and of the quantized stream's error without and with the
+            parameters, each summed over all values; ``None`` if the layer is not inside a branch.
+        """
+        without = self.visit.stream_error(batches) if self.is_inside_branch else None
+        if without is None:
+            return None
+        self.apply(*parameters)
+        compensated = self.visit.stream_error(batches)
+        self.layer.set_compensation(None, None)
+        assert compensated is not None  # the same stream
+        return *without, compensated[1]
 
     def apply(self, alpha: Tensor, beta: Tensor) -> None:
         """Set the layer's alpha and beta, (C_out,)."""
         self.layer.set_compensation(alpha.float(), beta.float())
 
     @classmethod
-    def all(cls, walk: Walk) -> Iterator[LayerPlace]:
+    def all(cls, walk: Walk, ranges: str | None) -> Iterator[LayerPlace]:
         """Yield every layer in execution order."""
-        return map(cls, walk.visits(QuantizedLayer))
+        return map(cls, walk.layer_visits(ranges))
 
 
 class BlockPlace:
@@ -162,7 +231,10 @@ class BlockPlace:
     Attributes:
         name: name of the block.
         channel_axis: channel axis of its output.
+        is_inside_branch: False; the output of a block is the stream itself.
     """
+
+    is_inside_branch = False
 
     def __init__(self, visit: Visit, block: str):
         self.model, self.visit, self.name = visit.walk.model, visit, block
@@ -173,19 +245,23 @@ class BlockPlace:
         for index, (_, y_q), (_, y_f) in self.visit.block_outputs(self.name, target):
             yield index, y_q, y_f
 
+    def stream_errors(self, batches: set[int], parameters: tuple[Tensor, Tensor]) -> None:
+        """Return ``None``: the gate decides by the block's output."""
+        return
+
     def apply(self, alpha: Tensor, beta: Tensor) -> None:
         """Insert alpha and beta, (C,), after the block."""
         put_behind(self.model, self.name, AffineCompensation(alpha.float(), beta.float(), self.channel_axis))
 
     @classmethod
-    def all(cls, walk: Walk) -> Iterator[BlockPlace]:
-        """Yield every block in execution order."""
+    def all(cls, walk: Walk, ranges: str | None) -> Iterator[BlockPlace]:
+        """Yield every block in execution order; ranges stay as they are."""
         for visit, block in visits_behind_blocks(walk):
             yield cls(visit, block)
 
 
 Place = LayerPlace | BlockPlace
-PLACES: dict[str, Callable[[Walk], Iterator[Place]]] = {"module": LayerPlace.all, "block": BlockPlace.all}
+PLACES: dict[str, Callable[[Walk, str | None], Iterator[Place]]] = {"module": LayerPlace.all, "block": BlockPlace.all}
 
 
 @dataclass(frozen=True)
@@ -201,21 +277,17 @@ class _Fit:
     gate_before_db: float = math.nan
     gate_after_db: float = math.nan
 
-    def gated(self, held_out: Moments, fitted: tuple[Tensor, Tensor], gate: str) -> _Fit:
-        """Return the fit without parameters that do not lower the error on held-out images.
+    def keeping(self, better: Tensor, before_db: float, after_db: float) -> _Fit:
+        """Return the fit with only those parameters that are better than none.
 
         Args:
-            held_out: moments of the held-out images.
-            fitted: alpha and beta fitted on the other images, (C,).
-            gate: "module" or "channel".
+            better: whether they are, bool, () or (C,).
+            before_db, after_db: SQNR on held-out images without and with them.
         """
-        gain = held_out.squared_error() - held_out.squared_error(*fitted)
-        better = gain > 0 if gate == "channel" else (gain.sum() > 0).expand_as(gain)
-        before, after = held_out.sqnr_db(), held_out.sqnr_db(*fitted)
         kept = bool(better.any())
         return replace(
-            self, kept=kept, gate_before_db=before, gate_after_db=after,
-            reason="" if kept else f"no gain on held-out images: {before:.2f} dB without, {after:.2f} dB with it",
+            self, kept=kept, gate_before_db=before_db, gate_after_db=after_db,
+            reason="" if kept else f"no gain on held-out images: {before_db:.2f} dB without, {after_db:.2f} dB with it",
             alpha=torch.where(better, self.alpha, torch.ones_like(self.alpha)),
             beta=torch.where(better, self.beta, torch.zeros_like(self.beta)),
         )  # fmt: skip
@@ -242,7 +314,15 @@ class _Fit:
         )
 
 
-def _is_held_out(index: int, count: int, share: float) -> bool:
-    """Return whether a batch is held out; held-out batches are spread evenly, at least one and never all."""
+def check_calibration(method: str, ranges: str | None, holdout: float) -> None:
+    """Refuse an unknown observer, and a share of held-out batches that is not between 0 and 1."""
+    if ranges is not None and ranges not in OBSERVERS:
+        raise Qwt2Error(f"{method}: unknown ranges {ranges!r}; use None or one of: {', '.join(OBSERVERS)}")
+    if not isinstance(holdout, float) or not 0 < holdout < 1:
+        raise Qwt2Error(f"{method}: holdout is {holdout!r}; use a share between 0 and 1")
+
+
+def held_out_batches(count: int, share: float) -> set[int]:
+    """Return the numbers of the held-out batches: spread evenly, at least one and never all."""
     held = min(max(round(count * share), 1), count - 1)
-    return (index + 1) * held // count != index * held // count
+    return {index for index in range(count) if (index + 1) * held // count != index * held // count}

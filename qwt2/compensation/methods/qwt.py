@@ -18,12 +18,12 @@ from torch import Tensor
 from qwt2.capture.blocks import is_inside
 from qwt2.compensation.blocks import LinearCompensation, put_behind, visits_behind_blocks
 from qwt2.compensation.methods import COMPENSATIONS
-from qwt2.compensation.regression import Regression
 from qwt2.compensation.report import ModuleReport
 from qwt2.decibel import decibel
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.info import channel_axis, quantization_info
 from qwt2.quantization.recipe import Recipe
+from qwt2.quantization.regression import Regression
 from qwt2.quantization.walk import Visit, Walk
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -130,6 +130,18 @@ class QwT:
             x, y = (node.meta["shape"] for node in visit.calls[0].args)
             return Patches(x, y, self)
         return Tokens()
+
+
+@COMPENSATIONS.register("qwt_global")
+@dataclass
+class GlobalQwT(QwT):
+    """QwT fitted to the full-precision network's own outputs instead of the block's output on quantized inputs."""
+
+    LABEL: ClassVar[str] = "QwT, global"
+    ORDER: ClassVar[int] = 11
+    COLOUR: ClassVar[str] = "#93c5fd"
+
+    target: str = "global"
 
 
 class Tokens:

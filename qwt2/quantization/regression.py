@@ -1,4 +1,4 @@
-"""QwT's regression: streaming least squares of targets on inputs, in float64."""
+"""Streaming least squares of targets on inputs, in float64."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ class Regression:
     power: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, target: Tensor) -> Regression:
-        """Compute the sums of rows ``x`` (groups, n, d) and ``target`` (groups, n, o)."""
-        x, target = x.double(), target.double()
+    def of(cls, x: Tensor, target: Tensor, products: torch.dtype = torch.float64) -> Regression:
+        """Compute the sums of rows ``x`` (groups, n, d) and ``target`` (groups, n, o).
+
+        Args:
+            x, target: the rows.
+            products: type of the products of centred rows; the sums are float64 in any case.
+        """
+        x, target = x.to(products), target.to(products)
         mean_x, mean_t = x.mean(1), target.mean(1)
         x, target = x - mean_x[:, None], target - mean_t[:, None]
-        return cls(
-            x.shape[1], mean_x, mean_t, x.transpose(1, 2) @ x, x.transpose(1, 2) @ target, target.square().sum(1)
-        )
+        gram, cross, power = x.transpose(1, 2) @ x, x.transpose(1, 2) @ target, target.square().sum(1)
+        return cls(x.shape[1], *(sums.double() for sums in (mean_x, mean_t, gram, cross, power)))
 
     def __add__(self, other: Regression) -> Regression:
         total = self.count + other.count

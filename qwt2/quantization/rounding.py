@@ -1,0 +1,72 @@
+"""Rounding of a weight with error feedback: each input's rounding error is spread over the inputs to come.
+
+GPTQ (arXiv 2210.17323, section 3.3), per convolution group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwt2.quantization.observers import Grid
+
+DAMPING = 0.01  # share of the Gram matrix's mean diagonal that is added to its diagonal, as in GPTQ
+_TOGETHER = 128  # inputs whose errors are spread over all later ones in one product
+
+
+class Feedback:
+    """The order of rounding and the factors of the feedback for one layer's inputs.
+
+    With H = X'X + damping * mean(diag(X'X)) I and U'U = H^-1 (U upper triangular), the error e_i = (w_i - q_i) / U_ii
+    of input i changes the weights of the inputs j > i by -e_i U_ij. Inputs are rounded in the order of H's diagonal,
+    the largest first.
+
+    Args:
+        gram: X'X of the layer's quantized input, float64 (groups, d, d).
+        damping: share of the mean of its diagonal that is added to the diagonal.
+    """
+
+    def __init__(self, gram: Tensor, damping: float = DAMPING):
+        self.order = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        gram = gram.gather(1, self.order[:, :, None].expand(gram.shape)).gather(
+            2, self.order[:, None].expand(gram.shape)
+        )
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        mean = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
+        added = damping * mean + (diagonal <= 0) * mean  # an input that is always zero has no diagonal
+        # H = RR' with R upper triangular gives U = R^-1. R is the Cholesky factor of H read from its last entry back.
+        lower = _cholesky(gram.flip(1, 2), added.flip(1)).flip(1, 2)
+        eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        self.upper = torch.linalg.solve_triangular(lower, eye, upper=True)
+
+    def rounded(self, weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        """Return the integer codes of a weight, float64 (groups, outputs, d).
+
+        Args:
+            weight: (groups, outputs, d).
+            scale, zero_point: the weight's grid, in shapes that broadcast to (groups, outputs, 1).
+            grid: its codes.
+        """
+        index = self.order[:, :, None].expand(-1, -1, weight.shape[1])
+        left = weight.double().transpose(1, 2).gather(1, index)  # (groups, d, outputs): rows are contiguous
+        scale, zero_point = (part.double().expand(*weight.shape[:2], 1).squeeze(2) for part in (scale, zero_point))
+        codes = torch.empty_like(left)
+        for start in range(0, left.shape[1], _TOGETHER):
+            stop = min(start + _TOGETHER, left.shape[1])
+            errors = torch.empty_like(left[:, start:stop])
+            for i in range(start, stop):
+                codes[:, i] = (left[:, i] / scale).round_().add_(zero_point).clamp_(grid.qmin, grid.qmax)
+                error = (left[:, i] - (codes[:, i] - zero_point) * scale) / self.upper[:, i, i, None]
+                errors[:, i - start] = error
+                left[:, i + 1 : stop].baddbmm_(self.upper[:, i, i + 1 : stop, None], error[:, None], alpha=-1)
+            left[:, stop:].baddbmm_(self.upper[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
+        return torch.empty_like(codes).scatter_(1, index, codes).transpose(1, 2)
+
+
+def _cholesky(gram: Tensor, added: Tensor) -> Tensor:
+    """Return the Cholesky factor of a matrix with ``added`` on its diagonal, or with more where that is too little."""
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(added))
+        if not failed.any():
+            return factor
+        added = added * 10
