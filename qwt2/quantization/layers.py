@@ -146,7 +146,7 @@ class QuantizedLayer(QuantizedModule):
     def set_codes(self, codes: Tensor | None) -> None:
         """Set the weight's codes, (C_out, ...); ``None`` rounds the weight to the nearest codes again."""
         kind = torch.int8 if self.weight_quantizer.grid.symmetric else torch.uint8
-        self.codes = None if codes is None else codes.to(kind)
+        self.codes = None if codes is None else codes.to(kind).contiguous()
 
     def calibrate(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Choose all ranges; without ``outputs``, the output's range comes from the quantized layer itself."""
