@@ -88,6 +88,11 @@ def first(inputs: Inputs, count: int) -> Inputs:
     return {n: t[:count] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[:count]
 
 
+def after(inputs: Inputs, count: int) -> Inputs:
+    """Return the inputs of all but the first ``count`` images."""
+    return {n: t[count:] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[count:]
+
+
 def joined(batches: list[Inputs]) -> Inputs:
     """Concatenate several batches into one.
 

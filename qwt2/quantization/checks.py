@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwt2.capture.batch import Inputs, first, image_count, joined, model_inputs, shapes, tensors
+from qwt2.capture.batch import Inputs, after, first, image_count, joined, model_inputs, shapes, tensors
 from qwt2.errors import Qwt2Error
 
 
@@ -68,8 +68,14 @@ def check_batches(batches: list[Inputs], shape: tuple[int, ...] | dict[str, tupl
             raise Qwt2Error(f"calibration batch {number} holds NaN or infinity; check the images and their transform")
 
 
-def first_inputs(model: nn.Module, calibration: Iterable[Any], count: int) -> Inputs:
+def observed_inputs(model: nn.Module, calibration: Iterable[Any], count: int, rest: bool = False) -> list[Inputs]:
     """Return the inputs of the first ``count`` calibration images as one batch; fewer if the set is smaller.
+
+    Args:
+        model: the model.
+        calibration: batches as in :func:`qwt2.quantize`.
+        count: number of images.
+        rest: whether to return all other images too, in further batches.
 
     Raises:
         Qwt2Error: if the calibration set is empty.
@@ -77,8 +83,13 @@ def first_inputs(model: nn.Module, calibration: Iterable[Any], count: int) -> In
     collected: list[Inputs] = []
     for inputs in model_inputs(model, calibration):
         collected.append(inputs)
-        if sum(map(image_count, collected)) >= count:
+        if not rest and sum(map(image_count, collected)) >= count:
             break
     if not collected:
         raise Qwt2Error("the calibration set is empty; give at least one batch of images")
-    return first(joined(collected), count)
+    needed = 1
+    while needed < len(collected) and sum(map(image_count, collected[:needed])) < count:
+        needed += 1
+    together = joined(collected[:needed])
+    left = after(together, count)
+    return [first(together, count), *([left] if rest and image_count(left) else []), *collected[needed:]]

@@ -19,7 +19,7 @@ from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel, Product
 from qwt2.capture.normalise import fold_batchnorms
 from qwt2.errors import Qwt2Error
-from qwt2.quantization.checks import check_images, check_weights, first_inputs
+from qwt2.quantization.checks import check_images, check_weights, observed_inputs
 from qwt2.quantization.info import QuantizationInfo
 from qwt2.quantization.layers import (
     QuantizedAdd,
@@ -61,13 +61,15 @@ def quantize(
         model: float32 model that takes one batch; it is not changed.
         calibration: batches, each a tensor (N, ...), a tuple that starts with one, or a dictionary of tensors that the
             model takes as keyword arguments. The first axis of every tensor counts images.
-        method: a registered PTQ method: "repq", "percentile", "mse" or "minmax"; "repq_published" and
-            "percentile_published" follow the papers' code and run in simulation only.
+        method: a registered PTQ method: "repq", "percentile", "mse" or "minmax" only choose ranges; "gptq", "gptaq" and
+            "erq" also choose weight codes for the layer's output; "repq_published" and "percentile_published" follow
+            the papers' code and run in simulation only.
         precision: bit widths.
         target: the engines that the model will run on (:mod:`qwt2.quantization.targets`): "portable" for the integer
             kernels of all CPU engines; "openvino" for OpenVINO only, where it is more accurate and mostly faster;
             "tensorrt" for TensorRT.
-        observer_images: number of calibration images that the ranges are chosen from (32 in the papers).
+        observer_images: number of calibration images that the ranges are chosen from (32 in the papers). "gptq",
+            "gptaq" and "erq" choose weight codes from all images.
         blocks: names of the blocks that compensation will work on; by default they are found automatically.
         parts: names of the modules to quantize; everything outside them stays in float. ``None``: all modules.
         exclude: names or patterns of modules that stay in float ("head", "blocks.*.mlp", "*.fc1"); a name includes
@@ -86,7 +88,8 @@ def quantize(
     """
     request = Request(method, target, precision, _names(blocks), _names(parts), tuple(exclude), dict(bits or {}))
     layout = Layout.of(method, target, precision)  # refuses a wrong name before the expensive work
-    inputs = first_inputs(model, calibration, observer_images)
+    ptq = PTQ_METHODS.get(method)()
+    inputs, *others = observed_inputs(model, calibration, observer_images, rest=ptq.all_images)
     check_images(model, inputs)
     check_weights(model)
     captured = capture(model, first(inputs, 2))
@@ -99,7 +102,7 @@ def quantize(
                 "the layers whose BatchNorms have variances near 0, or fold these by hand"
             )
     with torch.no_grad():
-        PTQ_METHODS.get(method)().fit(Walk(qmodel, [inputs], progress=progress), layout.recipe)
+        ptq.fit(Walk(qmodel, [inputs, *others], progress=progress), layout.recipe)
     return qmodel
 
 

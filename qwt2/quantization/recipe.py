@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwt2.quantization.layers import QuantizedModule
+from qwt2.quantization.layers import QuantizedLayer, QuantizedModule
 from qwt2.quantization.targets import Target
-from qwt2.quantization.walk import Walk
+from qwt2.quantization.walk import Visit, Walk
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,11 @@ class PTQMethod:
 
     Attributes:
         recipe: the grids.
+        all_images: whether the method uses all calibration images, and not only those that ranges are chosen from.
     """
 
     recipe: Recipe
+    all_images = False
 
     def fit(self, walk: Walk, recipe: Recipe) -> None:
         """Choose the ranges of every quantizer in execution order, with everything before it already quantized.
@@ -73,3 +75,22 @@ class PTQMethod:
         """
         for visit in walk.visits(QuantizedModule):
             visit.calibrate()
+
+
+class LayerwiseMethod(PTQMethod):
+    """Base of PTQ methods that choose each layer's weight codes from all calibration images, in execution order."""
+
+    all_images = True
+
+    def fit(self, walk: Walk, recipe: Recipe) -> None:
+        """See :meth:`PTQMethod.fit`."""
+        for visit in walk.visits(QuantizedModule):
+            is_layer = isinstance(visit.module, QuantizedLayer)
+            visit.calibrate(stay=is_layer)
+            if is_layer:
+                self.fit_layer(visit)
+                visit.choose_output_range()
+
+    def fit_layer(self, visit: Visit) -> None:
+        """Set the codes of a layer whose ranges are chosen, with everything before it quantized."""
+        raise NotImplementedError

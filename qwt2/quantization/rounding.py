@@ -21,16 +21,20 @@ class Feedback:
     of input i changes the weights of the inputs j > i by -e_i U_ij. Inputs are rounded in the order of H's diagonal,
     the largest first.
 
+    A difference D of the inputs in the full-precision network from X changes them further, by w_i P_ij with
+    P = triu(D'X U', 1) U (GPTAQ, arXiv 2504.02692, with its authors' blocks of 128 inputs: across blocks, q_i takes the
+    place of w_i).
+
     Args:
         gram: X'X of the layer's quantized input, float64 (groups, d, d).
-        damping: share of the mean of its diagonal that is added to the diagonal.
+        cross: D'X, in the same shape; ``None`` for GPTQ.
+        damping: share of the mean of the Gram matrix's diagonal that is added to the diagonal.
     """
 
-    def __init__(self, gram: Tensor, damping: float = DAMPING):
+    def __init__(self, gram: Tensor, cross: Tensor | None = None, damping: float = DAMPING):
         self.order = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-        gram = gram.gather(1, self.order[:, :, None].expand(gram.shape)).gather(
-            2, self.order[:, None].expand(gram.shape)
-        )
+        rows, columns = (self.order.unsqueeze(axis).expand(gram.shape) for axis in (2, 1))
+        gram = gram.gather(1, rows).gather(2, columns)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         mean = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
         added = damping * mean + (diagonal <= 0) * mean  # an input that is always zero has no diagonal
@@ -38,6 +42,10 @@ class Feedback:
         lower = _cholesky(gram.flip(1, 2), added.flip(1)).flip(1, 2)
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         self.upper = torch.linalg.solve_triangular(lower, eye, upper=True)
+        self.pull = None
+        if cross is not None:
+            cross = cross.gather(1, rows).gather(2, columns)
+            self.pull = (cross @ self.upper.transpose(1, 2)).triu(1) @ self.upper
 
     def rounded(self, weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         """Return the integer codes of a weight, float64 (groups, outputs, d).
@@ -59,7 +67,12 @@ class Feedback:
                 error = (left[:, i] - (codes[:, i] - zero_point) * scale) / self.upper[:, i, i, None]
                 errors[:, i - start] = error
                 left[:, i + 1 : stop].baddbmm_(self.upper[:, i, i + 1 : stop, None], error[:, None], alpha=-1)
+                if self.pull is not None:
+                    left[:, i + 1 : stop].baddbmm_(self.pull[:, i, i + 1 : stop, None], left[:, i, None])
             left[:, stop:].baddbmm_(self.upper[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
+            if self.pull is not None:
+                values = (codes[:, start:stop] - zero_point[:, None]) * scale[:, None]
+                left[:, stop:].baddbmm_(self.pull[:, start:stop, stop:].transpose(1, 2), values)
         return torch.empty_like(codes).scatter_(1, index, codes).transpose(1, 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from qwt2.quantization.layers import QuantizedConv2d, QuantizedLayer
 
-_VALUES = 2**24  # values of the input's rows that are made at a time
+_VALUES = 2**24  # values of the input's rows that are made at a time, about
 
 
 def groups_of(layer: QuantizedLayer) -> int:
@@ -23,6 +24,11 @@ def weight_rows(layer: QuantizedLayer, weight: Tensor) -> Tensor:
     return weight.reshape(groups_of(layer), layer.out_channels // groups_of(layer), -1)
 
 
+def by_row(layer: QuantizedLayer, values: Tensor) -> Tensor:
+    """Reshape one value per output channel, (C_out,) or (), to float64 (groups, C_out / groups, 1)."""
+    return weight_rows(layer, values.double().expand(layer.out_channels))
+
+
 def rows(layer: QuantizedLayer, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the layer's inputs (groups, n, d) and their outputs (groups, n, C_out / groups), in parts.
 
@@ -33,15 +39,28 @@ def rows(layer: QuantizedLayer, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, 
         x: its input, (..., C_in) or (N, C_in, H, W).
         y: values in the shape of its output, (..., C_out) or (N, C_out, H', W').
     """
+    for part_x, part_y in parts(layer, x, y):
+        if isinstance(layer, QuantizedConv2d):
+            yield input_rows(layer, part_x), _by_group(part_y.flatten(2), layer.groups)
+        else:
+            yield input_rows(layer, part_x), part_y.reshape(1, -1, y.shape[-1])
+
+
+def parts(layer: QuantizedLayer, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split a layer's input, and tensors that belong to it, by images: rows of convolutions take much memory."""
+    images = len(x)
+    if isinstance(layer, QuantizedConv2d):
+        copies = layer.weight[0, 0].numel() / math.prod(layer.stride)
+        images = max(1, int(_VALUES / (x[0].numel() * copies)))
+    return zip(*(values.split(images) for values in (x, *others)))
+
+
+def input_rows(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Return the rows (groups, n, d) of an input (..., C_in) or (N, C_in, H, W)."""
     if not isinstance(layer, QuantizedConv2d):
-        yield x.reshape(1, -1, x.shape[-1]), y.reshape(1, -1, y.shape[-1])
-        return
-    taps = layer.weight[0, 0].numel() * y.shape[2] * y.shape[3]
-    images = max(1, _VALUES // (x.shape[1] * taps))
-    for part_x, part_y in zip(x.split(images), y.split(images)):
-        padding: Any = layer.padding  # capture leaves no named padding
-        patches = F.unfold(part_x, layer.weight.shape[2:], layer.dilation, padding, layer.stride)
-        yield _by_group(patches, layer.groups), _by_group(part_y.flatten(2), layer.groups)
+        return x.reshape(1, -1, x.shape[-1])
+    padding: Any = layer.padding  # capture leaves no named padding
+    return _by_group(F.unfold(x, layer.weight.shape[2:], layer.dilation, padding, layer.stride), layer.groups)
 
 
 def _by_group(values: Tensor, groups: int) -> Tensor:

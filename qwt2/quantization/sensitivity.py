@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qwt2.capture import wiring
-from qwt2.capture.batch import Inputs, first, image_count, model_inputs
+from qwt2.capture.batch import Inputs, after, first, image_count, model_inputs
 from qwt2.capture.graph import GraphModel
 from qwt2.decibel import decibel
 from qwt2.errors import Qwt2Error
@@ -96,8 +96,7 @@ def _pieces(batches: list[Inputs], images: int) -> list[Inputs]:
         for start in range(0, image_count(batch), _TOGETHER):
             if (left := images - sum(map(image_count, pieces))) <= 0:
                 return pieces
-            rest = {n: t[start:] for n, t in batch.items()} if isinstance(batch, dict) else batch[start:]
-            pieces.append(first(rest, min(_TOGETHER, left)))
+            pieces.append(first(after(batch, start), min(_TOGETHER, left)))
     return pieces
 
 

@@ -155,7 +155,7 @@ class Visit:
         The walk stays in front of the layer, whose weight may then be changed.
 
         Args:
-            target: as in :meth:`layer_outputs`.
+            target: as in :meth:`layer_outputs`; or "input" for the layer's input in the full-precision network.
         """
         for index in range(len(self.walk.batches)):
             inputs: list[Tensor] = []
@@ -168,7 +168,8 @@ class Visit:
         if target == "local":
             return [self.module.full_precision(x) for x in inputs]
         targets: list[Tensor] = []
-        exact = self.walk.reference.visit(index, self, partial(self._full_precision, targets))
+        seen = self._full_precision if target != "input" else self._full_precision_input
+        exact = self.walk.reference.visit(index, self, partial(seen, targets))
         found = self.joint(index) if target == "stream" else None
         if found is None:
             return targets
@@ -178,6 +179,10 @@ class Visit:
 
     def _full_precision(self, targets: list[Tensor], x: Tensor) -> Tensor:
         return _kept(self.module.full_precision(x), targets)
+
+    def _full_precision_input(self, inputs: list[Tensor], x: Tensor) -> Tensor:
+        inputs.append(x)
+        return self.module.full_precision(x)
 
     def _inputs(self, inputs: list[Tensor], x: Tensor) -> Tensor:
         inputs.append(x)
@@ -240,19 +245,22 @@ class Visit:
             quantized.hold(index, (number, values))
             give_back_after(index)
 
-    def calibrate(self) -> None:
+    def calibrate(self, stay: bool = False) -> None:
         """Make the module choose its ranges on the first batch, with everything before it quantized.
 
         A module that runs several times chooses from the full-precision values of all its runs instead.
+
+        Args:
+            stay: stay in front of the module, because the visit will change its weight.
         """
         if self.is_repeated:
             runs: list[tuple] = []
             self.walk.reference.visit(
-                0, self, lambda *args: _kept((y := self.module.full_precision(*args)), runs, (*args, y))
+                0, self, lambda *args: _kept((y := self.module.full_precision(*args)), runs, (*args, y)), stay=stay
             )
             self.module.calibrate(*zip(*runs))
         else:
-            self.walk.quantized.visit(0, self, self.module.calibrate_on)
+            self.walk.quantized.visit(0, self, self.module.calibrate_on, stay=stay)
 
     def choose_ranges(self, observer: str) -> None:
         """Choose the ranges of the module's arguments again, from the quantized network's values on the first batch.

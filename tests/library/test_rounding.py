@@ -7,14 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import qwt2
 from qwt2.compensation.methods.refit import moments, refitted
 from qwt2.compensation.moments import Moments
+from qwt2.quantization.info import quantized_layers
 from qwt2.quantization.layers import QuantizedConv2d, QuantizedLinear
+from qwt2.quantization.methods.erq import reduce_activation_error, reduce_weight_error
 from qwt2.quantization.observers import Grid
 from qwt2.quantization.quantizers import UniformQuantizer
 from qwt2.quantization.regression import Regression
 from qwt2.quantization.rounding import Feedback
 from qwt2.quantization.rows import rows, weight_rows
+from tests.support import tiny_models as tiny
+from tests.support.golden_data import arrays
+from tests.support.oracles import full_precision_copy
 
 LAYERS = {
     "linear": (nn.Linear(6, 5), (4, 3, 6)),
@@ -114,3 +120,60 @@ def test_the_regression_is_ridge_regression_towards_the_weight(seed, groups, out
         for name in ("mean_q", "mean_f", "var_q", "var_f", "cov"):
             of_group = getattr(mine, name).reshape(groups, outputs)[g]
             torch.testing.assert_close(of_group, getattr(expected, name), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("problem", ["small", "large"])
+class TestVectors:
+    """The codes and weights that the authors' public code gives."""
+
+    def read(self, problem: str) -> dict:
+        prefix = f"{problem}_"
+        found = {name: array for name, array in arrays("e_rounding").items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): torch.from_numpy(array).double() for name, array in found.items()}
+
+    @pytest.mark.parametrize("method", ["gptq", "gptaq"])
+    def test_gptq_and_gptaq(self, problem, method):
+        known = self.read(problem)
+        x, grid = known["quantized"], Grid(int(known["bits"]), symmetric=True)
+        cross = 0.25 * (known["exact"] - x).T @ x if method == "gptaq" else torch.zeros(x.shape[1], x.shape[1])
+        scale = known["scale"][None, :, None]
+        feedback = Feedback((x.T @ x)[None], None if method == "gptq" else cross[None])
+        found = feedback.rounded(known["weight"][None], scale, torch.zeros(1), grid) * scale
+        torch.testing.assert_close(found[0], known[method], rtol=0, atol=1e-9)
+
+    def test_erq(self, problem):
+        known = self.read(problem)
+        a = torch.cat([known["quantized"], torch.ones_like(known["quantized"][:, :1])], 1)
+        weight = torch.cat([known["weight"], known["bias"][:, None]], 1)
+        y = known["exact"] @ known["weight"].T + known["bias"]
+        fitted = reduce_activation_error(weight, a.T @ a, a.T @ y, ridge=20.0)
+        torch.testing.assert_close(fitted, known["erq_activation"], rtol=1e-9, atol=1e-9)
+        scale, grid = known["scale"][:, None], Grid(int(known["bits"]), symmetric=True)
+        codes, bias = reduce_weight_error(fitted, a.T @ a, len(a), scale, torch.zeros(1), grid, ridge=20.0)
+        torch.testing.assert_close(codes * scale, known["erq"][:, :-1], rtol=0, atol=1e-9)
+        torch.testing.assert_close(bias, known["erq"][:, -1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq", "erq"])
+@pytest.mark.parametrize("name", ["vit", "resnet", "mobilenet"])
+@torch.no_grad()
+def test_methods_bring_the_network_closer_than_rounding_to_nearest(name, method):
+    """On images that were not calibrated on, with the float network unchanged."""
+    images, errors = tiny.images(32, 5), {}
+    captured = tiny.captured(tiny.BUILDERS[name])
+    for ptq in ("percentile", method):
+        qmodel = qwt2.quantize(captured, tiny.batches(64, 16), ptq, qwt2.Precision(3, 8))
+        torch.testing.assert_close(full_precision_copy(qmodel)(images), captured(images), rtol=1e-4, atol=1e-4)
+        errors[ptq] = float((qmodel(images) - captured(images)).square().sum())
+    assert errors[method] < errors["percentile"]
+    assert all(layer.codes is not None for layer in quantized_layers(qmodel).values())
+    qwt2.fold(qmodel)
+
+
+@torch.no_grad()
+def test_gptq_uses_all_calibration_images():
+    batches = tiny.batches(16, 4)
+    some, every = (qwt2.quantize(tiny.captured(tiny.vit), part, "gptq", qwt2.Precision(3, 8), observer_images=4) for part in (batches[:1], batches))
+    first, second = (quantized_layers(qmodel)["blocks.1.mlp.fc1"] for qmodel in (some, every))
+    assert not torch.equal(first.codes, second.codes)
+    assert torch.equal(*(quantized_layers(qmodel)["patch_embed.proj"].input_quantizer.scale for qmodel in (some, every)))

@@ -29,7 +29,7 @@ from qwt2.quantization.layers import QuantizedLayer
 from qwt2.quantization.recipe import Recipe
 from qwt2.quantization.regression import Regression
 from qwt2.quantization.rounding import Feedback
-from qwt2.quantization.rows import rows, weight_rows
+from qwt2.quantization.rows import by_row, rows, weight_rows
 from qwt2.quantization.walk import Visit, Walk
 
 
@@ -163,10 +163,7 @@ def _rounded(layer: QuantizedLayer, sums: Regression, ridges: Sequence[float]) -
     weights = [refitted(own, sums, ridge) for ridge in ridges]
     grids = [quantizer.chosen(weight.reshape(layer.weight.shape).float()) for weight in weights]
 
-    def by_row(part: Tensor) -> Tensor:
-        return part.double().expand(layer.out_channels).reshape(*own.shape[:2], 1)
-
-    scales, zero_points = (torch.cat([by_row(part) for part in parts], 1) for parts in zip(*grids))
+    scales, zero_points = (torch.cat([by_row(layer, part) for part in parts], 1) for parts in zip(*grids))
     codes = Feedback(sums.gram).rounded(torch.cat(weights, 1), scales, zero_points, quantizer.grid)
     values = (codes - zero_points) * scales
     parts = zip(ridges, codes.chunk(len(ridges), 1), grids, values.chunk(len(ridges), 1))
