@@ -15,14 +15,16 @@ are only captured and compared with their graphs, which takes seconds each.
 
 import argparse
 import copy
-import json
+import importlib
 import math
-import subprocess
-import sys
+import multiprocessing
+import os
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from tqdm import tqdm
 
 from benchmarks.table import machine_file, versions_text
 from benchmarks.zoo_models import built, members, parts_of
-from benchmarks.zoo_peers import TOOLS
+from benchmarks.zoo_peers import TOOLS, measured_by, phrase
 from pipeline.common.resources import PeakMemory
 from pipeline.comparison.readme import read_dicts
 from qwt2 import compensate, export_onnx, fold, load_engine, quantize
@@ -56,6 +58,8 @@ TOOL_SECONDS = 180
 CAPTURED = "captured"
 NOT_TAKEN = {"outcome": "not taken", "reason": "too large"}
 ENGINES = ("onnxruntime", "openvino")
+# Imported once, before the models' processes. NNCF is not among them, because it changes PyTorch's functions.
+PACKAGES = ("onnxruntime", "onnxscript", "openvino", "timm", "torch.onnx", "torchvision", "transformers")
 FIGURES = (
     "source", "family", "model", "parameters", "outcome", "reason", "same_db", "layers", "products", "blocks",
     "integer_macs_percent", "float_modules", "ptq_db", "cwac_db", "qwt_db", "onnxruntime_db", "openvino_db",
@@ -69,11 +73,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="models; default: all that have no row yet")
     parser.add_argument("--largest", type=float, default=60, help="million parameters of the largest that is taken")
     parser.add_argument("--capture", action="store_true", help="compare graphs with models, and no more")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child process measures
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measured(arguments.one, arguments.capture)))
-        return
+    torch.set_num_threads(1)
+    for package in PACKAGES:
+        importlib.import_module(package)
     described = machine.describe()
     facts = {"cpu": described["cpu"], "versions": versions_text(described)}
     output = machine_file("zoo")
@@ -84,8 +87,7 @@ def main() -> None:
         if name in arguments.names or (not arguments.names and left):
             row = {"source": source, "family": family, "model": name, "parameters": parameters}
             small = parameters <= arguments.largest * 1e6
-            command = ["benchmarks.zoo", "--one", name, *(["--capture"] if arguments.capture else [])]
-            row |= in_a_process(command, LIMIT_SECONDS) if small else NOT_TAKEN
+            row |= in_a_process(LIMIT_SECONDS, measured, name, arguments.capture) if small else NOT_TAKEN
             tools = {key: value for key, value in rows.get(name, {}).items() if key.startswith(tuple(TOOLS))}
             rows[name] = {**dict.fromkeys(FIGURES, ""), **tools, **row, **facts}
             write_csv(output, list(rows.values()))
@@ -98,29 +100,41 @@ def main() -> None:
 
 def by_a_tool(tool: str, name: str) -> dict[str, Any]:
     """Return what another tool's process measured on a model."""
-    found = in_a_process(["benchmarks.zoo_peers", tool, name], TOOL_SECONDS)
+    found = in_a_process(TOOL_SECONDS, measured_by, tool, name)
     outcome = found["outcome"] if found["outcome"] == "runs" else f"{found['outcome']}: {found['reason']}"
     return {tool: outcome, f"{tool}_db": found.get("db", ""), f"{tool}_seconds": found.get("seconds", "")}
 
 
-def in_a_process(command: list[str], seconds: int) -> dict[str, Any]:
-    """Return the JSON that a module's process printed last, or how the process ended."""
+def in_a_process(seconds: int, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Return what a function returns in a process of its own, or how that process ended.
+
+    The process is a fork, because importing all packages takes longer than many a model.
+    """
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(send, work, *arguments))
+    process.start()
+    send.close()
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", *command], capture_output=True, text=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"outcome": "not done", "reason": f"not done in {seconds} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        errors = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"outcome": "crashed", "reason": errors[-1][:200]}
-    return json.loads(lines[-1])
+        return receive.recv() if receive.poll(seconds) else {"outcome": "not done", "reason": f"not in {seconds} s"}
+    except EOFError:
+        process.join()
+        return {"outcome": "crashed", "reason": f"exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(connection: Connection, work: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # tools show progress
+        try:
+            connection.send(work(*arguments))
+        except Exception as error:
+            connection.send({"outcome": "crashed", "reason": phrase(error)})
 
 
 def measured(name: str, only_capture: bool) -> dict[str, Any]:
     """Take one model the whole way, or only capture it, and return its row."""
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model, calibration, test = built(name)
     parts = parts_of(calibration)

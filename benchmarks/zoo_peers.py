@@ -1,12 +1,8 @@
 """Take one model of the zoo through another tool: NNCF with OpenVINO, or ONNX Runtime's quantize_static.
 
-`python -m benchmarks.zoo_peers TOOL NAME` prints JSON: whether the quantized model runs (or the error in one phrase),
-the SQNR of its outputs as :mod:`benchmarks.zoo` measures it, and the seconds of conversion and quantization. Both tools
-get the images that this library calibrates on, and are set as in :mod:`benchmarks.peers`.
+Both tools get the images that this library calibrates on, and are set as in :mod:`benchmarks.peers`.
 """
 
-import argparse
-import json
 import logging
 import os
 import tempfile
@@ -28,20 +24,16 @@ from qwt2.quantization.allocation import centred_sqnr_db
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo_peers", description=__doc__.splitlines()[0])
-    parser.add_argument("tool", choices=TOOLS)
-    parser.add_argument("name")
-    arguments = parser.parse_args()
+def measured_by(tool: str, name: str) -> dict[str, Any]:
+    """Quantize a model with a tool and run it.
+
+    Returns:
+        Outcome, reason (the error in one phrase), SQNR as :mod:`benchmarks.zoo` measures it, and the CPU seconds of
+        conversion and quantization.
+    """
     os.environ["OPENVINO_TELEMETRY"] = "0"
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    print(json.dumps(measured(arguments.tool, arguments.name)))
-
-
-def measured(tool: str, name: str) -> dict[str, Any]:
-    """Quantize a model with a tool, run it, and return the figures, or the error."""
     model, calibration, test = built(name)
     exact = outputs_of(model, test)
     started = time.process_time()
@@ -134,7 +126,3 @@ def _floats(arrays: Any) -> list[np.ndarray]:
 
 
 TOOLS: dict[str, Callable[[nn.Module, list[Any], Path], Run]] = {"nncf": nncf, "quantize_static": quantize_static}
-
-
-if __name__ == "__main__":
-    main()
