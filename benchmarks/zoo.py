@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.table import machine_file, versions_text
-from benchmarks.zoo_models import built, members, parts_of
+from benchmarks.zoo_models import LIST, built, parts_of
 from benchmarks.zoo_peers import TOOLS, measured_by, phrase
 from pipeline.common.resources import PeakMemory
 from pipeline.comparison.readme import read_dicts
@@ -81,18 +81,18 @@ def main() -> None:
     facts = {"cpu": described["cpu"], "versions": versions_text(described)}
     output = machine_file("zoo")
     rows: dict[str, dict[str, Any]] = {row["model"]: row for row in read_dicts(output)} if output.is_file() else {}
-    models = sorted(members(), key=lambda member: member[3])
-    for source, family, name, parameters in tqdm(models, desc="models"):
+    models = read_dicts(LIST)
+    for model in tqdm(models, desc="models"):
+        name, small = model["model"], int(model["parameters"]) <= arguments.largest * 1e6
         left = name not in rows or (rows[name]["outcome"] == CAPTURED and not arguments.capture)
         if name in arguments.names or (not arguments.names and left):
-            row = {"source": source, "family": family, "model": name, "parameters": parameters}
-            small = parameters <= arguments.largest * 1e6
+            row: dict[str, Any] = dict(model)
             row |= in_a_process(LIMIT_SECONDS, measured, name, arguments.capture) if small else NOT_TAKEN
             tools = {key: value for key, value in rows.get(name, {}).items() if key.startswith(tuple(TOOLS))}
             rows[name] = {**dict.fromkeys(FIGURES, ""), **tools, **row, **facts}
             write_csv(output, list(rows.values()))
-    small = [name for _, _, name, parameters in models if name in rows and parameters <= TOOLS_LARGEST]
-    for name in tqdm([] if arguments.capture else small, desc="other tools"):
+    light = [m["model"] for m in models if m["model"] in rows and int(m["parameters"]) <= TOOLS_LARGEST]
+    for name in tqdm([] if arguments.capture else light, desc="other tools"):
         for tool in [tool for tool in TOOLS if not rows[name][tool]]:
             rows[name] |= by_a_tool(tool, name)
             write_csv(output, list(rows.values()))

@@ -1,14 +1,23 @@
-"""The models that :mod:`benchmarks.zoo` takes, with random weights, and their inputs."""
+"""The models that :mod:`benchmarks.zoo` takes, with random weights, and their inputs.
+
+`python -m benchmarks.zoo_models` writes their list, ``benchmarks/zoo.csv``, which tests read too. It takes minutes, and
+the list only changes with the versions of the packages.
+"""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qwt2.capture.batch import call
+from qwt2.io import write_csv
 
+LIST = Path(__file__).with_name("zoo.csv")
 CALIBRATION, TEST, BATCH = 16, 8, 4
+_FADING = 0.5  # a layer with a smaller gain passes little of its input on
+_NARROW = 0.1  # of the values of a scale or bias
 
 
 def built(name: str) -> tuple[nn.Module, Any, Any]:
@@ -38,11 +47,18 @@ def smooth(channels: int, height: int, width: int) -> Tensor:
 
 
 def with_signal(model: nn.Module) -> nn.Module:
-    """Draw the parameters that are all zero at random, in place, because zero norms and heads pass nothing on."""
+    """Draw parameters anew, in place, where initial values pass almost nothing on, unlike those of trained networks.
+
+    These are weights of standard deviation 0.02 in narrow layers, and zeros or tiny values in heads and in the scales
+    of residual branches. Outputs would differ hardly at all from image to image.
+    """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        if not parameter.detach().any():
-            parameter.data.normal_(0, 0.02 if parameter.dim() > 1 else 0.1, generator=generator)
+        inputs = parameter[0].numel() if parameter.dim() > 1 else 1
+        if parameter.dim() > 1 and parameter.detach().square().mean() * inputs < _FADING**2:
+            parameter.data.normal_(0, inputs**-0.5, generator=generator)
+        elif parameter.dim() == 1 and parameter.detach().abs().max() < _NARROW:
+            parameter.data.normal_(0, _NARROW, generator=generator)
     return model
 
 
@@ -143,3 +159,8 @@ def _transformers(name: str) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]
 
 
 BUILDERS = {name: _torchvision(name) for name in TORCHVISION} | {name: _transformers(name) for name in TRANSFORMERS}
+
+
+if __name__ == "__main__":
+    rows = sorted(members(), key=lambda member: member[3])
+    write_csv(LIST, [dict(zip(("source", "family", "model", "parameters"), row)) for row in rows])
