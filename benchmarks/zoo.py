@@ -7,6 +7,9 @@ SQNR is measured on images that were not calibrated on. The outputs' mean over t
 networks with random weights give almost the same outputs for all images. The cost of a compensation is its
 multiply-accumulates divided by those of one float forward pass of the calibration set.
 
+How much a network amplifies errors by itself is measured too: ``noise_db`` is the SQNR of the float outputs if the
+inputs have noise of 1 % of their standard deviation, which would be 40 dB in a network that amplifies nothing.
+
 Other tools get the same images, where the model is small enough (:mod:`benchmarks.zoo_peers`).
 
 `python -m benchmarks.zoo [NAME ...]` continues what this machine has, small models first. With `--capture`, models
@@ -35,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.table import machine_file, versions_text
-from benchmarks.zoo_models import LIST, built, parts_of
+from benchmarks.zoo_models import LIST, built, parts_of, with_noise
 from benchmarks.zoo_peers import TOOLS, measured_by, phrase
 from pipeline.common.resources import PeakMemory
 from pipeline.comparison.readme import read_dicts
@@ -62,7 +65,7 @@ ENGINES = ("onnxruntime", "openvino")
 PACKAGES = ("onnxruntime", "onnxscript", "openvino", "timm", "torch.onnx", "torchvision", "transformers")
 FIGURES = (
     "source", "family", "model", "parameters", "outcome", "reason", "same_db", "layers", "products", "blocks",
-    "integer_macs_percent", "float_modules", "ptq_db", "cwac_db", "qwt_db", "onnxruntime_db", "openvino_db",
+    "integer_macs_percent", "float_modules", "noise_db", "ptq_db", "cwac_db", "qwt_db", "onnxruntime_db", "openvino_db",
     "cwac_passes", "qwt_passes", "seconds", "float_passes", "peak_memory_mb",
     *(f"{tool}{figure}" for tool in TOOLS for figure in ("", "_db", "_seconds")),
 )  # fmt: skip
@@ -173,10 +176,12 @@ def through(captured: GraphModel, parts: list[Any], test: Any) -> dict[str, Any]
         test: inputs that were not calibrated on.
     """
     exact = outputs_of(captured, test)
+    noisy = outputs_of(captured, with_noise(test))
     one_pass = _work(lambda: [outputs_of(captured, part) for part in parts])
     # As in conf/model: RepQ-ViT's method for models with attention.
     plain = quantize(captured, parts, "repq" if captured.calls(Product) else "percentile")
-    figures: dict[str, Any] = {"ptq_db": round(centred_sqnr_db(exact, outputs_of(plain, test)), 2)}
+    figures: dict[str, Any] = {"noise_db": round(centred_sqnr_db(exact, noisy), 2)}
+    figures |= {"ptq_db": round(centred_sqnr_db(exact, outputs_of(plain, test)), 2)}
     compensated = {method: copy.deepcopy(plain) for method in (["qwt"] if plain.quantization.blocks else []) + ["cwac"]}
     for method, qmodel in compensated.items():
         work = _work(lambda: compensate(qmodel, parts, method))  # noqa: B023 - called at once

@@ -28,6 +28,16 @@ def built(name: str) -> tuple[nn.Module, Any, Any]:
     return normalized(with_signal(model.eval()), calibration), calibration, _slice(inputs, CALIBRATION, None)
 
 
+def with_noise(inputs: Any) -> Any:
+    """Return inputs with noise of 1 % of their standard deviation; numbers of tokens stay as they are."""
+    if isinstance(inputs, dict):
+        return {name: with_noise(tensor) for name, tensor in inputs.items()}
+    if not inputs.is_floating_point():
+        return inputs
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(2))
+    return inputs + 0.01 * inputs.std() * noise
+
+
 def parts_of(inputs: Any) -> list[Any]:
     """Return the batches of a set of inputs."""
     count = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
