@@ -94,9 +94,8 @@ def main() -> None:
             tools = {key: value for key, value in rows.get(name, {}).items() if key.startswith(tuple(TOOLS))}
             rows[name] = {**dict.fromkeys(FIGURES, ""), **tools, **row, **facts}
             write_csv(output, list(rows.values()))
-    light = [m["model"] for m in models if m["model"] in rows and int(m["parameters"]) <= TOOLS_LARGEST]
-    for name in tqdm([] if arguments.capture else light, desc="other tools"):
-        for tool in [tool for tool in TOOLS if not rows[name][tool]]:
+        light = name in rows and int(model["parameters"]) <= TOOLS_LARGEST and not arguments.capture
+        for tool in [tool for tool in TOOLS if light and not rows[name][tool]]:
             rows[name] |= by_a_tool(tool, name)
             write_csv(output, list(rows.values()))
 

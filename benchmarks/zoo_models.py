@@ -120,7 +120,7 @@ def _timm(name: str) -> tuple[nn.Module, Tensor]:
 
 # Name -> size of the images.
 TORCHVISION = {
-    "alexnet": 224, "convnext_tiny": 224, "densenet121": 224, "efficientnet_b0": 224, "googlenet": 224,
+    "alexnet": 224, "convnext_tiny": 224, "densenet169": 224, "efficientnet_b0": 224, "googlenet": 224,
     "inception_v3": 299, "maxvit_t": 224, "mnasnet0_5": 224, "mobilenet_v2": 224, "mobilenet_v3_small": 224,
     "regnet_y_400mf": 224, "resnet18": 224, "shufflenet_v2_x0_5": 224, "squeezenet1_1": 224, "swin_v2_t": 256,
     "vit_b_16": 224,
