@@ -192,7 +192,7 @@ def through(captured: GraphModel, parts: list[Any], test: Any) -> dict[str, Any]
         path = export_onnx(folded, Path(folder) / "model.onnx", first(test, 2))
         for engine in ENGINES:
             figures[f"{engine}_db"] = round(min(map(_error_db, simulated, _on(path, engine, test))), 1)
-    info = plain.quantization
+    info = folded.quantization
     return figures | {
         "integer_macs_percent": round(100 * (1 - sum(info.float_macs.values()) / (info.total_macs or 1)), 2),
         "float_modules": "; ".join(f"{name}: {reason}" for name, reason in info.float_modules.items())[:500],

@@ -80,7 +80,7 @@ def same_outputs(exact: list[Any], found: list[Any]) -> bool:
 
 
 def differing_modules(exact: GraphModel, changed: GraphModel, inputs: Inputs) -> list[str]:
-    """Return the modules that do not give what they replace, for the same values as in the original graph.
+    """Return the modules with operations that do not give, for the values in the original graph, what they gave there.
 
     If there is none, the two graphs compute the same up to rounding, even if a network turns small differences into
     other outputs (a choice of the best among almost equal scores).
@@ -100,9 +100,13 @@ def differing_modules(exact: GraphModel, changed: GraphModel, inputs: Inputs) ->
                     values[node] = exact.evaluate(node, values)
             given = {left[node.name]: values[_replaced(node, left)] for node in values if node.name in left}
             for node, value in given.items():
-                if node.op == "call_module" and not _same(value, changed.evaluate(node, given), _SAME_MODULE_DB):
-                    found[str(node.target)] = None
+                if node.op.startswith("call") and not _same_value(value, changed.evaluate(node, given)):
+                    found[str(node.target if node.op == "call_module" else node.meta["module"])] = None
     return list(found)
+
+
+def _same_value(exact: Any, found: Any) -> bool:
+    return all(_same(e, f, _SAME_MODULE_DB) for e, f in zip(tree_flatten(exact)[0], tree_flatten(found)[0]))
 
 
 def _replaced(node: fx.Node, left: Mapping[str, fx.Node]) -> fx.Node:
