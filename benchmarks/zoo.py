@@ -7,19 +7,27 @@ SQNR is measured on images that were not calibrated on. The outputs' mean over t
 networks with random weights give almost the same outputs for all images. The cost of a compensation is its
 multiply-accumulates divided by those of one float forward pass of the calibration set.
 
+How much a network amplifies errors by itself is measured too: ``noise_db`` is the SQNR of the float outputs if the
+inputs have noise of 1 % of their standard deviation, which would be 40 dB in a network that amplifies nothing.
+
+Other tools get the same images, where the model is small enough (:mod:`benchmarks.zoo_peers`).
+
 `python -m benchmarks.zoo [NAME ...]` continues what this machine has, small models first. With `--capture`, models
 are only captured and compared with their graphs, which takes seconds each.
 """
 
 import argparse
-import json
+import copy
+import importlib
 import math
-import subprocess
-import sys
+import multiprocessing
+import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +38,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.table import machine_file, versions_text
+from benchmarks.zoo_models import LIST, built, parts_of, with_noise
+from benchmarks.zoo_peers import TOOLS, measured_by, phrase
 from pipeline.common.resources import PeakMemory
 from pipeline.comparison.readme import read_dicts
 from qwt2 import compensate, export_onnx, fold, load_engine, quantize
 from qwt2.capture import wiring
-from qwt2.capture.batch import call, first
+from qwt2.capture.batch import first
 from qwt2.capture.blocks import find_blocks
 from qwt2.capture.check import outputs_of
 from qwt2.capture.export import capture
@@ -46,13 +56,18 @@ from qwt2.io import write_csv
 from qwt2.quantization.allocation import centred_sqnr_db
 
 LIMIT_SECONDS = 600
+TOOLS_LARGEST = 10_000_000  # parameters of the largest model that the other tools get
+TOOL_SECONDS = 180
 CAPTURED = "captured"
-CALIBRATION, TEST, BATCH = 16, 8, 4
+NOT_TAKEN = {"outcome": "not taken", "reason": "too large"}
 ENGINES = ("onnxruntime", "openvino")
+# Imported once, before the models' processes. NNCF is not among them, because it changes PyTorch's functions.
+PACKAGES = ("onnxruntime", "onnxscript", "openvino", "timm", "torch.onnx", "torchvision", "transformers")
 FIGURES = (
     "source", "family", "model", "parameters", "outcome", "reason", "same_db", "layers", "products", "blocks",
-    "integer_macs_percent", "float_modules", "ptq_db", "cwac_db", "qwt_db", "onnxruntime_db", "openvino_db",
+    "integer_macs_percent", "float_modules", "noise_db", "ptq_db", "cwac_db", "qwt_db", "onnxruntime_db", "openvino_db",
     "cwac_passes", "qwt_passes", "seconds", "float_passes", "peak_memory_mb",
+    *(f"{tool}{figure}" for tool in TOOLS for figure in ("", "_db", "_seconds")),
 )  # fmt: skip
 
 
@@ -61,54 +76,76 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="models; default: all that have no row yet")
     parser.add_argument("--largest", type=float, default=60, help="million parameters of the largest that is taken")
     parser.add_argument("--capture", action="store_true", help="compare graphs with models, and no more")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child process measures
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measured(arguments.one, arguments.capture)))
-        return
+    torch.set_num_threads(1)
+    for package in PACKAGES:
+        importlib.import_module(package)
     described = machine.describe()
     facts = {"cpu": described["cpu"], "versions": versions_text(described)}
     output = machine_file("zoo")
     rows: dict[str, dict[str, Any]] = {row["model"]: row for row in read_dicts(output)} if output.is_file() else {}
-    for source, family, name, parameters in tqdm(sorted(members(), key=lambda member: member[3]), desc="models"):
+    models = read_dicts(LIST)
+    for model in tqdm(models, desc="models"):
+        name, small = model["model"], int(model["parameters"]) <= arguments.largest * 1e6
         left = name not in rows or (rows[name]["outcome"] == CAPTURED and not arguments.capture)
         if name in arguments.names or (not arguments.names and left):
-            row = {"source": source, "family": family, "model": name, "parameters": parameters}
-            small = parameters <= arguments.largest * 1e6
-            options = ["--capture"] if arguments.capture else []
-            row |= in_a_process(name, options) if small else {"outcome": "not taken", "reason": "too large"}
-            rows[name] = {**dict.fromkeys(FIGURES, ""), **row, **facts}
+            row: dict[str, Any] = dict(model)
+            row |= in_a_process(LIMIT_SECONDS, measured, name, arguments.capture) if small else NOT_TAKEN
+            tools = {key: value for key, value in rows.get(name, {}).items() if key.startswith(tuple(TOOLS))}
+            rows[name] = {**dict.fromkeys(FIGURES, ""), **tools, **row, **facts}
+            write_csv(output, list(rows.values()))
+        light = name in rows and int(model["parameters"]) <= TOOLS_LARGEST and not arguments.capture
+        for tool in [tool for tool in TOOLS if light and not rows[name][tool]]:
+            rows[name] |= by_a_tool(tool, name)
             write_csv(output, list(rows.values()))
 
 
-def in_a_process(name: str, options: list[str]) -> dict[str, Any]:
-    """What a model's own process measured, or how that ended."""
-    command = [sys.executable, "-m", "benchmarks.zoo", "--one", name, *options]
+def by_a_tool(tool: str, name: str) -> dict[str, Any]:
+    """Return what another tool's process measured on a model."""
+    found = in_a_process(TOOL_SECONDS, measured_by, tool, name)
+    outcome = found["outcome"] if found["outcome"] == "runs" else f"{found['outcome']}: {found['reason']}"
+    return {tool: outcome, f"{tool}_db": found.get("db", ""), f"{tool}_seconds": found.get("seconds", "")}
+
+
+def in_a_process(seconds: int, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Return what a function returns in a process of its own, or how that process ended.
+
+    The process is a fork, because importing all packages takes longer than many a model.
+    """
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(send, work, *arguments))
+    process.start()
+    send.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"outcome": "not done", "reason": f"not done in {LIMIT_SECONDS} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        errors = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"outcome": "crashed", "reason": errors[-1][:200]}
-    return json.loads(lines[-1])
+        return receive.recv() if receive.poll(seconds) else {"outcome": "not done", "reason": f"not in {seconds} s"}
+    except EOFError:
+        process.join()
+        return {"outcome": "crashed", "reason": f"exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(connection: Connection, work: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # tools show progress
+        try:
+            connection.send(work(*arguments))
+        except Exception as error:
+            connection.send({"outcome": "crashed", "reason": phrase(error)})
 
 
 def measured(name: str, only_capture: bool) -> dict[str, Any]:
-    torch.set_num_threads(1)
+    """Take one model the whole way, or only capture it, and return its row."""
     warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    model, images = BUILDERS[name]() if name in BUILDERS else _timm(name)
-    model = normalized(with_signal(model.eval()), _slice(images, 0, CALIBRATION))
-    parts = [_slice(images, start, start + BATCH) for start in range(0, CALIBRATION, BATCH)]
-    test = _slice(images, CALIBRATION, CALIBRATION + TEST)
+    model, calibration, test = built(name)
+    parts = parts_of(calibration)
     started = time.process_time()
     try:
         with PeakMemory() as memory:
             captured = capture(model, first(parts[0], 2))
             found = captured_like(model, captured, test)
-            found |= {} if only_capture else through(model, captured, parts, test)
+            found |= {} if only_capture else through(captured, parts, test)
     except Qwt2Error as error:
         return {"outcome": "refused", "reason": str(error)[:300]}
     seconds = time.process_time() - started
@@ -129,33 +166,33 @@ def captured_like(model: nn.Module, captured: GraphModel, test: Any) -> dict[str
     }  # fmt: skip
 
 
-def through(model: nn.Module, captured: GraphModel, parts: list[Any], test: Any) -> dict[str, Any]:
+def through(captured: GraphModel, parts: list[Any], test: Any) -> dict[str, Any]:
     """Take one model the whole way and return its figures.
 
     Args:
-        model: in evaluation mode.
         captured: its graph.
         parts: batches of the calibration set.
         test: inputs that were not calibrated on.
     """
-    exact = outputs_of(model, test)
+    exact = outputs_of(captured, test)
+    noisy = outputs_of(captured, with_noise(test))
     one_pass = _work(lambda: [outputs_of(captured, part) for part in parts])
-    figures: dict[str, Any] = {}
-    for method in ("ptq", "qwt", "cwac"):
-        qmodel = quantize(captured, parts, "percentile")
-        if method == "qwt" and not qmodel.quantization.blocks:
-            continue
-        if method != "ptq":
-            work = _work(lambda qmodel=qmodel, method=method: compensate(qmodel, parts, method))
-            figures[f"{method}_passes"] = round(work / one_pass, 2)
+    # As in conf/model: RepQ-ViT's method for models with attention.
+    plain = quantize(captured, parts, "repq" if captured.calls(Product) else "percentile")
+    figures: dict[str, Any] = {"noise_db": round(centred_sqnr_db(exact, noisy), 2)}
+    figures |= {"ptq_db": round(centred_sqnr_db(exact, outputs_of(plain, test)), 2)}
+    compensated = {method: copy.deepcopy(plain) for method in (["qwt"] if plain.quantization.blocks else []) + ["cwac"]}
+    for method, qmodel in compensated.items():
+        work = _work(lambda: compensate(qmodel, parts, method))  # noqa: B023 - called at once
+        figures[f"{method}_passes"] = round(work / one_pass, 2)
         figures[f"{method}_db"] = round(centred_sqnr_db(exact, outputs_of(qmodel, test)), 2)
-    folded = fold(qmodel)
+    folded = fold(compensated["cwac"])
     simulated = _floats(outputs_of(folded, test))
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(folded, Path(folder) / "model.onnx", first(test, 2))
         for engine in ENGINES:
             figures[f"{engine}_db"] = round(min(map(_error_db, simulated, _on(path, engine, test))), 1)
-    info = qmodel.quantization
+    info = folded.quantization
     return figures | {
         "integer_macs_percent": round(100 * (1 - sum(info.float_macs.values()) / (info.total_macs or 1)), 2),
         "float_modules": "; ".join(f"{name}: {reason}" for name, reason in info.float_modules.items())[:500],
@@ -187,126 +224,6 @@ def _seconds(action: Callable[[], Any]) -> float:
     started = time.process_time()
     action()
     return time.process_time() - started
-
-
-def _slice(inputs: Any, start: int, stop: int) -> Any:
-    return {n: t[start:stop] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[start:stop]
-
-
-def smooth(channels: int, height: int, width: int) -> Tensor:
-    """Return images of a few large blobs with some noise, (N, channels, height, width)."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(CALIBRATION + TEST, channels, 7, 7, generator=generator)
-    noise = torch.randn(CALIBRATION + TEST, channels, height, width, generator=generator)
-    return nn.functional.interpolate(coarse, (height, width), mode="bicubic") + 0.1 * noise
-
-
-def with_signal(model: nn.Module) -> nn.Module:
-    """Draw the parameters that are all zero at random, in place, because zero norms and heads pass nothing on."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if not parameter.detach().any():
-            parameter.data.normal_(0, 0.02 if parameter.dim() > 1 else 0.1, generator=generator)
-    return model
-
-
-def normalized(model: nn.Module, images: Any) -> nn.Module:
-    """The model with the statistics of these images in its BatchNorms.
-
-    Without them, the outputs of a network of random weights differ hardly at all from image to image.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.train().momentum = 1.0
-    with torch.no_grad():
-        call(model, images)
-    return model.eval()
-
-
-def members() -> Iterator[tuple[str, str, str, int]]:
-    """Yield (source, family, name, number of parameters) of every model."""
-    for family, name, parameters in smallest():
-        yield "timm", family, name, parameters
-    for name, build in BUILDERS.items():
-        source = "torchvision" if name in TORCHVISION else "transformers"
-        yield source, name, name, sum(p.numel() for p in build()[0].parameters())
-
-
-def smallest() -> Iterator[tuple[str, str, int]]:
-    """Yield (family, name, number of parameters) of the smallest model of each timm family that can be built."""
-    import timm
-    from timm.models._registry import _module_to_models
-
-    for family, names in sorted(_module_to_models.items()):
-        sizes = {}
-        for name in names:
-            try:
-                with torch.device("meta"):
-                    sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-            except Exception:  # it needs weights or another package
-                continue
-        if sizes:
-            yield family, *min(sizes.items(), key=lambda item: (item[1], item[0]))
-
-
-def _timm(name: str) -> tuple[nn.Module, Tensor]:
-    import timm
-
-    model = timm.create_model(name)
-    return model, smooth(*model.default_cfg["input_size"])
-
-
-# Name -> size of the images.
-TORCHVISION = {
-    "alexnet": 224, "convnext_tiny": 224, "densenet121": 224, "efficientnet_b0": 224, "googlenet": 224,
-    "inception_v3": 299, "maxvit_t": 224, "mnasnet0_5": 224, "mobilenet_v2": 224, "mobilenet_v3_small": 224,
-    "regnet_y_400mf": 224, "resnet18": 224, "shufflenet_v2_x0_5": 224, "squeezenet1_1": 224, "swin_v2_t": 256,
-    "vit_b_16": 224,
-}  # fmt: skip
-
-
-def _torchvision(name: str) -> Callable[[], tuple[nn.Module, Tensor]]:
-    def build() -> tuple[nn.Module, Tensor]:
-        from torchvision import models
-
-        extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        return getattr(models, name)(weights=None, **extra), smooth(3, TORCHVISION[name], TORCHVISION[name])
-
-    return build
-
-
-# Name -> class of the configuration, class of the model, and the settings that are smaller than the defaults.
-_VISION = {"num_hidden_layers": 4, "image_size": 224}
-_TEXT = {"num_hidden_layers": 4, "vocab_size": 4000}
-TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "hf_vit": ("ViTConfig", "ViTForImageClassification", {**_VISION, "num_labels": 10}),
-    "hf_dinov2": ("Dinov2Config", "Dinov2ForImageClassification", {**_VISION, "patch_size": 16, "num_labels": 10}),
-    "hf_swin": ("SwinConfig", "SwinForImageClassification", {"depths": [2, 2, 2, 2], "num_labels": 10}),
-    "hf_clip_vision": ("CLIPVisionConfig", "CLIPVisionModel", _VISION),
-    "hf_clip_text": ("CLIPTextConfig", "CLIPTextModel", {**_TEXT, "eos_token_id": 3999}),
-    "hf_siglip_vision": ("SiglipVisionConfig", "SiglipVisionModel", _VISION),
-    "hf_segformer": ("SegformerConfig", "SegformerForSemanticSegmentation", {}),
-    "hf_bert": ("BertConfig", "BertForSequenceClassification", {**_TEXT, "num_labels": 4}),
-    "hf_gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_layer": 4, "vocab_size": 4000, "use_cache": False}),
-    "hf_rt_detr": ("RTDetrConfig", "RTDetrForObjectDetection", {"use_timm_backbone": False, "decoder_layers": 2}),
-}
-
-
-def _transformers(name: str) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
-    def build() -> tuple[nn.Module, dict[str, Tensor]]:
-        import transformers
-
-        config, kind, smaller = TRANSFORMERS[name]
-        model = getattr(transformers, kind)(getattr(transformers, config)(**smaller))
-        if "vocab_size" not in smaller:
-            return model, {"pixel_values": smooth(3, 224, 224)}
-        ids = torch.randint(smaller["vocab_size"], (CALIBRATION + TEST, 32), generator=torch.Generator().manual_seed(0))
-        return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    return build
-
-
-BUILDERS = {name: _torchvision(name) for name in TORCHVISION} | {name: _transformers(name) for name in TRANSFORMERS}
 
 
 if __name__ == "__main__":

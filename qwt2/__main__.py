@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
         "model": arguments.model, "method": arguments.method, "compensation": arguments.compensation,
         "precision": vars(precision), "allocation": moves, "calibration_images": [str(file) for file in files],
         "file_bytes": arguments.output.stat().st_size, "quantized_layers": qmodel.quantization.layers,
-        "quantized_products": qmodel.quantization.matmuls, "float_modules": qmodel.quantization.float_modules,
+        "quantized_products": qmodel.quantization.matmuls, "float_modules": folded.quantization.float_modules,
         "float_macs": qmodel.quantization.float_macs, "total_macs": qmodel.quantization.total_macs,
         "modules": _describe_modules(qmodel.quantization.modules, fits, mismatches), "engines": engines,
     }  # fmt: skip

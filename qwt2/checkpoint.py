@@ -72,7 +72,7 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> GraphModel:
     header, tensors = _read(path)
     info = QuantizationInfo.from_dict(header["quantization"])
     example = zeros(info.input_shape, info.input_types)
-    qmodel = prepare(capture(model, example), example, info.request)
+    qmodel = prepare(capture(model, example), example, info.request, info.unfaithful)
     for block, settings in header["behind_blocks"].items():
         put_behind(qmodel, block, _behind_block(settings, tensors, f"{block}.compensation"))
     _restore(qmodel, tensors, header["axes"], info, path)

@@ -31,6 +31,7 @@ _OTHERS = ("onnxruntime", "openvino", "torch_int8")
 _CLOSE_DB = 20.0
 _FAR_DB = 3.0
 _MAX_STEPS = 1.5
+_DISTURBANCE = 1e-3  # noise relative to the inputs, about what rounding to 8 bits adds
 
 
 def export_onnx(
@@ -89,12 +90,29 @@ def _check_file(folded: nn.Module, file: Path, inputs: Inputs, name: str) -> Non
     if close >= _CLOSE_DB:
         return
     module, steps = _worst_module(folded, file, first(inputs, 1), engine)
-    if steps > _MAX_STEPS or close < _FAR_DB:
+    if steps > _MAX_STEPS or (close < _FAR_DB and close < _stability_db(folded, inputs, exact) - _FAR_DB):
         where = f"{module} differs by {steps:.1f} output steps" if steps > _MAX_STEPS else "no single module differs"
         raise Qwt2Error(
             f"{name}: on {engine}, the file's outputs are only {close:.1f} dB from the model's ({where}); it was not "
             "kept, export with check=False to look at it"
         )
+
+
+def _stability_db(folded: nn.Module, inputs: Inputs, exact: list[np.ndarray]) -> float:
+    """Return the SQNR of the model's own outputs under small noise in its inputs.
+
+    It is low in a network that chooses among almost equal scores. Two correct engines then differ as much.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noisy = {name: _disturbed(tensor, generator) for name, tensor in tensors(inputs).items()}
+    outputs = outputs_of(folded, noisy if isinstance(inputs, dict) else noisy["images"])
+    return min(map(sqnr_db, [y.cpu().numpy() for y in outputs if isinstance(y, Tensor)], exact), default=np.inf)
+
+
+def _disturbed(x: Tensor, generator: torch.Generator) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    return x + _DISTURBANCE * x.std() * torch.randn(x.shape, generator=generator).to(x)
 
 
 def _installed(target: str) -> str:

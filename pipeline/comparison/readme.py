@@ -66,28 +66,52 @@ def update_zoo(readme: Path, benchmarks: Path) -> None:
 # Heading -> column of the zoo's rows.
 _ZOO = {
     "Outcome": "outcome", "Graph against model, dB": "same_db", "Layers": "layers", "Products": "products",
-    "MACs in integers, %": "integer_macs_percent", "PTQ, dB": "ptq_db", "CWAC, dB": "cwac_db", "QwT, dB": "qwt_db",
-    "ONNX Runtime against simulation, dB": "onnxruntime_db", "OpenVINO against simulation, dB": "openvino_db",
-    "CWAC, float passes": "cwac_passes", "QwT, float passes": "qwt_passes",
+    "Units of QwT": "blocks", "MACs in integers, %": "integer_macs_percent", "Float with 1 % noise, dB": "noise_db",
+    "PTQ, dB": "ptq_db", "CWAC, dB": "cwac_db", "QwT, dB": "qwt_db", "NNCF, dB": "nncf_db",
+    "quantize_static, dB": "quantize_static_db", "ONNX Runtime against simulation, dB": "onnxruntime_db",
+    "OpenVINO against simulation, dB": "openvino_db", "CWAC, float passes": "cwac_passes",
+    "QwT, float passes": "qwt_passes",
 }  # fmt: skip
+_ZOO_TOOLS = {"nncf": "NNCF", "quantize_static": "quantize_static"}
+_FEW_PASSES = 3.5  # aim for the cost of CWAC
 
 
 def zoo_table(rows: list[dict[str, str]]) -> str:
-    """Return Markdown: how many models of each source came through, then a row per model, with the reason if not."""
+    """Return Markdown: what holds for all models together, then a row per model, with the reason if it failed."""
     lines = [["Family", "Model", *_ZOO], ["---", "---", "---", *["---:"] * (len(_ZOO) - 1)]]
     for row in sorted(rows, key=lambda row: (row["source"], row["family"])):
         figures = [row[column] or _MISSING for column in _ZOO.values()]
         figures[0] += f": {row['reason']}" if row["reason"] else ""
+        for tool in _ZOO_TOOLS:
+            if row[tool] and row[tool] != "runs":
+                figures[list(_ZOO.values()).index(f"{tool}_db")] = row[tool].partition(":")[0]
         lines.append([f"{row['source']}: {row['family']}", row["model"], *figures])
-    counts = [
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{_zoo_facts(rows)}. {rows[0]['cpu']}; {rows[0]['versions']}\n\n{table}"
+
+
+def _zoo_facts(rows: list[dict[str, str]]) -> str:
+    taken = [row for row in rows if row["outcome"] != "not taken"]
+    facts = [
         f"{source}: {sum(r['outcome'] == 'through' for r in own)} of {len(own)}"
-        for source in sorted({row["source"] for row in rows})
-        for own in [[row for row in rows if row["source"] == source and row["outcome"] != "not taken"]]
+        for source in sorted({row["source"] for row in taken})
+        for own in [[row for row in taken if row["source"] == source]]
     ]
-    shares = [float(row["integer_macs_percent"]) for row in rows if row["integer_macs_percent"]]
-    mean = f"; on average {sum(shares) / len(shares):.1f} % of the multiply-accumulates in integers" if shares else ""
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"Through, of those taken: {', '.join(counts)}{mean}. {rows[0]['cpu']}; {rows[0]['versions']}\n\n{text}"
+    text = f"Through, of those taken: {', '.join(facts)}"
+    through = [row for row in taken if row["outcome"] == "through"]
+    if through:
+        shares = [float(row["integer_macs_percent"]) for row in through]
+        passes = [float(row["cwac_passes"]) for row in through]
+        text += f"; on average {sum(shares) / len(shares):.1f} % of the multiply-accumulates in integers"
+        text += f"; QwT has units in {sum(int(row['blocks']) > 0 for row in through)} of {len(through)}; CWAC costs at "
+        text += f"most {_FEW_PASSES} float passes in {sum(cost <= _FEW_PASSES for cost in passes)} and "
+        text += f"{max(passes)} in all"
+    both = [row for row in taken if all(row[tool] for tool in _ZOO_TOOLS)]
+    if both:
+        runs = [f"{sum(r[tool] == 'runs' for r in both)} through {name}" for tool, name in _ZOO_TOOLS.items()]
+        here = sum(row["outcome"] == "through" for row in both)
+        text += f". Of {len(both)} models that other tools got too, {here} come through here, {' and '.join(runs)}"
+    return text
 
 
 def costs_table(rows: list[dict[str, str]]) -> str:

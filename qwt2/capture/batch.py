@@ -93,6 +93,13 @@ def after(inputs: Inputs, count: int) -> Inputs:
     return {n: t[count:] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[count:]
 
 
+def single_images(inputs: Inputs) -> Iterator[Inputs]:
+    """Yield the inputs of each image, as a batch of one."""
+    for number in range(image_count(inputs)):
+        here = slice(number, number + 1)
+        yield {n: t[here] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[here]
+
+
 def joined(batches: list[Inputs]) -> Inputs:
     """Concatenate several batches into one.
 

@@ -7,15 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
-from qwt2.capture.batch import Inputs, call
+from qwt2.capture.batch import Inputs, call, single_images
 from qwt2.capture.graph import GraphModel
 from qwt2.errors import Qwt2Error
 
 # Outputs whose SQNR is at least this (dB) count as equal; the SQNR after rounding in float32 is far higher.
 SAME_DB = 60.0
+# The same for the output of one module for the same input. The errors of many modules add up in a network's outputs.
+_SAME_MODULE_DB = 80.0
 
 
 @contextmanager
@@ -77,13 +79,53 @@ def same_outputs(exact: list[Any], found: list[Any]) -> bool:
     return len(exact) == len(found) and all(map(_same, exact, found))
 
 
-def _same(exact: Any, found: Any) -> bool:
+def differing_modules(exact: GraphModel, changed: GraphModel, inputs: Inputs) -> list[str]:
+    """Return the modules with operations that do not give, for the values in the original graph, what they gave there.
+
+    If there is none, the two graphs compute the same up to rounding, even if a network turns small differences into
+    other outputs (a choice of the best among almost equal scores).
+
+    Args:
+        exact: the original graph.
+        changed: a copy of it with some modules replaced and some BatchNorms folded into the layers before them.
+        inputs: a batch; the images are taken one by one, because all values of one image are kept.
+    """
+    found: dict[str, None] = {}
+    left = {node.name: node for node in changed.graph.nodes}
+    for image in single_images(inputs):
+        values: dict[fx.Node, Any] = dict(zip(exact.inputs, exact.tensors_of(image)))
+        with torch.no_grad():
+            for node in exact.graph.nodes:
+                if node.op != "placeholder":
+                    values[node] = exact.evaluate(node, values)
+            given = {left[node.name]: values[_replaced(node, left)] for node in values if node.name in left}
+            for node, value in given.items():
+                if node.op.startswith("call") and not _same_value(value, changed.evaluate(node, given)):
+                    found[str(node.target if node.op == "call_module" else node.meta["module"])] = None
+    return list(found)
+
+
+def _same_value(exact: Any, found: Any) -> bool:
+    return all(_same(e, f, _SAME_MODULE_DB) for e, f in zip(tree_flatten(exact)[0], tree_flatten(found)[0]))
+
+
+def _replaced(node: fx.Node, left: Mapping[str, fx.Node]) -> fx.Node:
+    """Return the last node that a node of the changed graph stands for: of a layer's BatchNorm, if it was folded."""
+    while node.op == "call_module" or node.name not in left:
+        erased = [user for user in node.users if user.name not in left]
+        if not erased:
+            break
+        node = erased[0]
+    return node
+
+
+def _same(exact: Any, found: Any, same_db: float = SAME_DB) -> bool:
     if not isinstance(exact, Tensor):
         return exact == found
     if exact.shape != found.shape or not exact.is_floating_point():
         return exact.shape == found.shape and torch.equal(exact, found)
     signal, error = exact.double().square().sum(), (exact.double() - found.double()).square().sum()
-    return bool(torch.allclose(exact, found, 0, 0, equal_nan=True) or error <= signal * 10 ** (-SAME_DB / 10))
+    return bool(torch.allclose(exact, found, 0, 0, equal_nan=True) or error <= signal * 10 ** (-same_db / 10))
 
 
 def _first_difference(model: nn.Module, captured: GraphModel, inputs: Inputs) -> str:

@@ -8,13 +8,14 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_unflatten
 
 from qwt2.capture.batch import Inputs, call, tensors
 from qwt2.capture.check import evaluation_mode
@@ -150,7 +151,7 @@ def _graph_model(model: nn.Module, program: torch.export.ExportedProgram, signat
     _refuse_mutation(model, program)
     first_names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     modules = {id(module): name for name, module in model.named_modules()}
-    graph, values, used = fx.Graph(), {}, {}
+    graph, values, used, taken = fx.Graph(), {}, {}, _interface_names(signature)
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     for node in program.graph.nodes:
         if (
@@ -167,6 +168,7 @@ def _graph_model(model: nn.Module, program: torch.export.ExportedProgram, signat
                 continue
             tensor = program.state_dict[target] if target in program.state_dict else program.constants[target]
             name = first_names.get(id(tensor), target)
+            name = f"{name}_stored" if name in taken else name
             used[name] = _own(tensor)
             values[node] = graph.get_attr(name)
             values[node].meta = _meta(node, "")
@@ -181,6 +183,12 @@ def _graph_model(model: nn.Module, program: torch.export.ExportedProgram, signat
             module = _module_path(model, modules, node)
             values[node].meta = _meta(node, module) | {"call": _call_of(node), "leaf": _is_leaf(model, module)}
     return GraphModel(graph, used, signature, type(model).__name__)
+
+
+def _interface_names(signature: Signature) -> set[str]:
+    """Return the names that a file's inputs and outputs may have; nothing else in the file can be called so."""
+    outputs = tree_unflatten([0] * signature.out_spec.num_leaves, signature.out_spec)
+    return {"images", "logits", *signature.parameters.parameters, *(outputs if isinstance(outputs, Mapping) else ())}
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Every pass changes a :class:`GraphModel` in place. The results of the graph stay
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -407,9 +407,16 @@ _OPERATIONS = {
 }
 
 
-def fold_batchnorms(model: GraphModel) -> None:
-    """Fold every BatchNorm that is the only reader of a layer's output into that layer, at all its calls."""
+def fold_batchnorms(model: GraphModel, kept: Collection[str] = ()) -> None:
+    """Fold every BatchNorm that is the only reader of a layer's output into that layer, at all its calls.
+
+    Args:
+        model: the graph.
+        kept: names of the layers that are left as they are.
+    """
     for name, calls in model.calls((nn.Linear, nn.Conv2d)).items():
+        if name in kept:
+            continue
         layer = model.get_submodule(name)
         found = [_only_norm(node, isinstance(layer, nn.Linear)) for node in calls]
         norms = [norm for norm in found if norm is not None]

@@ -28,6 +28,8 @@ class QuantizationInfo:
         modules: name -> kind ("layer" or "product") of the quantized layers and products, in execution order.
         first_last_layers: the first layer and the last ones, which use ``first_last_bits``.
         blocks: the blocks that compensation works on.
+        unfaithful: modules that :func:`qwt2.quantize` left in float, because they did not compute the same in their
+            quantized form with the quantizers off (the folding of a BatchNorm can lose precision).
         float_modules: module name -> reason why it stays in float.
         float_macs: module name -> multiply-accumulates of one image that stay in float there.
         total_macs: multiply-accumulates of one image.
@@ -45,6 +47,7 @@ class QuantizationInfo:
     modules: dict[str, str] = field(default_factory=dict)
     first_last_layers: list[str] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
+    unfaithful: list[str] = field(default_factory=list)
     float_modules: dict[str, str] = field(default_factory=dict)
     float_macs: dict[str, int] = field(default_factory=dict)
     total_macs: int = 0
@@ -80,7 +83,11 @@ class QuantizationInfo:
         """Return why a module is not to be quantized, or "" if it is."""
         if self.request.parts is not None and not any(is_inside(name, part) for part in self.request.parts):
             return "is not among the parts to quantize"
-        return "was excluded" if self.request.is_excluded(name) else ""
+        if self.request.is_excluded(name):
+            return "was excluded"
+        return (
+            "computes something else once it is rewritten, with its quantizers off" if name in self.unfaithful else ""
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as values that JSON can hold."""

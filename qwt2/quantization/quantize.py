@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import fx, nn
 from qwt2.capture import wiring
 from qwt2.capture.batch import Inputs, first, shapes, types
 from qwt2.capture.blocks import check_blocks, find_blocks, is_inside
-from qwt2.capture.check import check_captured, outputs_of, same_outputs
+from qwt2.capture.check import check_captured, differing_modules, outputs_of, same_outputs
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel, Product
 from qwt2.capture.normalise import fold_batchnorms
@@ -94,13 +94,7 @@ def quantize(
     check_weights(model)
     captured = capture(model, first(inputs, 2))
     exact = outputs_of(model, inputs) if captured is model else check_captured(model, captured, inputs)
-    qmodel = prepare(captured, first(inputs, 1), request)
-    with full_precision(qmodel):
-        if not same_outputs(exact, outputs_of(qmodel, inputs)):
-            raise Qwt2Error(
-                f"{qmodel.title} computes something else with its BatchNorms folded and its quantizers off; exclude "
-                "the layers whose BatchNorms have variances near 0, or fold these by hand"
-            )
+    qmodel = _faithful(captured, inputs, exact, request)
     with torch.no_grad():
         ptq.fit(Walk(qmodel, [inputs, *others], progress=progress), layout.recipe)
     return qmodel
@@ -110,7 +104,36 @@ def _names(names: Iterable[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-def prepare(captured: GraphModel, example: Inputs, request: Request) -> GraphModel:
+def _faithful(captured: GraphModel, inputs: Inputs, exact: list[Any], request: Request) -> GraphModel:
+    """Prepare a model such that it computes the same as before while its quantizers are off.
+
+    Modules that do not are left in float, with their BatchNorms behind them.
+
+    Args:
+        captured: the graph of the float model.
+        inputs: the images to compare on.
+        exact: the float model's outputs.
+        request: how to quantize.
+
+    Raises:
+        Qwt2Error: if that does not help; the message names the first module that differs.
+    """
+    unfaithful: list[str] = []
+    for _ in range(2):
+        qmodel = prepare(captured, first(inputs, 1), request, unfaithful)
+        with full_precision(qmodel):
+            if same_outputs(exact, outputs_of(qmodel, inputs)):
+                return qmodel
+            unfaithful = differing_modules(captured, qmodel, inputs)
+        if not unfaithful:  # only rounding, which the network itself turns into other outputs
+            return qmodel
+    raise Qwt2Error(
+        f"{qmodel.title} computes something else with its quantizers off, first in {unfaithful[0]}, a defect of this "
+        "library; leave what is around it in float with quantize(exclude=[...])"
+    )
+
+
+def prepare(captured: GraphModel, example: Inputs, request: Request, unfaithful: Collection[str] = ()) -> GraphModel:
     """Return a copy of the captured model with uncalibrated quantizers: the first half of :func:`quantize`.
 
     The result depends only on the arguments, so that a stored quantized model can be rebuilt from the float model's
@@ -120,6 +143,7 @@ def prepare(captured: GraphModel, example: Inputs, request: Request) -> GraphMod
         captured: the graph of the float model.
         example: the inputs of one image.
         request: how to quantize.
+        unfaithful: layers that stay in float, see :class:`QuantizationInfo`.
 
     Raises:
         Qwt2Error: if the request names a method, target or module that does not exist, or nothing can be quantized.
@@ -127,8 +151,8 @@ def prepare(captured: GraphModel, example: Inputs, request: Request) -> GraphMod
     layout = Layout.of(request.method, request.target, request.precision)
     qmodel = copy.deepcopy(captured)
     if layout.recipe.fold_batchnorm:
-        qmodel.edit(fold_batchnorms)
-    info = _plan(qmodel, example, layout, QuantizationInfo(request))
+        qmodel.edit(fold_batchnorms, unfaithful)
+    info = _plan(qmodel, example, layout, QuantizationInfo(request, unfaithful=list(unfaithful)))
     info.structure = structure(captured)
     for name, module in _quantized_modules(qmodel, layout, info).items():
         qmodel.set_module(name, module)

@@ -178,3 +178,29 @@ def test_models_that_cannot_be_quantized_are_refused_in_one_sentence(model, mess
     with pytest.raises(qwt2.Qwt2Error) as error:
         qwt2.quantize(model, [torch.randn(4, 12, 16)])
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+class Named(nn.Module):
+    """A model whose parameters are called like its input and its outputs, as slot attention's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.images, self.slots = nn.Parameter(torch.randn(3, 1, 1)), nn.Parameter(torch.randn(4, 8))
+        self.conv, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+
+    def forward(self, pictures):
+        keys = self.conv(pictures + self.images).flatten(2)
+        return {"slots": self.fc(self.slots) + (self.slots @ keys).mean(-1, keepdim=True), "logits": keys}
+
+
+@torch.no_grad()
+def test_parameters_may_have_the_names_of_inputs_and_outputs(tmp_path):
+    model, x = user_models.randomize(Named()), torch.randn(4, 3, 16, 16)
+    qmodel = qwt2.quantize(model, [x], "percentile")
+    qwt2.save_quantized(qmodel, tmp_path / "stored.safetensors")
+    folded = qwt2.fold(qwt2.load_quantized(model, tmp_path / "stored.safetensors"))
+    path = qwt2.export_onnx(folded, tmp_path / "model.onnx", x)
+    found, expected = qwt2.load_engine(path, "onnxruntime")(x.numpy()), qmodel(x)
+    assert found.keys() == expected.keys()
+    for name, y in expected.items():
+        assert (torch.from_numpy(found[name]) - y).norm() < 0.02 * y.norm()

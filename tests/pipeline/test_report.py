@@ -485,17 +485,22 @@ def test_committed_readme_shows_the_committed_results(tmp_path):
 
 def test_the_zoo_s_table_counts_what_came_through(tmp_path):
     def row(source: str, model: str, outcome: str, **figures: str) -> dict[str, str]:
-        columns = dict.fromkeys((*readme._ZOO.values(), "reason", "cpu", "versions"), "")
+        columns = dict.fromkeys((*readme._ZOO.values(), *readme._ZOO_TOOLS, "reason", "cpu", "versions"), "")
         return {**columns, "source": source, "family": "f", "model": model, "outcome": outcome, **figures}
 
+    whole = {"integer_macs_percent": "100.0", "blocks": "0", "cwac_passes": "4.5"}
     rows = [
-        row("timm", "a", "through", integer_macs_percent="90.0", ptq_db="30.1"),
-        row("timm", "b", "refused", reason="it is random"),
+        row("timm", "a", "through", integer_macs_percent="90.0", ptq_db="30.1", blocks="3", cwac_passes="2.0",
+            nncf="runs", nncf_db="20.5", quantize_static="fails: no such thing"),
+        row("timm", "b", "refused", reason="it is random", nncf="runs", quantize_static="runs"),
         row("timm", "c", "not taken", reason="too large"),
-        row("torchvision", "d", "through", integer_macs_percent="100.0"),
-    ]
+        row("torchvision", "d", "through", **whole),
+    ]  # fmt: skip
     text = readme.zoo_table(rows)
     assert text.startswith("Through, of those taken: timm: 1 of 2, torchvision: 1 of 1; on average 95.0 %")
+    assert "; QwT has units in 1 of 2; CWAC costs at most 3.5 float passes in 1 and 4.5 in all." in text
+    assert "Of 2 models that other tools got too, 1 come through here, 2 through NNCF and 1 through quantize_static." in text
+    assert "| 20.5 | fails |" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
     assert "| timm: f | b | refused: it is random |" in text and "| timm: f | a | through | – |" in text
