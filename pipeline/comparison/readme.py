@@ -1,9 +1,10 @@
-"""Command: rewrite the tables of README.md and docs/results.md from the files in results/ (``make readme``)."""
+"""Command: rewrite the tables of README.md and docs/ from the files in results/ (``make readme``)."""
 
 import csv
 from pathlib import Path
 
 from pipeline.common.folders import RESULTS
+from pipeline.comparison.literature import literature
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
 from qwt2.report.compensations import SUBJECT, heading, label
@@ -24,6 +25,8 @@ COSTS_BEGIN = "<!-- costs:begin (written by `make readme`) -->"
 COSTS_END = "<!-- costs:end -->"
 ZOO_BEGIN = "<!-- zoo:begin (written by `make readme`) -->"
 ZOO_END = "<!-- zoo:end -->"
+PUBLISHED_BEGIN = "<!-- published:begin (written by `make readme`) -->"
+PUBLISHED_END = "<!-- published:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
@@ -224,6 +227,7 @@ def main() -> None:
     update_peers(page, RESULTS / "benchmarks")
     update_costs(page, RESULTS / "benchmarks")
     update_zoo(page, RESULTS / "benchmarks")
+    replace_between(Path("docs/published.md"), PUBLISHED_BEGIN, PUBLISHED_END, literature())
 
 
 if __name__ == "__main__":
