@@ -13,6 +13,7 @@ PYTHON ?= python3.11
 
 repro: $(STAMP)
 	dvc repro
+	-@python -m pipeline.comparison.verdict
 
 # Rebuild only the cells of classifiers, and a report of these.
 repro-classification: $(STAMP)
@@ -37,6 +38,7 @@ benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.detectors
 	python -m benchmarks.calibration_cost
 	python -m benchmarks.experiments
+	python -m benchmarks.retrained
 	$(PEERS)/bin/python -m benchmarks.peers
 	$(PEERS)/bin/python -m benchmarks.zoo
 

@@ -92,7 +92,11 @@ def check_qwt2(arguments: list[str]) -> None:
 
 def check_python(arguments: list[str]) -> None:
     """The configuration that a sweep's overrides make is composed for the first of its values."""
-    assert arguments[0] == "-m" and arguments[1].endswith(".experiment")
+    assert arguments[0] == "-m"
+    if arguments[1].endswith(".verdict"):
+        assert run(sys.executable, *arguments[:2], "--help").stdout.count(arguments[2]) > 1
+        return
+    assert arguments[1].endswith(".experiment")
     overrides = [override.split(",")[0] for override in arguments[2:] if override != "-m"]
     done = run(sys.executable, *arguments[:2], "--cfg", "job", *overrides)
     assert done.returncode == 0, done.stderr
