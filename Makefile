@@ -9,7 +9,11 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3.11
 
-.PHONY: repro repro-classification test test-fast lint docs readme lock benchmarks dashboard publish experiments verify determinism kills clean
+.PHONY: quick repro repro-classification test test-fast lint docs readme lock benchmarks dashboard publish experiments verify determinism kills clean
+
+# In a minute or two: what compensation regains on a small network, on both engines.
+quick: $(STAMP)
+	python -m pipeline.sweeps.experiment experiment=quick
 
 repro: $(STAMP)
 	dvc repro

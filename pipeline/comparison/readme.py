@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.common.folders import RESULTS
 from pipeline.comparison.literature import literature
+from pipeline.comparison.static_page import static_page
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
 from qwt2.report.compensations import SUBJECT, heading, label
@@ -27,6 +28,8 @@ ZOO_BEGIN = "<!-- zoo:begin (written by `make readme`) -->"
 ZOO_END = "<!-- zoo:end -->"
 PUBLISHED_BEGIN = "<!-- published:begin (written by `make readme`) -->"
 PUBLISHED_END = "<!-- published:end -->"
+REPORT_BEGIN = "<!-- report:begin (written by `make readme`) -->"
+REPORT_END = "<!-- report:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
@@ -36,6 +39,12 @@ def update(readme: Path, summary: Path) -> None:
         Qwt2Error: the markers are missing.
     """
     replace_between(readme, BEGIN, END, table(Results(read_rows(summary)).of_task("classification")))
+
+
+def update_static_page(page: Path, summary: Path) -> None:
+    """Write the page of the default run, with its plots beside it; see :func:`update`."""
+    results = Results(read_rows(summary)).of_task("classification")
+    replace_between(page, REPORT_BEGIN, REPORT_END, static_page(results, page))
 
 
 def update_detection(readme: Path, summary: Path) -> None:
@@ -222,6 +231,7 @@ def _percent(row: Row | None) -> str:
 def main() -> None:
     """Rewrite every table."""
     update(Path("README.md"), RESULTS / "summary.csv")
+    update_static_page(Path("docs/report.md"), RESULTS / "summary.csv")
     page = Path("docs/results.md")
     update_detection(page, RESULTS / "summary.csv")
     update_peers(page, RESULTS / "benchmarks")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -407,6 +408,23 @@ def test_readme_keeps_everything_outside_its_markers(built, tmp_path):
     assert len({line.count("|") for line in first.splitlines() if line.startswith("|")}) == 1
     readme.update(path, built / "results" / "summary.csv")
     assert path.read_text() == first
+
+
+def test_the_page_of_the_default_run_shows_its_plots(built, tmp_path):
+    page = tmp_path / "report.md"
+    page.write_text(f"{readme.REPORT_BEGIN}\n{readme.REPORT_END}\n")
+    readme.update_static_page(page, built / "results" / "summary.csv")
+    text = page.read_text()
+    plots = re.findall(r"!\[[^]]+\]\((\S+)\)", text)
+    assert len(plots) == 2 * len(synthetic.MODELS) and {tmp_path / plot for plot in plots} == set(tmp_path.rglob("*.svg"))
+    for plot in plots:
+        drawn = ElementTree.parse(tmp_path / plot)  # a code host shows it as it is: no script, nothing from elsewhere
+        tags = {element.tag.rpartition("}")[2] for element in drawn.iter()}
+        assert not tags & {"script", "image", "foreignObject"} and "currentColor" not in (tmp_path / plot).read_text()
+        words = {element.text for element in drawn.iter() if element.tag.endswith("text")}
+        assert {"PTQ", "PTQ + QwT", "PTQ + CWAC", "w8a8"} <= words
+    readme.update_static_page(page, built / "results" / "summary.csv")
+    assert page.read_text() == text
 
 
 @pytest.mark.parametrize(
