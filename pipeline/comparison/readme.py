@@ -143,34 +143,38 @@ def read_dicts(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# Engine -> the other tool that makes models for it: the name in the files, and the title.
+_TOOLS = {
+    "onnxruntime": ("quantize_static", "quantize_static"), "openvino": ("nncf", "NNCF"),
+    "inductor": ("torchao", "torchao"),
+}  # fmt: skip
+
+
 def peers_table(rows: list[dict[str, str]]) -> str:
     """Return Markdown: per engine, model and batch, the latencies in multiples of folded CWAC's, and all SQNRs."""
-    ratios = {"fp32": "fp32", "bf16": "bf16", "ptq": "PTQ", "cwac_unfolded": "CWAC unfolded", "qwt": "QwT",
-              "quantize_static": "quantize_static", "nncf": "NNCF"}  # fmt: skip
-    accuracies = {"ptq": "PTQ", "cwac": "CWAC", "quantize_static": "quantize_static", "nncf": "NNCF"}
+    ratios = {"fp32": "fp32", "bf16": "bf16", "ptq": "PTQ", "cwac_unfolded": "CWAC unfolded", "qwt": "QwT"}
     headings = ["Engine", "Model", "Batch", "CWAC, ms", *(f"{name} ÷ CWAC" for name in ratios.values())]
-    headings += [f"SQNR {name}, dB" for name in accuracies.values()]
-    lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
+    headings += ["Other tool at its best", "Other tool ÷ CWAC", "SQNR PTQ, dB", "SQNR CWAC, dB", "SQNR other tool, dB"]
+    right = headings.index("Other tool at its best")
+    lines = [headings, ["---", "---", *["---:"] * (right - 2), "---", *["---:"] * (len(headings) - right - 1)]]
     cells = {(r["engine"], r["model"], r["batch"], r["variant"]): r for r in rows}
     for engine, model, batch in sorted({key[:3] for key in cells}):
-        own = cells[engine, model, batch, "cwac"]
-
-        def other(variant: str, column: str) -> float | None:
-            row = cells.get((engine, model, batch, variant))  # noqa: B023 - only called in this round
-            return float(row[column]) if row else None
-
-        times = [other(variant, "latency_ratio_to_ptq") for variant in ratios]
-        base = float(own["latency_ratio_to_ptq"])
-        lines.append(
-            [ENGINES[engine], model, batch, f"{float(own['latency_ms']):.1f}"]
-            + [_MISSING if value is None else f"{value / base:.2f}" for value in times]
-            + [
-                _MISSING if value is None else f"{value:.1f}"
-                for value in (other(v, "logits_sqnr_db") for v in accuracies)
-            ]
-        )
+        own = {variant: row for (*key, variant), row in cells.items() if key == [engine, model, batch]}
+        tool, title = _TOOLS[engine]
+        base = float(own["cwac"]["latency_ratio_to_ptq"])
+        times = [_figure(own, variant, "latency_ratio_to_ptq", base, 2) for variant in (*ratios, tool)]
+        distances = [_figure(own, variant, "logits_sqnr_db", 1, 1) for variant in ("ptq", "cwac", tool)]
+        best = f"{title}: {own[tool]['setting']}" if tool in own else _MISSING
+        name = "Inductor" if engine == "inductor" else ENGINES[engine]
+        latency = f"{float(own['cwac']['latency_ms']):.1f}"
+        lines.append([name, model, batch, latency, *times[:-1], best, times[-1], *distances])
     facts = f"{rows[0]['cpu']} ({rows[0]['instruction_sets']}), {rows[0]['threads']} thread; {rows[0]['versions']}"
     return f"{facts}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _figure(rows: dict[str, dict[str, str]], variant: str, column: str, base: float, digits: int) -> str:
+    """Return a variant's figure in multiples of ``base``, or a dash if it was not measured."""
+    return f"{float(rows[variant][column]) / base:.{digits}f}" if variant in rows else _MISSING
 
 
 def table(results: Results) -> str:
