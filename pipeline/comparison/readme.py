@@ -154,8 +154,8 @@ def peers_table(rows: list[dict[str, str]]) -> str:
     """Return Markdown: per engine, model and batch, the latencies in multiples of folded CWAC's, and all SQNRs."""
     ratios = {"fp32": "fp32", "bf16": "bf16", "ptq": "PTQ", "cwac_unfolded": "CWAC unfolded", "qwt": "QwT"}
     headings = ["Engine", "Model", "Batch", "CWAC, ms", *(f"{name} ÷ CWAC" for name in ratios.values())]
-    headings += ["Other tool at its best", "Other tool ÷ CWAC", "SQNR PTQ, dB", "SQNR CWAC, dB", "SQNR other tool, dB"]
-    right = headings.index("Other tool at its best")
+    headings += ["Other tool, setting", "Other tool ÷ CWAC", "SQNR PTQ, dB", "SQNR CWAC, dB", "SQNR other tool, dB"]
+    right = headings.index("Other tool, setting")
     lines = [headings, ["---", "---", *["---:"] * (right - 2), "---", *["---:"] * (len(headings) - right - 1)]]
     cells = {(r["engine"], r["model"], r["batch"], r["variant"]): r for r in rows}
     for engine, model, batch in sorted({key[:3] for key in cells}):
