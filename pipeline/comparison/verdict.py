@@ -43,12 +43,14 @@ class Judged(NamedTuple):
         committed, fresh: the figures.
         deviation: standard deviation of the difference of two runs on different CPUs, in points.
         freedom: the degrees of freedom of ``deviation``.
+        known: whether the deviation between CPUs was measured for models of this task.
     """
 
     committed: Row
     fresh: Row
     deviation: float
     freedom: float
+    known: bool = True
 
     @property
     def equal(self) -> bool:
@@ -103,23 +105,24 @@ class Spread:
     """
 
     def __init__(self, rows: Iterable[Row]):
-        samples: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+        samples: dict[tuple[str, ...], list[Row]] = defaultdict(list)
         for row in rows:
-            samples[row.model, row.precision, row.method].append(row)
-        self.variances: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
-        for (model, precision, _), found in samples.items():
+            samples[row.task, row.model, row.precision, row.method].append(row)
+        self.variances: dict[tuple[str, ...], list[tuple[float, int]]] = defaultdict(list)
+        for (*cell, _), found in samples.items():
             if len(found) > 1:
                 between = float(np.var([row.value for row in found], ddof=1))
                 by_seeds = float(np.mean([(row.std or 0.0) ** 2 / row.n for row in found]))
-                self.variances[model, precision].append((max(between - by_seeds, 0.0), len(found) - 1))
+                self.variances[tuple(cell)].append((max(between - by_seeds, 0.0), len(found) - 1))
 
-    def of(self, model: str, precision: str) -> tuple[float, int]:
-        """Return the variance and its degrees of freedom, pooled over the methods of a model at a precision.
+    def of(self, row: Row) -> tuple[float, int]:
+        """Return the variance of a figure and its degrees of freedom, pooled over methods of its model and precision.
 
-        Where the model was not retrained, all models at this precision are pooled; 0 and 0 if there are none.
+        Where the model was not retrained, all models of the task are pooled at this precision. Both are 0 without any.
         """
-        others = [pair for (_, other), pairs in self.variances.items() if other == precision for pair in pairs]
-        found = self.variances.get((model, precision)) or others
+        others = [pair for (task, _, precision), pairs in self.variances.items() for pair in pairs
+                  if (task, precision) == (row.task, row.precision)]  # fmt: skip
+        found = self.variances.get((row.task, row.model, row.precision)) or others
         freedom = sum(df for _, df in found)
         return (sum(variance * df for variance, df in found) / freedom if freedom else 0.0), freedom
 
@@ -128,12 +131,11 @@ def judged(committed: Row, fresh: Row, spread: Spread) -> Judged:
     """Judge one figure by the interval of the module's text."""
     freedom = committed.n + fresh.n - 2
     pooled = sum((row.n - 1) * (row.std or 0.0) ** 2 for row in (committed, fresh)) / freedom if freedom else 0.0
-    between, between_freedom = spread.of(committed.model, committed.precision)
+    between, between_freedom = spread.of(committed)
     parts = [(pooled * (1 / committed.n + 1 / fresh.n), freedom), (2 * between, between_freedom)]
     total = sum(variance for variance, _ in parts)
-    if not total:
-        return Judged(committed, fresh, 0.0, 0.0)
-    return Judged(committed, fresh, total**0.5, total**2 / sum(variance**2 / df for variance, df in parts if df))
+    df = total**2 / sum(variance**2 / df for variance, df in parts if df) if total else 0.0
+    return Judged(committed, fresh, total**0.5, df, known=between_freedom > 0)
 
 
 def judge(committed: Iterable[Row], fresh: Iterable[Row], spread: Spread) -> list[Judged]:
@@ -166,18 +168,23 @@ def sentence(figures: Sequence[Judged], missing: int = 0) -> str:
     """
     if not figures:
         return "This run has none of the committed figures, so it says nothing about them."
-    outside = [figure.name for figure in figures if not figure.reproduced]
-    equal = sum(figure.equal for figure in figures)
-    text = f"This run {'reproduces' if reproduces(figures) else 'does not reproduce'} the committed results: "
+    unknown = [figure for figure in figures if not figure.equal and not figure.known]
+    sure = [figure for figure in figures if figure not in unknown]
+    outside = [figure.name for figure in sure if not figure.reproduced]
+    equal = sum(figure.equal for figure in sure)
+    text = f"This run {'reproduces' if reproduces(sure) else 'does not reproduce'} the committed results: "
     if equal == len(figures):
         text += f"all {equal} headline figures are equal to the last digit"
     else:
         text += (
-            f"of {len(figures)} headline figures, {equal} are equal to the last digit and "
-            f"{len(figures) - len(outside) - equal} within the interval expected from calibration seeds and CPUs"
+            f"of {len(sure)} headline figures, {equal} are equal to the last digit and "
+            f"{len(sure) - len(outside) - equal} within the interval expected from calibration seeds and CPUs"
         )
     if outside:
-        text += f"; outside of it (up to {by_chance(figures)} may be by chance): {', '.join(outside)}"
+        text += f"; outside of it (up to {by_chance(sure)} may be by chance): {', '.join(outside)}"
+    if unknown:
+        models = " ".join(dict.fromkeys(figure.committed.model for figure in unknown))
+        text += f"; {len(unknown)} differ by an amount that nobody measured (`python -m benchmarks.retrained {models}`)"
     return text + (f"; {missing} committed ones are not part of this run." if missing else ".")
 
 
@@ -206,6 +213,8 @@ def _cell(figure: Judged) -> str:
     fresh, committed = figure.fresh.value, figure.committed.value
     if figure.equal:
         return f"{fresh:.1f} ="
+    if not figure.known:
+        return f"{fresh:.1f} ({committed:.1f}) ?"
     return f"{fresh:.1f} ({committed:.1f} ± {figure.expected:.1f}){'' if figure.reproduced else ' !'}"
 
 
