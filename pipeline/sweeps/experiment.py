@@ -24,7 +24,7 @@ from pipeline.build.compose import CONF, one_sentence
 from pipeline.build.dvcfiles import stages
 from pipeline.common.logs import VERBOSE
 from pipeline.sweeps.published import comparison
-from pipeline.sweeps.recovery import recovery
+from pipeline.sweeps.regained import regained
 from pipeline.sweeps.sweep import (
     PRINTED,
     SWEEPS,
@@ -38,7 +38,7 @@ from pipeline.sweeps.sweep import (
 )
 from qwt2.errors import Qwt2Error, guarded
 
-TEXTS = dict(zip(PRINTED, (table_text, recovery, comparison)))
+TEXTS = dict(zip(PRINTED, (table_text, regained, comparison)))
 
 
 def main(arguments: list[str]) -> None:

@@ -28,7 +28,7 @@ from qwt2.report.results import format_number
 
 SWEEPS = OUT / "sweeps"
 TABLE = "table.csv"
-PRINTED = ("table", "recovery", "published")  # texts that the command may print at its end
+PRINTED = ("table", "regained", "published")  # texts that the command may print at its end
 _POLL_SECONDS = 0.5
 
 

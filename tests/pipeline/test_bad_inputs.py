@@ -38,7 +38,7 @@ def command(line: str, monkeypatch, capsys) -> tuple[int, str]:
 
 # What follows `python -m pipeline.sweeps.experiment`, and words of the sentence.
 EXPERIMENT = {
-    "experiment=quick printed=all": "printed 'all' is unknown; use one of: table, recovery, published",
+    "experiment=quick printed=all": "printed 'all' is unknown; use one of: table, regained, published",
     "model=vit_huge": "options of group 'model' are: .*vit_micro",
     "model=": "conf has no 'model/'",
     "-m model=vit_micro,vit_huge": "conf has no 'model/vit_huge'",

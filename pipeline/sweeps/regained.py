@@ -13,7 +13,7 @@ from qwt2.report.results import Method
 _MISSING = "–"
 
 
-def recovery(sweep: str) -> str:
+def regained(sweep: str) -> str:
     """Return the text of a sweep's finished cells."""
     finished = [group for group in groups(sweep) if group.methods]
     return "\n\n".join(text for group in finished for text in (_table(group), _sentence(group)))
@@ -52,10 +52,10 @@ def _sentence(group: Group) -> str:
         return f"{group.model} was not measured on {name}."
     unit = f"% {METRICS[accuracy].heading.removesuffix(' %')}"
     fall = f"On {name}, {group.precision.upper()} takes {group.model} from {fp32:.1f} to {lost:.1f} {unit}"
-    return "; ".join([fall, *_regained(group, engine, plain)]) + "."
+    return "; ".join([fall, *_phrases(group, engine, plain)]) + "."
 
 
-def _regained(group: Group, engine: str, plain: str) -> Iterator[str]:
+def _phrases(group: Group, engine: str, plain: str) -> Iterator[str]:
     methods = [method for method in group.methods if Method.parse(method).ptq == plain and method != plain]
     for method in sorted(methods, key=lambda name: Method.parse(name).compensation != SUBJECT):
         figures = group.methods[method]

@@ -3,7 +3,7 @@
 import json
 
 from pipeline.common.folders import CELLS
-from pipeline.sweeps.recovery import recovery
+from pipeline.sweeps.regained import regained
 from pipeline.sweeps.sweep import job_path
 
 
@@ -31,7 +31,7 @@ def test_the_sentence_has_the_figures_of_the_engine(tmp_path, monkeypatch):
     add_cell(0, net, {"mse": plain, "mse+qwt": figures("top1", 91.0, 91.2, 1.52, 8160)}, {"top1": 97.66})
     add_cell(1, net, {"mse": plain, "mse+cwac": figures("top1", 90.0, 90.3, 1.004, 0)}, {"top1": 97.66})
     add_cell(2, net, None, {"top1": 97.66})
-    table, _, sentence = recovery("s").rpartition("\n\n")
+    table, _, sentence = regained("s").rpartition("\n\n")
     assert sentence == (
         "On ONNX Runtime, W2A3 takes net from 97.7 to 40.5 % top-1; CWAC brings it to 90.3 %, with 0 more parameters and "
         "1.00 times the latency; QwT brings it to 91.2 %, with 8,160 more parameters and 1.52 times the latency."
@@ -45,10 +45,10 @@ def test_detectors_have_their_own_metric_and_several_seeds_their_mean(tmp_path, 
     for number, value in enumerate((30.0, 32.0)):
         methods = {"repq": figures("bbox_ap", value, value, 1.0, 0), "repq+cwac": figures("bbox_ap", 50.0, 50.0, 1.0, 0)}
         add_cell(number, net, methods, {"bbox_ap": 60.0})
-    assert "takes det from 60.0 to 31.0 % box AP; CWAC brings it to 50.0 %" in recovery("s")
+    assert "takes det from 60.0 to 31.0 % box AP; CWAC brings it to 50.0 %" in regained("s")
 
 
 def test_cells_without_an_engine_say_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     add_cell(0, {"name": "net", "timm": "resnet18"}, {"mse": {"torch/top1": 40.0}}, {"top1": 97.0})
-    assert recovery("s").endswith("net was not measured on ONNX Runtime.")
+    assert regained("s").endswith("net was not measured on ONNX Runtime.")
