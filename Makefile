@@ -9,10 +9,15 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3.11
 
-.PHONY: repro repro-classification test test-fast lint docs readme lock benchmarks dashboard publish experiments verify determinism kills clean
+.PHONY: quick repro repro-classification test test-fast lint docs readme lock benchmarks dashboard publish experiments verify determinism kills clean
+
+# In a minute or two: what compensation regains on a small network, on both engines.
+quick: $(STAMP)
+	python -m pipeline.sweeps.experiment experiment=quick
 
 repro: $(STAMP)
 	dvc repro
+	-@python -m pipeline.comparison.verdict
 
 # Rebuild only the cells of classifiers, and a report of these.
 repro-classification: $(STAMP)
@@ -37,6 +42,7 @@ benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.detectors
 	python -m benchmarks.calibration_cost
 	python -m benchmarks.experiments
+	python -m benchmarks.retrained
 	$(PEERS)/bin/python -m benchmarks.peers
 	$(PEERS)/bin/python -m benchmarks.zoo
 

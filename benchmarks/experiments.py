@@ -114,7 +114,7 @@ def served(folder: Path) -> Iterator[str]:
     try:
         for _ in range(300):
             try:
-                urllib.request.urlopen(address, timeout=5).close()
+                urllib.request.urlopen(address, timeout=60).close()  # the first page takes seconds
                 break
             except urllib.error.URLError:
                 time.sleep(0.1)

@@ -1,6 +1,8 @@
-"""Compare this library's int8 files with those of ONNX Runtime's quantize_static and of NNCF, interleaved in one run.
+"""Compare this library's int8 models with those of quantize_static, NNCF and torchao, interleaved in one run.
 
-Files for OpenVINO are quantized with target="openvino". Weights are random, and calibration takes crops of two real
+Of each tool, several settings are tried (``benchmarks.peer_tools``), and the one whose logits come closest to the float
+model's is compared. A second file has the figures of every setting. Files for OpenVINO are quantized with
+target="openvino"; Inductor runs the portable ones. Weights are random, and calibration takes crops of two real
 photographs. Neither latency nor the distance from the float model's logits needs trained weights, and no accuracy is
 claimed here. Latency is measured with one thread, on batches of 1 and 8.
 
@@ -12,9 +14,10 @@ import copy
 import gc
 import logging
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +31,19 @@ from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from benchmarks.peer_tools import (
+    Model,
+    Setting,
+    nncf_settings,
+    on_inductor,
+    quantize_static_settings,
+    torchao_graph,
+)
 from benchmarks.table import machine_file, versions_text
 from pipeline.common.resources import PeakMemory
 from pipeline.comparison.readme import read_dicts
 from qwt2 import Precision, compensate, export_onnx, fold, quantize
+from qwt2.engines import ENGINES as SESSIONS
 from qwt2.evaluation import machine
 from qwt2.evaluation.latency import measure_latency
 from qwt2.evaluation.metrics import agreement_percent, sqnr_db
@@ -47,12 +59,13 @@ MODELS = {
     "mobilenetv3_large_100": "percentile",
 }
 TARGETS = {"onnxruntime": "portable", "openvino": "openvino"}  # engine -> target of its files
+ENGINES = (*TARGETS, "inductor")
 CALIBRATION_IMAGES, TEST_IMAGES = 32, 32
 ROUNDS = {1: 42, 8: 12}  # batch size -> rounds
 THREADS = 1
 BASE = "ptq"
 # Variants that may differ by only 1 % run as several instances in turn, because an instance's place in memory matters
-# more than that.
+# more than that. On Inductor there is one of each, because it compiles for half a minute.
 INSTANCES = {"fp32": 3, "ptq": 3, "cwac": 3, "quantize_static": 3, "nncf": 3}
 
 
@@ -74,7 +87,8 @@ def main() -> None:
             comparisons.append(Comparison(name, MODELS[name], own))
             gc.collect()
         for comparison in tqdm(comparisons, desc="latencies"):
-            write(comparison.rows(), described)
+            write("peers", comparison.rows(), described)
+            write("peer-settings", comparison.tried, described)
             gc.collect()
 
 
@@ -90,6 +104,8 @@ class Comparison:
         with torch.no_grad():
             self.exact = self.model(self.test).numpy()
         self.costs: dict[tuple[str, str], dict] = {}
+        self.settings: dict[tuple[str, str], str] = {("inductor", "torchao"): "x86 Inductor quantizer"}
+        self.tried: list[dict] = []
         self.make_files()
 
     def make_files(self) -> None:
@@ -97,8 +113,10 @@ class Comparison:
         export_onnx(self.model, self.path("onnxruntime", "fp32"), self.test[:1])
         for engine in TARGETS:
             self.make_own_files(engine)
-        self.measured("onnxruntime", "quantize_static", self.quantize_static)
-        self.measured("openvino", "nncf", self.nncf)
+        is_transformer = self.method == "repq"
+        fp32 = self.path("onnxruntime", "fp32")
+        self.keep_best("onnxruntime", "quantize_static", quantize_static_settings(fp32, self.calibration))
+        self.keep_best("openvino", "nncf", nncf_settings(self.model, self.calibration, is_transformer))
 
     def make_own_files(self, engine: str) -> None:
         batches, how = list(self.calibration.split(16)), (self.method, Precision(8, 8), TARGETS[engine])
@@ -121,6 +139,7 @@ class Comparison:
     def path(self, engine: str, variant: str) -> Path:
         if variant == "fp32":
             return self.folder / "fp32.onnx"  # all engines share it
+        engine = "onnxruntime" if engine == "inductor" else engine  # both run portable files
         return self.folder / f"{engine}-{variant}.{'xml' if variant == 'nncf' else 'onnx'}"
 
     def measured(self, engine: str, variant: str, work: Callable):
@@ -130,71 +149,79 @@ class Comparison:
         self.costs[engine, variant] = {"seconds": time.perf_counter() - started, "peak_memory_mb": memory.megabytes}
         return result
 
-    def quantize_static(self) -> None:
-        """Run ONNX Runtime's tool as its documentation recommends for CPUs: QDQ, per channel, after preprocessing."""
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-        from onnxruntime.quantization.shape_inference import quant_pre_process
+    def keep_best(self, engine: str, tool: str, settings: Iterable[Setting]) -> None:
+        """Run a tool with every setting, and keep the file whose logits are closest to the float model's.
 
-        class Reader(CalibrationDataReader):
-            def __init__(self, images: torch.Tensor):
-                self.images = iter(images.split(1))
+        A setting that fails is recorded with its error.
 
-            def get_next(self):
-                image = next(self.images, None)
-                return None if image is None else {"images": image.numpy()}
+        Raises:
+            RuntimeError: every setting failed.
+        """
+        best, costs_of_best, path = -np.inf, {}, self.path(engine, tool)
+        for number, setting in enumerate(settings):
+            attempt = path.with_stem(f"{path.stem}-{number}")
+            try:
+                self.measured(engine, tool, partial(setting.write, attempt))
+                figures = self.distances(self.compiled(engine, attempt, 1), 1)
+            except Exception as error:  # of any kind: the other settings go on
+                self.tried.append(self.attempt(engine, tool, setting, {"error": str(error).splitlines()[0][:200]}))
+                continue
+            costs = self.costs.pop((engine, tool))
+            self.tried.append(self.attempt(engine, tool, setting, figures | {"seconds": round(costs["seconds"], 1)}))
+            if figures["logits_sqnr_db"] > best:
+                best, costs_of_best = figures["logits_sqnr_db"], costs
+                self.settings[engine, tool] = setting.name
+                for suffix in (path.suffix, ".bin"):  # OpenVINO's weights are in a file of their own
+                    if attempt.with_suffix(suffix).is_file():
+                        shutil.copy(attempt.with_suffix(suffix), path.with_suffix(suffix))
+        if (engine, tool) not in self.settings:
+            raise RuntimeError(f"{tool} failed on {self.name} with every setting: {self.tried[-1]['error']}")
+        self.costs[engine, tool] = costs_of_best
 
-        prepared = self.folder / "prepared.onnx"
-        quant_pre_process(self.path("onnxruntime", "fp32"), prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared, self.path("onnxruntime", "quantize_static"), Reader(self.calibration),
-            quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        )  # fmt: skip
+    def attempt(self, engine: str, tool: str, setting: Setting, figures: dict) -> dict:
+        """Return the row of one setting."""
+        empty = dict.fromkeys(("logits_sqnr_db", "agreement_percent", "seconds", "error"), "")
+        return {"model": self.name, "engine": engine, "tool": tool, "setting": setting.name, **empty, **figures}
 
-    def nncf(self) -> None:
-        """Run NNCF's post-training quantization of OpenVINO models; it is told which models are transformers."""
-        import nncf
-        import openvino
-
-        nncf.set_log_level(logging.ERROR)
-        kind = nncf.ModelType.TRANSFORMER if self.method == "repq" else None
-        dataset = nncf.Dataset([image.numpy() for image in self.calibration.split(1)])
-        # OpenVINO converts the PyTorch model itself, because from our ONNX file NNCF makes layers that run in float.
-        model = openvino.convert_model(self.model, example_input=self.test[:1])
-        quantized = nncf.quantize(model, dataset, subset_size=CALIBRATION_IMAGES, model_type=kind)
-        openvino.save_model(quantized, self.path("openvino", "nncf"), compress_to_fp16=False)
+    def distances(self, model: Model, batch: int) -> dict[str, float]:
+        """Return how far a compiled model's outputs on the test images are from the float model's."""
+        logits = np.concatenate([model(images.numpy()) for images in self.test.split(batch)])
+        return {
+            "logits_sqnr_db": round(sqnr_db(logits, self.exact), 2),
+            "agreement_percent": round(agreement_percent(logits, self.exact), 1),
+        }
 
     def rows(self) -> list[dict]:
         rows = []
         for batch, rounds in ROUNDS.items():
             sessions = self.sessions(batch)
-            image_batches = [images.numpy() for images in self.test.split(batch)]
-            calls = {key: [partial(session, image_batches[0]) for session in own] for key, own in sessions.items()}
-            for engine in TARGETS:
+            images = self.test[:batch].numpy()
+            calls = {key: [partial(session, images) for session in own] for key, own in sessions.items()}
+            for engine in ENGINES:
                 own = {variant: call for (e, variant), call in calls.items() if e == engine}
                 measured = measure_latency(own, BASE, rounds, warmup=1)
                 for variant, latency in measured.items():
-                    logits = np.concatenate([sessions[engine, variant][0](images) for images in image_batches])
-                    rows.append(self.row(engine, variant, batch, rounds, latency, logits))
+                    figures = self.distances(sessions[engine, variant][0], batch)
+                    rows.append(self.row(engine, variant, batch, rounds, latency, figures))
         return rows
 
-    def row(self, engine: str, variant: str, batch: int, rounds: int, latency, logits: np.ndarray) -> dict:
+    def row(self, engine: str, variant: str, batch: int, rounds: int, latency, figures: dict) -> dict:
         path = self.path(engine, {"bf16": "fp32"}.get(variant, variant))
         files = [path, path.with_suffix(".bin")]
         costs = self.costs.get((engine, variant), {})
         return {
-            "model": self.name, "engine": engine, "variant": variant, "batch": batch,
+            "model": self.name, "engine": engine, "variant": variant,
+            "setting": self.settings.get((engine, variant), ""), "batch": batch,
             "latency_ms": round(latency.wall_ms, 3), "latency_cpu_ms": round(latency.cpu_ms, 3),
             "latency_ratio_to_ptq": round(latency.ratio, 4), "rounds": rounds, "threads": THREADS,
-            "file_bytes": sum(file.stat().st_size for file in files if file.is_file()),
-            "logits_sqnr_db": round(sqnr_db(logits, self.exact), 2),
-            "agreement_percent": round(agreement_percent(logits, self.exact), 1), "images": TEST_IMAGES,
+            "file_bytes": sum(file.stat().st_size for file in files if file.is_file()) or "", **figures,
+            "images": TEST_IMAGES,
             "quantize_seconds": round(costs["seconds"], 1) if costs else "",
             "quantize_peak_memory_mb": round(costs["peak_memory_mb"]) if costs else "",
             "calibration_images": CALIBRATION_IMAGES if costs else "",
         }  # fmt: skip
 
-    def sessions(self, batch: int) -> dict[tuple[str, str], list[Callable[[np.ndarray], np.ndarray]]]:
+    def sessions(self, batch: int) -> dict[tuple[str, str], list[Model]]:
         """Return (engine, variant) -> its instances, compiled models that are equal.
 
         Variants are compiled in turn, because memory that a process allocates late may be 10 % slower.
@@ -203,35 +230,38 @@ class Comparison:
         sessions = {key: [] for key in compilers}
         for turn in range(max(INSTANCES.values())):
             for (engine, variant), compiled in compilers.items():
-                if turn < INSTANCES.get(variant, 1):
+                if turn < (1 if engine == "inductor" else INSTANCES.get(variant, 1)):
                     sessions[engine, variant].append(compiled())
         return sessions
 
-    def compilers(self, batch: int) -> dict[tuple[str, str], Callable[[], Callable[[np.ndarray], np.ndarray]]]:
+    def compilers(self, batch: int) -> dict[tuple[str, str], Callable[[], Model]]:
         """Return (engine, variant) -> the function that compiles it."""
-        from qwt2.engines.onnxruntime import OnnxRuntimeSession
-        from qwt2.engines.openvino import OpenVinoSession
-
-        def compiled(session, engine, variant):
-            model = session(with_batch_size(onnx.load(self.path(engine, variant)), batch), THREADS)
-            return lambda images: next(iter(model({"images": images}).values()))
-
         own = ["fp32", "ptq", "cwac_unfolded", "cwac", "qwt"]
-        runs = [("onnxruntime", variant) for variant in [*own, "quantize_static"]] + [
-            ("openvino", variant) for variant in own
-        ]
-        kinds = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}
-        compilers = {(engine, variant): partial(compiled, kinds[engine], engine, variant) for engine, variant in runs}
+        runs = [("onnxruntime", variant) for variant in [*own, "quantize_static"]]
+        runs += [("openvino", variant) for variant in [*own, "nncf"]]
+        runs += [("inductor", variant) for variant in ("ptq", "cwac")]
+        compilers = {key: partial(self.compiled, key[0], self.path(*key), batch) for key in runs}
         fixed = with_batch_size(onnx.load(self.path("openvino", "fp32")), batch).SerializeToString()
-        shape = [batch, *self.test.shape[1:]]
-        compilers["openvino", "bf16"] = partial(openvino_default, fixed, shape, {})
-        # As with our files, operations that stay in float run in float32.
-        exact = {"INFERENCE_PRECISION_HINT": "f32"}
-        compilers["openvino", "nncf"] = partial(openvino_default, self.path("openvino", "nncf"), shape, exact)
+        compilers["openvino", "bf16"] = partial(openvino_default, fixed, [batch, *self.test.shape[1:]], {})
+        compilers["inductor", "fp32"] = partial(on_inductor, self.model, self.test[:batch])
+        compilers["inductor", "torchao"] = partial(self.torchao, batch)
         return compilers
 
+    def compiled(self, engine: str, path: Path, batch: int) -> Model:
+        """Compile a file for a batch size, so that operations which stay in float run in float32."""
+        if path.suffix == ".xml":
+            shape = [batch, *self.test.shape[1:]]
+            return openvino_default(path, shape, {"INFERENCE_PRECISION_HINT": "f32"})
+        session = SESSIONS.get(engine)(with_batch_size(onnx.load(path), batch), THREADS)
+        return lambda images: next(iter(session({"images": images}).values()))
 
-def openvino_default(source: bytes | Path, shape: list[int], options: dict) -> Callable[[np.ndarray], np.ndarray]:
+    def torchao(self, batch: int) -> Model:
+        """Quantize by torchao for a batch size, and compile on Inductor."""
+        graph = self.measured("inductor", "torchao", partial(torchao_graph, self.model, self.calibration, batch))
+        return on_inductor(graph, self.test[:batch])
+
+
+def openvino_default(source: bytes | Path, shape: list[int], options: dict) -> Model:
     """Compile a model on OpenVINO with its default settings, except for threads and ``options``."""
     import openvino
 
@@ -293,13 +323,13 @@ def photo_crops(model: nn.Module, count: int) -> torch.Tensor:
     return torch.stack([normalize(crop(photos[i % len(photos)]).float() / 255) for i in range(count)])
 
 
-def write(rows: list[dict], described: dict) -> None:
+def write(kind: str, rows: list[dict], described: dict) -> None:
     """Replace one model's rows in this machine's file, whose name holds the CPU and the engines' versions."""
     facts = {
         "cpu": described["cpu"], "instruction_sets": " ".join(described["instruction_sets"]),
         "versions": versions_text(described),
     }  # fmt: skip
-    path = machine_file("peers", ort="onnxruntime", ov="openvino")
+    path = machine_file(kind, ort="onnxruntime", ov="openvino")
     others = [row for row in read_dicts(path) if row["model"] != rows[0]["model"]] if path.is_file() else []
     order = list(MODELS)
     write_csv(path, sorted([*others, *(row | facts for row in rows)], key=lambda row: order.index(row["model"])))

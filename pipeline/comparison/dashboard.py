@@ -13,16 +13,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import dash_ag_grid as dag
-import plotly.graph_objects as go
 import yaml
 from dash import Dash, Input, Output, State, dcc, html
 from dash.exceptions import PreventUpdate
 from flask import Response, abort, request
 
+from pipeline.comparison import plots
 from pipeline.comparison.runs import Run, all_runs
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.report.findings import ENGINES
-from qwt2.report.results import format_number, method_order, precision_order
+from qwt2.report.results import format_number
 
 HOST = "127.0.0.1"
 # Column -> the figure's name in a run, and the heading. `gain` is the difference to plain PTQ, and {accuracy} stands
@@ -42,7 +42,6 @@ GRAPH = {"displayModeBar": False}
 # Files that Dash would request only after the layout has arrived, among them its largest. Listing them as scripts lets
 # the browser load them earlier.
 EARLY = ("plotly/package_data/plotly.min.js", "dash/dcc/async-graph.js", "dash_ag_grid/async-community.js")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -99,15 +98,16 @@ def make_app() -> Dash:
     app.layout = layout
 
     @app.callback(
-        Output("bits", "figure"), Output("latency", "figure"), Output("count", "children"), Output("drawn", "data"),
+        Output("bits", "figure"), Output("latency", "figure"), Output("gains", "figure"),
+        Output("count", "children"), Output("drawn", "data"),
         Input("runs", "virtualRowData"), Input("engine", "value"), State("drawn", "data"),
         prevent_initial_call=True,
     )  # fmt: skip
-    def draw(shown: list[dict[str, Any]] | None, engine: str, drawn: str) -> tuple[go.Figure, go.Figure, str, str]:
+    def draw(shown: list[dict[str, Any]] | None, engine: str, drawn: str) -> tuple[Any, ...]:
         rows = shown or []
         if (asked := drawing(rows, engine)) == drawn:  # just loaded, or only sorted
             raise PreventUpdate
-        return accuracy_against_bits(rows), accuracy_against_latency(rows, engine), f"{len(rows)} runs", asked
+        return *figures(rows, engine), f"{len(rows)} runs", asked
 
     @app.callback(Output("comparison", "children"), Input("runs", "selectedRows"))
     def compare(selected: list[dict[str, Any]] | None) -> Any:
@@ -132,26 +132,38 @@ def make_app() -> Dash:
 
 
 def page(runs: Sequence[Run]) -> html.Div:
-    """Make the page's layout: the table, two plots, and the comparison of two runs."""
+    """Make the page's layout: the table, three plots, and the comparison of two runs."""
     rows = [table_row(run) for run in runs]
     engines = [{"label": name, "value": engine} for engine, name in ENGINES.items()]
     engine = next(iter(ENGINES))
+    bits, latency, gains = (
+        dcc.Graph(id=name, figure=figure, config=GRAPH)
+        for name, figure in zip(("bits", "latency", "gains"), figures(rows, engine))
+    )
     return html.Div([
         dcc.Store(id="drawn", data=drawing(rows, engine)),
         html.H1("qwt2: all runs"),
         html.P(["Filter below a heading, sort by clicking on it, tick two runs to compare them. ",
                 html.Span(f"{len(rows)} runs", id="count")], className="hint"),
         table(rows),
-        html.Div([
-            html.Div([html.H2("Accuracy against bits"),
-                      dcc.Graph(id="bits", figure=accuracy_against_bits(rows), config=GRAPH)]),
-            html.Div([html.H2("Accuracy against latency"),
-                      dcc.RadioItems(engines, engine, id="engine", inline=True),
-                      dcc.Graph(id="latency", figure=accuracy_against_latency(rows, engine), config=GRAPH)]),
-        ], className="plots"),
+        html.H2("Accuracy against bits"), bits,
+        html.H2("Accuracy against latency"), dcc.RadioItems(engines, engine, id="engine", inline=True), latency,
+        html.H2("Gain on QwT, points"),
+        html.P("Accuracy minus that of QwT with the same model, bits, PTQ method, seeds and images.", className="hint"),
+        gains,
         html.H2("Two runs side by side"),
         html.Div(id="comparison"),
     ])  # fmt: skip
+
+
+def figures(rows: Sequence[Mapping[str, Any]], engine: str) -> tuple[Any, Any, Any]:
+    """Draw the three plots of these runs."""
+    accuracy = FIGURES["accuracy"][1]
+    return (
+        plots.against_bits(rows, accuracy),
+        plots.against_latency(rows, f"{engine}_ms", f"{engine}_accuracy", f"{ENGINES[engine]}, ms", accuracy),
+        plots.gains_on_qwt(rows, "points"),
+    )
 
 
 def drawing(rows: Iterable[Mapping[str, Any]], engine: str) -> str:
@@ -216,38 +228,6 @@ def _width(heading: str, texts: Iterable[str]) -> int:
     return min(max(110, 50 + 8 * longest), 400)  # at least wide enough to type a filter; long errors are cut off
 
 
-def accuracy_against_bits(rows: Iterable[Mapping[str, Any]]) -> go.Figure:
-    """Plot simulated accuracy by precision, from many bits to few; each model has its own symbol."""
-    return _scatter(rows, "precision", "accuracy", "weight and activation bits", FIGURES["accuracy"][1])
-
-
-def accuracy_against_latency(rows: Iterable[Mapping[str, Any]], engine: str) -> go.Figure:
-    """Plot accuracy on an engine against its latency in milliseconds per call."""
-    return _scatter(
-        rows, f"{engine}_ms", f"{engine}_accuracy", f"latency on {ENGINES[engine]}, ms", FIGURES["accuracy"][1]
-    )
-
-
-def _scatter(rows: Iterable[Mapping[str, Any]], x: str, y: str, x_title: str, y_title: str) -> go.Figure:
-    rows = [row for row in rows if row[x] is not None and row[y] is not None]
-    models = sorted({row["model"] for row in rows})
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["method"]), []).append(row)
-    figure = go.Figure(layout={"xaxis_title": x_title, "yaxis_title": y_title, "margin": {"t": 10}, "height": 420})
-    for model, method in sorted(groups, key=lambda key: (key[0], method_order(key[1]))):
-        members = groups[model, method]
-        figure.add_scatter(
-            x=[row[x] for row in members], y=[row[y] for row in members], mode="markers", name=f"{model} {method}",
-            text=[f"{row['model']} {row['precision']} {row['method']}<br>{row['sweeps']}" for row in members],
-            marker={"symbol": SYMBOLS[models.index(model) % len(SYMBOLS)], "size": 8},
-        )  # fmt: skip
-    if x == "precision":
-        order = sorted({row["precision"] for row in rows}, key=precision_order)
-        figure.update_xaxes(type="category", categoryorder="array", categoryarray=order)
-    return figure
-
-
 def comparison(first: Run, second: Run) -> html.Div:
     """Show two runs side by side: their figures, the settings that differ, and the SQNR of every module."""
     names = [f"{run.name} ({', '.join(run.sweeps) or 'no sweep'}) {run.id[:6]}" for run in (first, second)]
@@ -278,7 +258,7 @@ def _shown(value: Any) -> str:
 
 
 def _layer_chart(runs: Sequence[Run], names: Sequence[str]) -> Any:
-    figure = go.Figure(
+    figure = plots.go.Figure(
         layout={"xaxis_title": "SQNR, dB", "margin": {"t": 10}, "legend": {"orientation": "h", "y": 1.05}}
     )
     figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)

@@ -1,9 +1,11 @@
-"""Command: rewrite the tables of README.md and docs/results.md from the files in results/ (``make readme``)."""
+"""Command: rewrite the tables of README.md and docs/ from the files in results/ (``make readme``)."""
 
 import csv
 from pathlib import Path
 
 from pipeline.common.folders import RESULTS
+from pipeline.comparison.literature import literature
+from pipeline.comparison.static_page import static_page
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
 from qwt2.report.compensations import SUBJECT, heading, label
@@ -24,6 +26,10 @@ COSTS_BEGIN = "<!-- costs:begin (written by `make readme`) -->"
 COSTS_END = "<!-- costs:end -->"
 ZOO_BEGIN = "<!-- zoo:begin (written by `make readme`) -->"
 ZOO_END = "<!-- zoo:end -->"
+PUBLISHED_BEGIN = "<!-- published:begin (written by `make readme`) -->"
+PUBLISHED_END = "<!-- published:end -->"
+REPORT_BEGIN = "<!-- report:begin (written by `make readme`) -->"
+REPORT_END = "<!-- report:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
@@ -33,6 +39,12 @@ def update(readme: Path, summary: Path) -> None:
         Qwt2Error: the markers are missing.
     """
     replace_between(readme, BEGIN, END, table(Results(read_rows(summary)).of_task("classification")))
+
+
+def update_static_page(page: Path, summary: Path) -> None:
+    """Write the page of the default run, with its plots beside it; see :func:`update`."""
+    results = Results(read_rows(summary)).of_task("classification")
+    replace_between(page, REPORT_BEGIN, REPORT_END, static_page(results, page))
 
 
 def update_detection(readme: Path, summary: Path) -> None:
@@ -155,34 +167,38 @@ def read_dicts(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# Engine -> the other tool that makes models for it: the name in the files, and the title.
+_TOOLS = {
+    "onnxruntime": ("quantize_static", "quantize_static"), "openvino": ("nncf", "NNCF"),
+    "inductor": ("torchao", "torchao"),
+}  # fmt: skip
+
+
 def peers_table(rows: list[dict[str, str]]) -> str:
     """Return Markdown: per engine, model and batch, the latencies in multiples of folded CWAC's, and all SQNRs."""
-    ratios = {"fp32": "fp32", "bf16": "bf16", "ptq": "PTQ", "cwac_unfolded": "CWAC unfolded", "qwt": "QwT",
-              "quantize_static": "quantize_static", "nncf": "NNCF"}  # fmt: skip
-    accuracies = {"ptq": "PTQ", "cwac": "CWAC", "quantize_static": "quantize_static", "nncf": "NNCF"}
+    ratios = {"fp32": "fp32", "bf16": "bf16", "ptq": "PTQ", "cwac_unfolded": "CWAC unfolded", "qwt": "QwT"}
     headings = ["Engine", "Model", "Batch", "CWAC, ms", *(f"{name} ÷ CWAC" for name in ratios.values())]
-    headings += [f"SQNR {name}, dB" for name in accuracies.values()]
-    lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
+    headings += ["Other tool, setting", "Other tool ÷ CWAC", "SQNR PTQ, dB", "SQNR CWAC, dB", "SQNR other tool, dB"]
+    right = headings.index("Other tool, setting")
+    lines = [headings, ["---", "---", *["---:"] * (right - 2), "---", *["---:"] * (len(headings) - right - 1)]]
     cells = {(r["engine"], r["model"], r["batch"], r["variant"]): r for r in rows}
     for engine, model, batch in sorted({key[:3] for key in cells}):
-        own = cells[engine, model, batch, "cwac"]
-
-        def other(variant: str, column: str) -> float | None:
-            row = cells.get((engine, model, batch, variant))  # noqa: B023 - only called in this round
-            return float(row[column]) if row else None
-
-        times = [other(variant, "latency_ratio_to_ptq") for variant in ratios]
-        base = float(own["latency_ratio_to_ptq"])
-        lines.append(
-            [ENGINES[engine], model, batch, f"{float(own['latency_ms']):.1f}"]
-            + [_MISSING if value is None else f"{value / base:.2f}" for value in times]
-            + [
-                _MISSING if value is None else f"{value:.1f}"
-                for value in (other(v, "logits_sqnr_db") for v in accuracies)
-            ]
-        )
+        own = {variant: row for (*key, variant), row in cells.items() if key == [engine, model, batch]}
+        tool, title = _TOOLS[engine]
+        base = float(own["cwac"]["latency_ratio_to_ptq"])
+        times = [_figure(own, variant, "latency_ratio_to_ptq", base, 2) for variant in (*ratios, tool)]
+        distances = [_figure(own, variant, "logits_sqnr_db", 1, 1) for variant in ("ptq", "cwac", tool)]
+        best = f"{title}: {own[tool]['setting']}" if tool in own else _MISSING
+        name = "Inductor" if engine == "inductor" else ENGINES[engine]
+        latency = f"{float(own['cwac']['latency_ms']):.1f}"
+        lines.append([name, model, batch, latency, *times[:-1], best, times[-1], *distances])
     facts = f"{rows[0]['cpu']} ({rows[0]['instruction_sets']}), {rows[0]['threads']} thread; {rows[0]['versions']}"
     return f"{facts}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _figure(rows: dict[str, dict[str, str]], variant: str, column: str, base: float, digits: int) -> str:
+    """Return a variant's figure in multiples of ``base``, or a dash if it was not measured."""
+    return f"{float(rows[variant][column]) / base:.{digits}f}" if variant in rows else _MISSING
 
 
 def table(results: Results) -> str:
@@ -243,11 +259,13 @@ def _percent(row: Row | None) -> str:
 def main() -> None:
     """Rewrite every table."""
     update(Path("README.md"), RESULTS / "summary.csv")
+    update_static_page(Path("docs/report.md"), RESULTS / "summary.csv")
     page = Path("docs/results.md")
     update_detection(page, RESULTS / "summary.csv")
     update_peers(page, RESULTS / "benchmarks")
     update_costs(page, RESULTS / "benchmarks")
     update_zoo(page, RESULTS / "benchmarks")
+    replace_between(Path("docs/published.md"), PUBLISHED_BEGIN, PUBLISHED_END, literature())
 
 
 if __name__ == "__main__":

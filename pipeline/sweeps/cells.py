@@ -33,7 +33,7 @@ from qwt2.report.results import Row, read_rows
 
 CHAIN = {"quantize": quantize, "evaluate": evaluate}
 # Keys of conf/cell.yaml that do not change a cell's results: they say how it is run and stored.
-_FILING = ("seed", "sweep", "keep_models", "objective", "experiment")
+_FILING = ("seed", "sweep", "keep_models", "objective", "printed", "experiment")
 
 
 def cell_config(composed: DictConfig) -> dict[str, Any]:

@@ -23,12 +23,26 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.build.compose import CONF, one_sentence
 from pipeline.build.dvcfiles import stages
 from pipeline.common.logs import VERBOSE
-from pipeline.sweeps.sweep import SWEEPS, jobs, only_runner, progress, run_job, sweep_name, write_table
+from pipeline.sweeps.published import comparison
+from pipeline.sweeps.regained import regained
+from pipeline.sweeps.sweep import (
+    PRINTED,
+    SWEEPS,
+    jobs,
+    only_runner,
+    progress,
+    run_job,
+    sweep_name,
+    table_text,
+    write_table,
+)
 from qwt2.errors import Qwt2Error, guarded
+
+TEXTS = dict(zip(PRINTED, (table_text, regained, comparison)))
 
 
 def main(arguments: list[str]) -> None:
-    """Run the cells that the arguments ask for and print the table; exit with code 1 if a cell failed.
+    """Run the cells that the arguments ask for and print what they show; exit with code 1 if a cell failed.
 
     Raises:
         Qwt2Error: the configuration cannot be composed; nothing has run then.
@@ -45,9 +59,13 @@ def main(arguments: list[str]) -> None:
         rest = [argument for argument in arguments if not argument.startswith("sweep=")]
         _hydra([*rest, f"sweep='{name}'"])  # quoted: a name may look like a number
     records = jobs(name)
-    if records and all(record["cell"] is None for record in records):  # refused before anything ran
+    kind = records[0]["printed"] if records else "table"
+    refused = bool(records) and all(record["cell"] is None for record in records)  # before anything ran
+    if not refused or kind == "published":  # published figures are worth seeing without any of ours
+        print(TEXTS[kind](name))
+    if refused:
         raise Qwt2Error(records[0]["error"])
-    print(write_table(name))
+    write_table(name)
     counts = Counter(record["status"] for record in records)
     print(
         f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; "

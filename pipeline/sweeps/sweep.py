@@ -28,6 +28,7 @@ from qwt2.report.results import format_number
 
 SWEEPS = OUT / "sweeps"
 TABLE = "table.csv"
+PRINTED = ("table", "regained", "published")  # texts that the command may print at its end
 _POLL_SECONDS = 0.5
 
 
@@ -39,10 +40,10 @@ def run_job(composed: DictConfig) -> float | None:
     """
     started = time.perf_counter()
     record: dict[str, Any] = {"cell": None, "status": "failed", "error": None}
+    record |= {"model": composed.model.name, "precision": composed.precision.name, "printed": composed.printed}
     value = None
     try:
-        if composed.objective not in METRICS:
-            raise Qwt2Error(f"objective {composed.objective!r} is no figure; use one of: {', '.join(METRICS)}")
+        _check(composed)
         cfg = cell_config(composed)
         record["cell"] = cell_folder(cfg).name
         done = run_cell(cfg, keep_models=composed.keep_models)
@@ -58,6 +59,14 @@ def run_job(composed: DictConfig) -> float | None:
     shown = " ".join(f"{key}={value}" for key, value in overrides.items())
     print(f"{record['status']}: {shown}" + (f": {record['error']}" if record["error"] else ""), flush=True)
     return value
+
+
+def _check(composed: DictConfig) -> None:
+    """Refuse settings that are not part of a cell's configuration."""
+    if composed.objective not in METRICS:
+        raise Qwt2Error(f"objective {composed.objective!r} is no figure; use one of: {', '.join(METRICS)}")
+    if composed.printed not in PRINTED:
+        raise Qwt2Error(f"printed {composed.printed!r} is unknown; use one of: {', '.join(PRINTED)}")
 
 
 def job_path(sweep: str, overrides: dict[str, str]) -> Path:
@@ -131,13 +140,22 @@ def jobs(sweep: str) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (record["number"], sorted(record["overrides"].items())))
 
 
-def write_table(sweep: str) -> str:
-    """Write a sweep's table, one row per cell, and return it as text."""
-    rows = [job_row(record) for record in jobs(sweep)]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+def write_table(sweep: str) -> None:
+    """Write a sweep's table, one row per cell."""
+    rows, columns = _table(sweep)
     write_csv(SWEEPS / sweep / TABLE, rows, columns)
+
+
+def table_text(sweep: str) -> str:
+    """Return a sweep's table as text, without columns that are empty."""
+    rows, columns = _table(sweep)
     shown = [column for column in columns if any(row.get(column) for row in rows) and column != "cell"]
     return tabulate([[row.get(column, "") for column in shown] for row in rows], shown, disable_numparse=True)
+
+
+def _table(sweep: str) -> tuple[list[dict[str, str]], list[str]]:
+    rows = [job_row(record) for record in jobs(sweep)]
+    return rows, list(dict.fromkeys(column for row in rows for column in row))
 
 
 def job_row(record: dict[str, Any]) -> dict[str, str]:

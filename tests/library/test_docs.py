@@ -1,7 +1,9 @@
 """What README and docs/ say is true: every code block runs, every command and file that they name exists, the pages build."""
 
+import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,9 +14,11 @@ import torch
 from torch import nn
 
 from qwt2.__main__ import parser
+from qwt2.compensation.methods import COMPENSATIONS
+from qwt2.quantization.methods import PTQ_METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TIMEOUT = 120
 
@@ -58,14 +62,57 @@ def given() -> dict:
     }
 
 
+MODULE = re.compile(r"# (my_package/(\w+)\.py)\n")  # the first line of a block that is a file of a user's package
+
+
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
-def test_python_blocks_run_one_after_the_other(page, given, tmp_path, monkeypatch):
+def test_python_blocks_run_one_after_the_other(page, given, tmp_path, monkeypatch, user_package):
+    if page.name == "huggingface.md":
+        pytest.importorskip("transformers", reason="transformers is in the extra `peers` only")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "summary.csv", tmp_path / "results")  # what `make repro` has left
     names = given if page.name == "README.md" else {}
+    files, scripts = [], []
     for block in blocks(page, "python"):
+        (files if MODULE.match(block) else scripts).append(block)
+    if files:
+        [metadata] = blocks(page, "toml")
+        user_package(files, tomllib.loads(metadata)["project"])
+    for block in scripts:
         exec(compile(block, page.name, "exec"), names)
     if page.name == "README.md":
         assert names["logits"].shape == (8, 5)
+
+
+@pytest.fixture
+def user_package(tmp_path, monkeypatch):
+    """Install a package of a user's: its files on the path, and its distribution's metadata beside them."""
+    folder, modules = tmp_path / "site", set(sys.modules)
+    monkeypatch.syspath_prepend(str(folder))
+    for registry in (PTQ_METHODS, COMPENSATIONS):
+        registry.names()  # imports what this library has
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+    def install(files: list[str], project: dict) -> None:
+        for file in files:
+            path = folder / MODULE.match(file)[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(file)
+        metadata = folder / f"my_package-{project['version']}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        )
+        entries = [f"[{group}]\n" + "".join(f"{name} = {module}\n" for name, module in names.items())
+                   for group, names in project["entry-points"].items()]  # fmt: skip
+        (metadata / "entry_points.txt").write_text("\n".join(entries))
+        importlib.invalidate_caches()
+
+    yield install
+    for name in set(sys.modules) - modules:
+        if name.startswith("my_package"):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -92,7 +139,11 @@ def check_qwt2(arguments: list[str]) -> None:
 
 def check_python(arguments: list[str]) -> None:
     """The configuration that a sweep's overrides make is composed for the first of its values."""
-    assert arguments[0] == "-m" and arguments[1].endswith(".experiment")
+    assert arguments[0] == "-m"
+    if arguments[1].endswith(".verdict"):
+        assert run(sys.executable, *arguments[:2], "--help").stdout.count(arguments[2]) > 1
+        return
+    assert arguments[1].endswith(".experiment")
     overrides = [override.split(",")[0] for override in arguments[2:] if override != "-m"]
     done = run(sys.executable, *arguments[:2], "--cfg", "job", *overrides)
     assert done.returncode == 0, done.stderr
@@ -122,9 +173,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_entry_points_in_the_guide_are_those_of_the_registries():
-    from qwt2.compensation.methods import COMPENSATIONS
     from qwt2.engines import ENGINES
-    from qwt2.quantization.methods import PTQ_METHODS
 
     [block] = blocks(ROOT / "CONTRIBUTING.md", "toml")
     assert set(tomllib.loads(block)["project"]["entry-points"]) == {PTQ_METHODS.group}
@@ -166,7 +215,7 @@ def test_the_pages_build_without_a_warning_and_load_nothing_from_elsewhere(tmp_p
     done = run(sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     html = {path.name: path.read_text() for path in tmp_path.rglob("*.html")}
-    assert {"index.html", "method.html", "api.html"} <= html.keys()
+    assert {"index.html", "method.html", "api.html", "timm.html", "extending.html"} <= html.keys()
     for name, text in html.items():
         loaded = re.findall(r"<(?:script|img|iframe)[^>]*\bsrc=\"?(https?:[^\"> ]+)", text)
         loaded += re.findall(r"<link[^>]*\bhref=\"?(https?:[^\"> ]+)", text)

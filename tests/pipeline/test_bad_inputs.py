@@ -38,6 +38,7 @@ def command(line: str, monkeypatch, capsys) -> tuple[int, str]:
 
 # What follows `python -m pipeline.sweeps.experiment`, and words of the sentence.
 EXPERIMENT = {
+    "experiment=quick printed=all": "printed 'all' is unknown; use one of: table, regained, published",
     "model=vit_huge": "options of group 'model' are: .*vit_micro",
     "model=": "conf has no 'model/'",
     "-m model=vit_micro,vit_huge": "conf has no 'model/vit_huge'",
@@ -114,6 +115,8 @@ OTHERS = {
     "pipeline.stages.baseline no_such_model": "baseline@no_such_model.yaml does not exist",
     "pipeline.sweeps.params model=vit_huge": "options of group 'model' are",
     "pipeline.comparison.readme": "results/summary.csv does not exist",
+    "pipeline.comparison.verdict": "git does not have results/summary.csv of HEAD .*; give a revision or a file with --against",
+    "pipeline.comparison.verdict --against conf/config.yaml": "config.yaml must have the columns task,dataset",
 }
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from playwright.sync_api import Page
 
 from benchmarks import synthetic
 from benchmarks.experiments import served
 from pipeline.common.unchanged import while_unchanged
-from pipeline.comparison import dashboard
+from pipeline.comparison import dashboard, plots
 from pipeline.comparison.runs import all_runs
 from pipeline.stages import resolve
 from qwt2.errors import Qwt2Error
@@ -95,6 +97,9 @@ def test_runs_are_filtered_sorted_and_compared(address, page, results):
     drawn = wait(page, "document.querySelectorAll('#bits .points path').length")
     assert drawn == page.evaluate(COUNT)  # the plots follow the filter
 
+    assert page.evaluate("document.querySelectorAll('#bits .subplot.xy').length") == 1  # a panel per model
+    assert page.evaluate("document.querySelectorAll('#latency .lines .js-line').length") == 1  # the Pareto front
+
     page.evaluate("window.redrawn = 0; document.querySelector('#bits .js-plotly-plot').on('plotly_afterplot', () => window.redrawn++)")
     heading = "document.querySelector('.ag-header-cell[col-id=accuracy] .ag-header-cell-label')"
     for order in (1, -1):
@@ -135,6 +140,56 @@ def check_figures(results: Path, shown: dict[str, list[str]]) -> None:
     for heading, engine, metric in (("top-1 or box AP %", "torch", "top1"), ("OpenVINO ms", "openvino", "latency_ms")):
         expected = sorted(found[f"repq+{name}", engine, metric] for name in ("qwt", "cwac"))
         assert sorted(map(float, shown[heading])) == pytest.approx(expected, abs=1e-4)
+
+
+def made_up_rows(*figures: tuple[str, str, str, float, float]) -> list[dict]:
+    """Rows of the table as the plots read them: model, precision, method, accuracy and latency."""
+    return [
+        {"model": model, "precision": precision, "method": method, "accuracy": accuracy, "sweeps": "s", "seeds": "0",
+         "images": 64, "ms": latency, "engine_accuracy": accuracy}
+        for model, precision, method, accuracy, latency in figures
+    ]  # fmt: skip
+
+
+ROWS = made_up_rows(
+    ("a", "w8a8", "repq", 90, 1.0), ("a", "w8a8", "repq+qwt", 92, 1.2), ("a", "w8a8", "repq+cwac", 93, 1.0),
+    ("b", "w8a8", "percentile", 80, 2.0), ("b", "w8a8", "percentile+cwac", 85, 2.0), ("b", "w4a4", "percentile+qwt", 70, 2.5),
+    ("b", "w4a4", "percentile", 60, 2.1), ("b", "w4a4", "percentile_published", 61, 2.1),
+)  # fmt: skip
+
+
+def test_plots_have_a_panel_per_model_and_a_colour_per_compensation():
+    figure = plots.against_bits(ROWS, "top-1")
+    assert [note.text for note in figure.layout.annotations] == ["a", "b"]
+    points = [trace for trace in figure.data if trace.mode == "markers"]
+    assert sum(len(trace.x) for trace in points) == len(ROWS)
+    colours = {trace.name: {other.marker.color for other in points if other.name == trace.name} for trace in points}
+    assert all(len(found) == 1 for found in colours.values())
+    assert len({colour for found in colours.values() for colour in found}) == 3  # PTQ, QwT, CWAC
+    shown = [trace.name for trace in figure.data if trace.showlegend]
+    assert len(shown) == len(set(shown)) == len(colours)  # each once in the legend
+
+
+def test_gains_are_on_qwt_under_the_same_conditions():
+    found = {(row["model"], row["precision"], row["method"]): row["gain_on_qwt"] for row in plots.gains(ROWS)}
+    assert found == {("a", "w8a8", "repq"): -2, ("a", "w8a8", "repq+cwac"): 1, ("b", "w4a4", "percentile"): -10}
+    other_images = [dict(row, images=32) if row["method"] == "repq+qwt" else row for row in ROWS]
+    assert ("a", "w8a8", "repq") not in {(r["model"], r["precision"], r["method"]) for r in plots.gains(other_images)}
+    assert len(plots.gains_on_qwt([], "points").data) == 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12))
+def test_the_pareto_front_has_what_no_other_run_beats(points):
+    def beats(one, other):
+        return one != other and one[0] <= other[0] and one[1] >= other[1]
+
+    assert plots.pareto_front(points) == sorted({p for p in points if not any(beats(other, p) for other in points)})
+
+
+def test_the_front_is_drawn_per_model():
+    figure = plots.against_latency(ROWS, "ms", "engine_accuracy", "ms", "top-1")
+    fronts = [list(zip(trace.x, trace.y)) for trace in figure.data if trace.mode == "lines"]
+    assert fronts == [[(1.0, 93)], [(2.0, 85)]]
 
 
 def test_pages_under_another_name_are_refused(address):

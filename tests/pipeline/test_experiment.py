@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,21 +145,28 @@ def table(folder: Path, sweep: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# The quick experiment with a network that is hardly trained, on few images.
+SMALL = ["experiment=quick", "data.train_images=256", "data.val_images=64", "model.kwargs.channels=[8,8,16,16]",
+         "model.train={steps: 20, batch_size: 16, warmup_steps: 5}", "calibration={images: 32, batch_size: 8, observer_images: 8}",
+         "evaluate.latency={repeats: 5, instances: 1}"]  # fmt: skip
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(400)
 def test_quick_runs_skips_and_survives_a_failing_cell(clone):
-    first = run(clone, "experiment=quick", "-v")
+    first = run(clone, *SMALL, "sweep=quick", "-v")
     assert first.returncode == 0, first.stdout + first.stderr
     assert "stage quantize" in first.stderr  # -v
     rows = table(clone, "quick")
     assert [(row["compensation"], row["status"]) for row in rows] == [("qwt", "finished"), ("cwac", "finished")]
     for row in rows:
         check_figures(clone, row)
-    assert row["compensation"] in first.stdout and "2 finished" in first.stdout
+    assert "2 finished" in first.stdout
+    check_text(rows, first.stdout)
 
     # The cells are done: a sweep that has them too takes them as they are. Of its two others, one cannot work.
     kept = {path: path.read_bytes() for path in (clone / "out/cells").glob("*/cell.json")}
-    more = run(clone, "experiment=quick", "compensation=none,cwac", "calibration.images=4,32", "sweep=more",
+    more = run(clone, *SMALL, "compensation=none,cwac", "calibration.images=4,32", "sweep=more", "printed=table",
                "hydra/launcher=local")  # fmt: skip
     assert more.returncode == 1 and "Traceback" not in more.stderr
     outcomes = {(row["compensation"], row["calibration.images"]): row for row in table(clone, "more")}
@@ -175,6 +183,18 @@ def test_quick_runs_skips_and_survives_a_failing_cell(clone):
     assert sorted(path.name for path in failed.iterdir()) == ["cell.json", "config.yaml", "log.txt"]
     assert "Traceback" in (failed / "log.txt").read_text()
 
+
+
+def check_text(rows: list[dict[str, str]], text: str) -> None:
+    """The table and the sentence at the command's end have the figures of table.csv."""
+    [sentence] = [line for line in text.splitlines() if line.startswith("On ONNX Runtime, W2A3 takes resnet_small")]
+    for row, name in zip(rows, ("QwT", "CWAC")):
+        figure = f"{float(row['onnxruntime_top1']):.1f}"
+        assert re.search(rf"{name} brings it to {figure} %, with [\d,]+ more parameters", sentence)
+        [line] = [line for line in text.splitlines() if line.startswith(f"PTQ (percentile) + {name} ")]
+        assert line.split()[4:6] == [f"{float(row['top1']):.1f}", figure]
+    assert f"from {float(rows[0]['fp32_top1']):.1f} to {float(rows[0]['ptq_top1']):.1f} % top-1" in sentence
+    assert sentence.count("0 more parameters and") >= 1 and "CWAC" in sentence.split(";")[1]
 
 
 def check_figures(clone: Path, row: dict[str, str]) -> None:

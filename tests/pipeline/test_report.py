@@ -9,12 +9,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from benchmarks import synthetic
 from pipeline.comparison import readme
+from pipeline.comparison.static_page import static_page
 from pipeline.stages.report import collect, report
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation import machine
@@ -409,6 +411,23 @@ def test_readme_keeps_everything_outside_its_markers(built, tmp_path):
     assert path.read_text() == first
 
 
+def test_the_page_of_the_default_run_shows_its_plots(built, tmp_path):
+    page = tmp_path / "report.md"
+    page.write_text(f"{readme.REPORT_BEGIN}\n{readme.REPORT_END}\n")
+    readme.update_static_page(page, built / "results" / "summary.csv")
+    text = page.read_text()
+    plots = re.findall(r"!\[[^]]+\]\((\S+)\)", text)
+    assert len(plots) == 2 * len(synthetic.MODELS) and {tmp_path / plot for plot in plots} == set(tmp_path.rglob("*.svg"))
+    for plot in plots:
+        drawn = ElementTree.parse(tmp_path / plot)  # a code host shows it as it is: no script, nothing from elsewhere
+        tags = {element.tag.rpartition("}")[2] for element in drawn.iter()}
+        assert not tags & {"script", "image", "foreignObject"} and "currentColor" not in (tmp_path / plot).read_text()
+        words = {element.text for element in drawn.iter() if element.tag.endswith("text")}
+        assert {"PTQ", "PTQ + QwT", "PTQ + CWAC", "w8a8"} <= words
+    readme.update_static_page(page, built / "results" / "summary.csv")
+    assert page.read_text() == text
+
+
 @pytest.mark.parametrize(
     "text", ["", f"{readme.BEGIN}\n", f"{readme.END}\n{readme.BEGIN}\n", readme.BEGIN * 2 + readme.END]
 )
@@ -422,7 +441,7 @@ def test_readme_without_markers_is_left_alone(built, tmp_path, text):
 
 def peer(variant: str, ratio: str, sqnr: str) -> dict[str, str]:
     return {
-        "engine": "openvino", "model": "vit", "batch": "8", "variant": variant, "latency_ms": "20.04",
+        "engine": "openvino", "model": "vit", "batch": "8", "variant": variant, "setting": "fast", "latency_ms": "20.04",
         "latency_ratio_to_ptq": ratio, "logits_sqnr_db": sqnr, "cpu": "CPU", "instruction_sets": "avx2", "threads": "1",
         "versions": "openvino=1",
     }  # fmt: skip
@@ -432,7 +451,10 @@ def test_peers_table_by_hand():
     rows = [peer("ptq", "1.0", "30.04"), peer("cwac", "1.25", "31.06"), peer("nncf", "1.5", "29"), peer("fp32", "3", "120")]
     facts, _, _, _, line = readme.peers_table(rows).splitlines()
     assert facts == "CPU (avx2), 1 thread; openvino=1"
-    assert line == "| OpenVINO | vit | 8 | 20.0 | 2.40 | – | 0.80 | – | – | – | 1.20 | 30.0 | 31.1 | – | 29.0 |"
+    assert line == "| OpenVINO | vit | 8 | 20.0 | 2.40 | – | 0.80 | – | – | NNCF: fast | 1.20 | 30.0 | 31.1 | 29.0 |"
+    rows = [row | {"engine": "inductor"} for row in rows]
+    *_, line = readme.peers_table(rows).splitlines()
+    assert line == "| Inductor | vit | 8 | 20.0 | 2.40 | – | 0.80 | – | – | – | – | 30.0 | 31.1 | – |"
 
 
 def test_costs_go_between_their_own_markers(tmp_path):
@@ -481,6 +503,16 @@ def test_committed_readme_shows_the_committed_results(tmp_path):
     assert f"{readme.BEGIN}\n{classification}\n{readme.END}" in text
     detection = readme.detection_table(results.of_task("detection"))
     assert f"{readme.DETECTION_BEGIN}\n{detection}\n{readme.DETECTION_END}" in text
+
+
+@pytest.mark.skipif(committed("docs/report.md") is None, reason="docs/report.md is not committed here")
+def test_committed_page_of_the_default_run_shows_the_committed_results(tmp_path):
+    (tmp_path / "summary.csv").write_text(committed("results/summary.csv"))
+    results = Results(read_rows(tmp_path / "summary.csv")).of_task("classification")
+    page = static_page(results, tmp_path / "report.md")
+    assert f"{readme.REPORT_BEGIN}\n{page}\n{readme.REPORT_END}" in committed("docs/report.md")
+    for plot in re.findall(r"\((\S+\.svg)\)", page):
+        assert (tmp_path / plot).read_text() == committed(f"docs/{plot}")
 
 
 def test_the_zoo_s_table_counts_what_came_through(tmp_path):

@@ -1,0 +1,125 @@
+"""Other tools that make int8 models, and the settings that the comparison tries of each; the best setting is compared.
+
+A setting is a name and a function that writes a file from the float model and the calibration images.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qwt2.evaluation import machine
+from qwt2.io import quiet
+
+Model = Callable[[np.ndarray], np.ndarray]
+
+
+class Setting(NamedTuple):
+    """One way to run a tool.
+
+    Attributes:
+        name: the options, in words.
+        write: a function of the path of the file to write.
+    """
+
+    name: str
+    write: Callable[[Path], Any]
+
+
+def quantize_static_settings(float_file: Path, calibration: Tensor) -> Iterator[Setting]:
+    """Yield settings of ONNX Runtime's tool, on prepared files, with QDQ and per channel as it recommends for CPUs.
+
+    CPUs without VNNI add products of 8 bits in 16, which may overflow, so that weights get 7 bits there (reduce_range).
+    """
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = float_file.with_name("prepared.onnx")
+    quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
+    has_vnni = any("vnni" in name for name in machine.describe()["instruction_sets"])
+    for method in (CalibrationMethod.MinMax, CalibrationMethod.Entropy, CalibrationMethod.Percentile):
+        name = method.name + ("" if has_vnni else ", reduce_range")
+        yield Setting(name, partial(_quantize_static, prepared, calibration, method, not has_vnni))
+
+
+def _quantize_static(prepared: Path, calibration: Tensor, method: Any, reduce_range: bool, path: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self, images: Tensor):
+            self.images = iter(images.split(1))
+
+        def get_next(self):
+            image = next(self.images, None)
+            return None if image is None else {"images": image.numpy()}
+
+    quantize_static(
+        prepared, path, Reader(calibration), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=reduce_range,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
+    )  # fmt: skip
+
+
+def nncf_settings(model: nn.Module, calibration: Tensor, is_transformer: bool) -> Iterator[Setting]:
+    """Yield settings of NNCF's post-training quantization of OpenVINO models.
+
+    NNCF is told which models are transformers. It applies SmoothQuant to these only, so that CNNs have half as many
+    settings.
+    """
+    for smooth, fast in product((True, False) if is_transformer else (False,), (True, False)):
+        words = ["SmoothQuant"] if smooth else ["no SmoothQuant"] if is_transformer else []
+        words.append("fast bias correction" if fast else "full bias correction")
+        yield Setting(", ".join(words), partial(_nncf, model, calibration, is_transformer, smooth, fast))
+
+
+def _nncf(model: nn.Module, calibration: Tensor, is_transformer: bool, smooth: bool, fast: bool, path: Path) -> None:
+    import nncf
+    import openvino
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
+
+    nncf.set_log_level(logging.ERROR)
+    alphas = AdvancedSmoothQuantParameters() if smooth else AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+    # OpenVINO converts the PyTorch model itself, because from our ONNX file NNCF makes layers that run in float.
+    converted = openvino.convert_model(model, example_input=calibration[:1])
+    quantized = nncf.quantize(
+        converted, nncf.Dataset([image.numpy() for image in calibration.split(1)]), subset_size=len(calibration),
+        fast_bias_correction=fast, model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
+        advanced_parameters=AdvancedQuantizationParameters(smooth_quant_alphas=alphas),
+    )  # fmt: skip
+    openvino.save_model(quantized, path, compress_to_fp16=False)
+
+
+def torchao_graph(model: nn.Module, calibration: Tensor, batch: int) -> nn.Module:
+    """Return a model that torchao has quantized for Inductor on x86 (PT2E) with its default configuration.
+
+    Its graphs are made for one batch size.
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(model, (calibration[:batch],)).module(), quantizer)
+    with torch.no_grad():
+        for images in calibration.split(batch):
+            prepared(images)
+    return convert_pt2e(prepared)
+
+
+def on_inductor(model: nn.Module, images: Tensor) -> Model:
+    """Compile a model for images of this shape with the settings of this library's engine of that name."""
+    from torch._inductor import config
+
+    compiled = torch.compile(model, backend="inductor", dynamic=False)
+    with torch.no_grad(), config.patch({"freezing": True, "compile_threads": 1}), quiet("torch.utils.cpp_extension"):
+        compiled(images)
+
+    def run(array: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return compiled(torch.from_numpy(array)).numpy()
+
+    return run
