@@ -156,7 +156,7 @@ def figures(record: dict[str, Any]) -> dict[str, float]:
     own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
     headline = HEADLINE[task_of(record["config"]["model"])]
     found = {f"fp32_{headline}": record["fp32"][headline], f"ptq_{headline}": ptq[f"torch/{headline}"]}
-    measured = {headline: headline, "segm_ap": "segm_ap", "agreement": "agreement", "sqnr_db": "logits_sqnr_db"}
+    measured = {name: name for name in (headline, "segm_ap", "agreement", "cosine")} | {"sqnr_db": "logits_sqnr_db"}
     found |= {name: own[f"torch/{metric}"] for name, metric in measured.items() if f"torch/{metric}" in own}
     for engine in sorted({name.partition("/")[0] for name in own} - {"torch"}):
         found[f"{engine}_{headline}"] = own[f"{engine}/{headline}"]
