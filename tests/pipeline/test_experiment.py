@@ -63,6 +63,13 @@ def test_every_value_of_every_experiment_composes(name):
     assert len(wanted) == len({tuple(overrides) for overrides in wanted}) > 1
 
 
+def test_a_cell_may_have_several_compensations_under_names_of_their_own():
+    one, several = (cells.cell_config(composed([f"compensation={name}"])) for name in ("qwt", "all"))
+    assert several["compensations"][:3] == ["qwt", "qwt_global", "cwac"]
+    assert several["compensation"]["qwt"] == one["compensation"]["qwt"]
+    assert several["compensation"]["qwt_global"] == one["compensation"]["qwt"] | {"target": "global"}
+
+
 def test_the_optuna_example_names_settings_that_exist():
     params = composed(["experiment=optuna_calibration"], hydra_too=True).hydra.sweeper.params
     for key, choices in params.items():

@@ -252,7 +252,7 @@ def test_full_size_models_compose_with_a_folder_of_images():
         (["model=vit_huge"], "options of group 'model' are: .*vit_base"),
         (["data=imagenet"], "options of group 'data' are: coco, digits, digits_coco, imagefolder"),
         (["ptq=gptq"], "options of group 'ptq' are: minmax, mse, percentile, percentile_integer, repq, repq_integer"),
-        (["compensation@compensation.qwt=qwt3"], "options of group 'compensation' are: cwac, none, qwt"),
+        (["compensation@compensation.qwt=qwt3"], "options of group 'compensation' are: all, cwac, none, qwt"),
         (["data=imagefolder"], "'data.path' is not set"),
         (["+calibration.image=3"], "no key 'calibration.image'; the keys there are: images, batch_size, observer_images"),
         (["calibration.images=many"], "'calibration.images' cannot be used: .*'many'"),
