@@ -47,8 +47,9 @@ export FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 real: $(REAL)/.installed
 	@$(call debian,$(PHOTOS),tuxpaint-stamps-default,PHOTOS)
 	@$(call debian,$(FASHION_MNIST),dataset-fashion-mnist,FASHION_MNIST)
-	$(REAL)/bin/python -m pipeline.sweeps.experiment experiment=real
-	$(REAL)/bin/python -m pipeline.sweeps.experiment experiment=fashion
+	for name in real fashion; do $(REAL)/bin/python -m pipeline.sweeps.experiment experiment=$$name && \
+	$(REAL)/bin/python -m pipeline.sweeps.experiment experiment=$$name precision=w8a8 ptq.target=openvino \
+	'evaluate.engines=[openvino]' || exit 1; done
 	$(REAL)/bin/python -m benchmarks.real
 	python -m pipeline.comparison.readme
 

@@ -1,8 +1,9 @@
 """Gather the figures of real networks on real data, and compare them at 8 bits with NNCF and quantize_static.
 
-The cells are those of ``experiment=real`` and ``experiment=fashion``, which run first (``make real``). The other tools
-get the network, the calibration inputs and the validation set of the W8A8 cell, and are measured in turn with its
-files. Each runs with several of its settings, because none is the best for every network.
+The cells are those of ``experiment=real`` and ``experiment=fashion``, which run first (``make real``), and at W8A8 also
+with files for OpenVINO. The other tools get the same network, calibration inputs and validation set, and their files
+are measured in turn with those of the cells. Each runs with several of its settings, because none is the best for every
+network.
 
 ``python -m benchmarks.real MODEL ...`` takes only these models, and keeps the other rows of this machine's files.
 """
@@ -39,13 +40,17 @@ from qwt2.io import write_csv
 from qwt2.report.metrics import METRICS
 
 EXPERIMENTS = ("real", "fashion")
-COMPARED = "w8a8"
+# Engine -> overrides of the cells whose files are compared on it; OpenVINO's files are made for it (`make real`).
+COMPARED = {
+    "onnxruntime": ["precision=w8a8"],
+    "openvino": ["precision=w8a8", "ptq.target=openvino", "evaluate.engines=[openvino]"],
+}
 THREADS = 1
 ROUNDS, INSTANCES = 60, 3
 Feeds = dict[str, np.ndarray]
 
 # Settings of the other tools by name; a transformer gets those of the second table too.
-STATIC = {"MinMax": "MinMax", "Entropy": "Entropy", "Percentile": "Percentile"}
+STATIC = ("MinMax", "Entropy", "Percentile")
 NNCF = {"fast bias correction": {}, "full bias correction": {"fast_bias_correction": False}}
 NNCF_TRANSFORMER = {"no SmoothQuant": {"smooth_quant": False}}
 
@@ -56,28 +61,32 @@ def main() -> None:
     chosen = parser.parse_args().models
     logging.disable(logging.WARNING)
     os.environ["OPENVINO_TELEMETRY"] = "0"
-    configs = list(configurations())
-    models = dict.fromkeys(cfg["model"]["name"] for cfg in configs)
-    if unknown := set(chosen) - set(models):
-        raise Qwt2Error(f"the experiments have no model {sorted(unknown)[0]!r}; choose of {', '.join(models)}")
+    known = swept()
+    if unknown := set(chosen) - set(known):
+        raise Qwt2Error(f"the experiments have no model {sorted(unknown)[0]!r}; choose of {', '.join(known)}")
     set_threads(THREADS)
-    for model in tqdm(chosen or list(models), desc="models"):
-        own = [cfg for cfg in configs if cfg["model"]["name"] == model]
-        write("real-grid", model, [row for cfg in own for row in grid_rows(cfg)])
-        for cfg in own:
-            if cfg["precision"]["name"] == COMPARED:
-                write("real-peers", model, compared(cfg))
+    for model in tqdm(chosen or list(known), desc="models"):
+        experiment, precisions = known[model]
+        base = [f"experiment={experiment}", f"model={model}"]
+        cells = [configuration([*base, f"precision={precision}"]) for precision in precisions]
+        write("real-grid", model, [row for cfg in cells for row in grid_rows(cfg)])
+        write("real-peers", model, [row for engine in COMPARED for row in compared(engine, base)])
 
 
-def configurations() -> Iterator[dict[str, Any]]:
-    """Yield the configuration of every cell of the experiments."""
+def swept() -> dict[str, tuple[str, list[str]]]:
+    """Return model -> the experiment that it belongs to, and the precisions there."""
+    found = {}
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         for name in EXPERIMENTS:
             params = compose("cell", [f"experiment={name}"], return_hydra_config=True).hydra.sweeper.params
-            for model in params["model"].split(","):
-                for precision in params["precision"].split(","):
-                    overrides = [f"experiment={name}", f"model={model}", f"precision={precision}"]
-                    yield cell_config(compose("cell", overrides))
+            found |= {model: (name, params["precision"].split(",")) for model in params["model"].split(",")}
+    return found
+
+
+def configuration(overrides: list[str]) -> dict[str, Any]:
+    """Return the configuration of one cell."""
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return cell_config(compose("cell", overrides))
 
 
 def finished(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -105,14 +114,15 @@ def grid_rows(cfg: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield common | {"precision": cfg["precision"]["name"], "method": method, "engine": engine} | own
 
 
-def compared(cfg: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the figures of a cell's own files and of the other tools' files, measured in turn."""
+def compared(engine: str, base: list[str]) -> list[dict[str, Any]]:
+    """Return the figures of a cell's own files and of the other tools' files on an engine, measured in turn."""
+    cfg = configuration([*base, *COMPARED[engine]])
     finished(cfg)
     cell = Cell("", data_folder(cfg), baseline_folder(cfg), cell_folder(cfg))
     if not list(cell.folder("quantize").glob("*.onnx")):
         raise Qwt2Error(f"the cell of {cfg['model']['name']} did not keep its models; run `make real`")
     with tempfile.TemporaryDirectory() as folder:
-        return Comparison(cfg, open_task(cfg, cell), cell, Path(folder)).rows()
+        return Comparison(cfg, open_task(cfg, cell), cell, Path(folder)).rows(engine)
 
 
 class Comparison:
@@ -129,13 +139,17 @@ class Comparison:
         self.float_file = export_onnx(self.network, folder / "fp32.onnx", task.example(self.network))
         self.is_transformer = cfg["ptq"]["method"].startswith("repq")
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self, engine: str) -> list[dict[str, Any]]:
         own = {f"{name} (this library)": self.cell.onnx(name, self.cfg["seeds"][0]) for name in self.methods()}
-        static = {f"quantize_static ({name})": self.quantize_static(name) for name in STATIC}
+        others = self.static_files() if engine == "onnxruntime" else self.nncf_files()
+        return self.measured(engine, {"fp32": self.float_file, **own, **others})
+
+    def static_files(self) -> dict[str, Path]:
+        return {f"quantize_static ({name})": self.quantize_static(name) for name in STATIC}
+
+    def nncf_files(self) -> dict[str, Path]:
         settings = NNCF | (NNCF_TRANSFORMER if self.is_transformer else {})
-        nncf = {f"NNCF ({name})": self.nncf(name, **chosen) for name, chosen in settings.items()}
-        files = {"fp32": self.float_file, **own}
-        return self.measured("onnxruntime", files | static) + self.measured("openvino", files | nncf)
+        return {f"NNCF ({name})": self.nncf(name, **chosen) for name, chosen in settings.items()}
 
     def methods(self) -> list[str]:
         return ["ptq", *self.cfg["compensation"]]
@@ -171,7 +185,7 @@ class Comparison:
         quantize_static(
             prepared, path, _reader(self.calibration), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            calibrate_method=getattr(CalibrationMethod, STATIC[method]),
+            calibrate_method=getattr(CalibrationMethod, method),
         )  # fmt: skip
         return path
 
