@@ -32,6 +32,7 @@ from pipeline.sweeps.cells import baseline_folder, cell_config, cell_folder, dat
 from pipeline.tasks import Task, open_task
 from qwt2 import export_onnx
 from qwt2.capture.batch import tensors
+from qwt2.capture.normalise import fold_batchnorms
 from qwt2.engines import Engine
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.evaluation import machine
@@ -136,7 +137,10 @@ class Comparison:
             for whole in task.calibration(self.network, cfg["seeds"][0])
             for batch in _singles(whole)
         ]
-        self.float_file = export_onnx(self.network, folder / "fp32.onnx", task.example(self.network))
+        # quant_pre_process cannot fold the BatchNorms as PyTorch's exporter writes them.
+        captured = task.captured(self.network)
+        captured.edit(fold_batchnorms)
+        self.float_file = export_onnx(captured, folder / "fp32.onnx", task.example(self.network))
         self.is_transformer = cfg["ptq"]["method"].startswith("repq")
 
     def rows(self, engine: str) -> list[dict[str, Any]]:
