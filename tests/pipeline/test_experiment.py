@@ -244,3 +244,17 @@ def test_what_dvc_built_is_reused(tmp_path, monkeypatch):
     Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  baseline@vit_micro:\n    outs:\n    - pa")
     with pytest.raises(Qwt2Error, match="dvc.lock is damaged"):
         cells.baseline_folder(cfg)
+
+
+def test_other_tools_are_compared_with_cells_that_make_real_runs():
+    from benchmarks import real
+
+    recipe = (ROOT / "Makefile").read_text()
+    for model, (experiment_name, precisions) in real.swept().items():
+        assert {"w8a8", "w4a8", "w6a6", "w4a4"} == set(precisions) and f" {experiment_name}" in recipe
+        for engine, overrides in real.COMPARED.items():
+            cfg = real.configuration([f"experiment={experiment_name}", f"model={model}", *overrides])
+            assert engine in cfg["evaluate"]["engines"] and set(overrides[1:]) <= set(recipe.replace("'", "").split())
+            assert cfg["ptq"]["target"] == {"onnxruntime": "portable"}.get(engine, engine)
+    with pytest.raises(Qwt2Error, match="the cell of resnet_fashion at w8a8 has not finished; run `make real`"):
+        real.finished(real.configuration(["experiment=fashion", "precision=w8a8", "seed=12345"]))
