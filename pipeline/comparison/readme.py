@@ -8,7 +8,7 @@ from pipeline.comparison.literature import literature
 from pipeline.comparison.static_page import static_page
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.io import write_text
-from qwt2.report.compensations import SUBJECT, heading, label
+from qwt2.report.compensations import SUBJECT, heading, label, order
 from qwt2.report.detection import lines
 from qwt2.report.findings import ENGINES
 from qwt2.report.results import Method, Results, Row, read_rows
@@ -30,6 +30,8 @@ PUBLISHED_BEGIN = "<!-- published:begin (written by `make readme`) -->"
 PUBLISHED_END = "<!-- published:end -->"
 REPORT_BEGIN = "<!-- report:begin (written by `make readme`) -->"
 REPORT_END = "<!-- report:end -->"
+REAL_BEGIN = "<!-- real:begin (written by `make readme`) -->"
+REAL_END = "<!-- real:end -->"
 
 
 def update(readme: Path, summary: Path) -> None:
@@ -73,6 +75,72 @@ def update_zoo(readme: Path, benchmarks: Path) -> None:
     files = sorted(benchmarks.glob("zoo-*.csv"))
     if files:
         replace_between(readme, ZOO_BEGIN, ZOO_END, "\n\n".join(zoo_table(read_dicts(file)) for file in files))
+
+
+def update_real(readme: Path, benchmarks: Path) -> None:
+    """Replace the tables of real networks on real data, one pair per machine; see :func:`update`."""
+    files = sorted(benchmarks.glob("real-grid-*.csv"))
+    pairs = [(file, file.with_name(file.name.replace("real-grid", "real-peers"))) for file in files]
+    texts = [real_tables(read_dicts(grid), read_dicts(peers) if peers.is_file() else []) for grid, peers in pairs]
+    if texts:
+        replace_between(readme, REAL_BEGIN, REAL_END, "\n\n".join(texts))
+
+
+# Task -> the two figures of its tables: (column, format).
+_REAL = {
+    "classification": (("top1", "{:.1f}"), ("agreement", "{:.1f}")),
+    "retrieval": (("recall1", "{:.1f}"), ("cosine", "{:.4f}")),
+}
+
+
+def real_tables(grid: list[dict[str, str]], peers: list[dict[str, str]]) -> str:
+    """Return Markdown: real networks at all precisions, then at 8 bits beside the best setting of each other tool."""
+    facts = f"{grid[0]['cpu']} ({grid[0]['instruction_sets']}); {grid[0]['versions']}"
+    return "\n\n".join([facts, _real_grid(grid), *([_real_peers(peers)] if peers else [])])
+
+
+def _real_grid(rows: list[dict[str, str]]) -> str:
+    quantized = [row for row in rows if row["method"] != "fp32" and row["engine"] in ENGINES]
+    names = sorted({row["method"].partition("+")[2] for row in quantized}, key=order)
+    fp32 = {row["model"]: row for row in rows if row["method"] == "fp32"}
+    lines = [["Model", "Bits", "Engine", "fp32", *map(heading, names)], ["---"] * 3 + ["---:"] * (1 + len(names))]
+    cells = {(r["model"], r["precision"], r["engine"], r["method"].partition("+")[2]): r for r in quantized}
+    for model, precision, engine in dict.fromkeys(key[:3] for key in cells):
+        found = [cells.get((model, precision, engine, name)) for name in names]
+        shown = [_MISSING if row is None else _accuracy(row) for row in found]
+        lines.append([model, precision.upper(), ENGINES[engine], _accuracy(fp32[model]), *shown])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _real_peers(rows: list[dict[str, str]]) -> str:
+    lines = [["Engine", "Model", "File", "Accuracy", "SQNR, dB", "Latency, ms", "Latency ÷ PTQ", "MB"]]
+    lines.append(["---"] * 3 + ["---:"] * 5)
+    for engine, model in dict.fromkeys((row["engine"], row["model"]) for row in rows):
+        own = [row for row in rows if (row["engine"], row["model"]) == (engine, model)]
+        for row in _best_of_each_tool(own):
+            sqnr = _MISSING if row["variant"] == "fp32" else f"{float(row['logits_sqnr_db']):.1f}"
+            numbers = [f"{float(row['latency_ms']):.2f}", f"{float(row['latency_ratio_to_ptq']):.2f}"]
+            size = f"{int(row['file_bytes']) / 1e6:.1f}"
+            lines.append([ENGINES[engine], model, row["variant"], _accuracy(row), sqnr, *numbers, size])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _best_of_each_tool(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Leave out all settings of another tool but the one that is nearest to full precision."""
+
+    def nearness(row: dict[str, str]) -> tuple[float, float]:
+        return float(row[_REAL[row["task"]][1][0]]), float(row["logits_sqnr_db"])
+
+    tools: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        name = row["variant"]
+        tools.setdefault(name if "(this library)" in name else name.partition(" (")[0], []).append(row)
+    return [max(own, key=nearness) for own in tools.values()]
+
+
+def _accuracy(row: dict[str, str]) -> str:
+    """Return a row's figures of its task, such as "74.3 / 92.4"; the second is missing in full precision."""
+    return " / ".join(shown.format(float(row[name])) for name, shown in _REAL[row["task"]] if row.get(name))
 
 
 # Heading -> column of the zoo's rows.
@@ -266,6 +334,7 @@ def main() -> None:
     update_costs(page, RESULTS / "benchmarks")
     update_zoo(page, RESULTS / "benchmarks")
     replace_between(Path("docs/published.md"), PUBLISHED_BEGIN, PUBLISHED_END, literature())
+    update_real(page, RESULTS / "benchmarks")
 
 
 if __name__ == "__main__":

@@ -166,12 +166,12 @@ class Evaluation:
     def latency(self, engine: str) -> list[Row]:
         """Measure the latency of every exported method, all methods interleaved in one run."""
         settings = self.cfg["evaluate"]["latency"]
-        images = self.task.latency_input(settings["batch_size"])
+        inputs = self.task.latency_input(settings["batch_size"])
 
         def compiled(path: Path) -> Callable:
             model = load_engine(path, engine, settings["threads"])
-            model.session(len(images))
-            return partial(model, images)
+            model.session(settings["batch_size"])
+            return partial(model, inputs)
 
         # Methods are compiled in turn, forwards and backwards: memory that was allocated earlier may be a few percent
         # faster.

@@ -39,22 +39,31 @@ _FILING = ("seed", "sweep", "keep_models", "objective", "printed", "experiment")
 def cell_config(composed: DictConfig) -> dict[str, Any]:
     """Turn a composed conf/cell.yaml into a cell's checked configuration.
 
-    The cell has one compensation, which moves under its method's name, or none.
+    The cell has no compensation, or one, which moves under its method's name, or several under names of their own.
 
     Raises:
         Qwt2Error: a key, name or value is wrong.
     """
     cfg = OmegaConf.create(OmegaConf.to_container(composed))
-    compensation = OmegaConf.to_container(cfg.compensation)
-    method = compensation.get("method")
-    if not isinstance(method, str):
-        raise Qwt2Error(f"compensation.method is {method!r}; choose the compensation by compensation=cwac, qwt or none")
+    compensations = _by_name(OmegaConf.to_container(cfg.compensation))
     with open_dict(cfg):
         cfg.seeds = [cfg.seed]
         for key in _FILING:
             cfg.pop(key, None)
-        cfg.compensation = {} if method == "none" else {method: compensation}
+        cfg.compensation = compensations
     return checked(cfg)
+
+
+def _by_name(compensation: dict[str, Any]) -> dict[str, Any]:
+    """Return name -> settings of the compensations of a composed cell."""
+    if compensation and all(isinstance(settings, dict) for settings in compensation.values()):
+        return compensation
+    method = compensation.get("method")
+    if not isinstance(method, str):
+        raise Qwt2Error(
+            f"compensation.method is {method!r}; choose the compensation by compensation=cwac, qwt, all or none"
+        )
+    return {} if method == "none" else {method: compensation}
 
 
 def cell_id(cfg: dict[str, Any]) -> str:
@@ -124,7 +133,7 @@ def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, An
 
 
 def own_method(rows: Iterable[Row]) -> str:
-    """Return the method that a cell was run for: the compensated one if there is one, otherwise plain PTQ."""
+    """Return the method that a cell was run for: plain PTQ without compensations, and of several the last by name."""
     return max((row.method for row in rows), key=lambda method: ("+" in method, method))
 
 
@@ -147,7 +156,7 @@ def figures(record: dict[str, Any]) -> dict[str, float]:
     own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
     headline = HEADLINE[task_of(record["config"]["model"])]
     found = {f"fp32_{headline}": record["fp32"][headline], f"ptq_{headline}": ptq[f"torch/{headline}"]}
-    measured = {headline: headline, "segm_ap": "segm_ap", "agreement": "agreement", "sqnr_db": "logits_sqnr_db"}
+    measured = {name: name for name in (headline, "segm_ap", "agreement", "cosine")} | {"sqnr_db": "logits_sqnr_db"}
     found |= {name: own[f"torch/{metric}"] for name, metric in measured.items() if f"torch/{metric}" in own}
     for engine in sorted({name.partition("/")[0] for name in own} - {"torch"}):
         found[f"{engine}_{headline}"] = own[f"{engine}/{headline}"]

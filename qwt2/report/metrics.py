@@ -60,6 +60,7 @@ METRICS: dict[str, Metric] = {
     "top5": Metric(
         "percent", "top-5 %", "share of validation images whose class is among the five best", _PERCENT, "everywhere"
     ),
+    "recall1": Metric("percent", "recall@1 %", "share of queries whose nearest document is their own", _PERCENT),
     "bbox_ap": Metric("percent", "box AP", "COCO average precision of boxes", _PERCENT),
     "bbox_ap50": Metric(
         "percent", "box AP50", "average precision of boxes at an overlap of one half", _PERCENT, "everywhere"
@@ -72,10 +73,14 @@ METRICS: dict[str, Metric] = {
         _PERCENT,
         "engines",
     ),
+    "cosine": Metric("ratio", "cosine", "mean cosine between a text's vector and that of fp32", "{:.4f}".format),
     "logits_sqnr_db": Metric(
         "dB", "SQNR dB", "signal to quantization noise ratio of the logits, against fp32", "{:.1f}".format, "engines"
     ),
     "engine_top1_delta": Metric("points", "Δ sim", "top-1 of the engine minus top-1 of the simulation, points", signed),
+    "engine_recall1_delta": Metric(
+        "points", "Δ sim", "recall@1 of the engine minus recall@1 of the simulation, points", signed
+    ),
     "engine_bbox_ap_delta": Metric(
         "points", "Δ sim", "box AP of the engine minus box AP of the simulation, points", signed
     ),
@@ -118,5 +123,9 @@ METRICS: dict[str, Metric] = {
 }
 
 # Task -> metrics that every baseline must have. The first is the task's headline metric.
-ACCURACY = {"classification": ("top1", "top5"), "detection": ("bbox_ap", "bbox_ap50")}
+ACCURACY = {
+    "classification": ("top1", "top5"),
+    "detection": ("bbox_ap", "bbox_ap50"),
+    "retrieval": ("recall1",),
+}
 HEADLINE = {task: names[0] for task, names in ACCURACY.items()}

