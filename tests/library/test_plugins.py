@@ -170,7 +170,7 @@ def test_two_packages_with_one_name(install):
 
 def test_an_unknown_name_lists_plugins(install):
     install("my-narrow", METHOD, "qwt2.ptq_methods", "narrow")
-    with pytest.raises(Qwt2Error, match="unknown PTQ method 'narow'; use one of: minmax, mse, narrow, percentile"):
+    with pytest.raises(Qwt2Error, match="unknown PTQ method 'narow'; use one of: .*minmax, mse, narrow, percentile"):
         PTQ_METHODS.get("narow")
 
 
