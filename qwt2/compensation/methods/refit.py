@@ -45,6 +45,8 @@ class Refit:
             with the rounding by feedback, or with the PTQ method's own codes.
         ranges: observer that chooses the ranges of activations again on the compensated network; ``None`` keeps them.
         holdout: share of the calibration batches held out to choose among the candidates, at least one batch.
+        rows_per_input: number of rows (images times positions) per input of an output that the regressions take, about.
+            More are thinned out evenly: a convolution on large images has far more than determine its weight.
 
     Raises:
         Qwt2Error: if a setting has an unknown value.
@@ -58,6 +60,7 @@ class Refit:
     ridges: Sequence[float] = (0.05, 0.3, 1.0)
     ranges: str | None = "mse"
     holdout: float = 0.25
+    rows_per_input: int = 256
 
     def __post_init__(self) -> None:
         if self.target not in ("stream", "global", "local"):
@@ -66,6 +69,8 @@ class Refit:
             isinstance(ridge, (int, float)) and 0 < ridge < math.inf for ridge in self.ridges
         ):
             raise Qwt2Error(f"refit: ridges are {self.ridges!r}; use a list of numbers above 0")
+        if not isinstance(self.rows_per_input, int) or self.rows_per_input < 1:
+            raise Qwt2Error(f"refit: rows_per_input is {self.rows_per_input!r}; use a whole number above 0")
         check_calibration("refit", self.ranges, self.holdout)
 
     @property
@@ -120,7 +125,8 @@ class Refit:
             if not torch.isfinite(y).all():
                 raise Qwt2Error(f"{visit.name} gives NaN or infinity on the calibration images; check its weights")
             for part_x, part_y in rows(layer, x, layer.without_bias(y)):
-                part = Regression.of(part_x, part_y, torch.float32)
+                step = max(1, part_x.shape[1] * len(visit.walk.batches) // (self.rows_per_input * part_x.shape[2]))
+                part = Regression.of(part_x[:, index % step :: step], part_y[:, index % step :: step], torch.float32)
                 key = index in held_out
                 sums[key] = sums[key] + part if key in sums else part
         return sums[False], sums[True]
