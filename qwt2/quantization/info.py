@@ -36,7 +36,8 @@ class QuantizationInfo:
         exportable: whether integer engines can run the quantizers.
         input_shape: shape of one calibration image, or of each of its inputs by name.
         input_types: type of each input by name.
-        norm_consumers: LayerNorm -> the quantized Linears that are the only readers of its output.
+        norm_consumers: LayerNorm -> the quantized Linears that are the only readers of its output; without the norms of
+            values that have only channels.
         repeated: layers that run several times in one pass.
         structure: digest of the captured graph, to tell whether a stored model belongs to the same graph.
     """

@@ -218,8 +218,11 @@ def _plan(qmodel: GraphModel, example: Inputs, layout: Layout, info: Quantizatio
     info.blocks = [block for block in found if any(is_inside(layer, block) for layer in info.layers)]
     info.poolings = [name for name in layout.poolings(qmodel) if kept(name)]
     info.additions = [name for name, kinds in layout.operands(qmodel, info).items() if any(kinds)]
+    # One value per image and channel, as behind a pooling, is too few to choose a range per channel from.
     info.norm_consumers = {
-        n: linears for n, linears in wiring.norm_consumers(qmodel).items() if all(map(kept, linears))
+        n: linears
+        for n, linears in wiring.norm_consumers(qmodel).items()
+        if all(map(kept, linears)) and all(len(call.meta["shape"]) > 2 for call in qmodel.calls(nn.LayerNorm)[n])
     }
     info.repeated = [name for name in info.layers if len(calls[name]) > 1]
     info.exportable = layout.recipe.exportable

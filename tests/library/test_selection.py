@@ -5,6 +5,7 @@ import math
 from functools import partial
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -251,3 +252,13 @@ def test_a_network_that_turns_rounding_into_other_outputs_is_not_refused(tmp_pat
     assert not qmodel.quantization.float_modules
     qwt2.export_onnx(qwt2.fold(qmodel), tmp_path / "model.onnx", x)
     assert (tmp_path / "model.onnx").exists()
+
+
+def test_a_norm_of_pooled_values_gets_no_ranges_per_channel():
+    model = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5, global_pool="avg"
+    )
+    qmodel = qwt2.quantize(tiny.randomize(model), tiny.batches(), "repq")
+    assert qmodel.quantization.norm_consumers == {
+        "blocks.0.norm1": ["blocks.0.attn.qkv"], "blocks.0.norm2": ["blocks.0.mlp.fc1"]
+    }  # fmt: skip
