@@ -202,7 +202,7 @@ class Comparison:
         # A negative value switches SmoothQuant off.
         alphas = AdvancedSmoothQuantParameters() if smooth_quant else AdvancedSmoothQuantParameters(-1, -1)
         model = openvino.convert_model(self.network, example_input=self.task.example(self.network))
-        inputs = [{port.any_name: feeds[port.any_name] for port in model.inputs} for feeds in self.named(model)]
+        inputs = [_by_port(model, feeds) for feeds in self.calibration]
         quantized = nncf.quantize(
             model, nncf.Dataset(inputs), subset_size=len(inputs),
             model_type=nncf.ModelType.TRANSFORMER if self.is_transformer else None,
@@ -211,11 +211,6 @@ class Comparison:
         path = self.folder / f"nncf-{name.replace(' ', '-')}.xml"
         openvino.save_model(quantized, path, compress_to_fp16=False)
         return path
-
-    def named(self, model: openvino.Model) -> list[Feeds]:
-        """Return the calibration inputs under the names of a model's inputs."""
-        names = [port.any_name for port in model.inputs]
-        return [dict(zip(names, feeds.values())) if len(names) == 1 else feeds for feeds in self.calibration]
 
 
 class IntermediateModel:
@@ -239,6 +234,14 @@ class IntermediateModel:
         # As with this library's files, operations that stay in float run in float32.
         options = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         return core.compile_model(model, "CPU", options)
+
+
+def _by_port(model: openvino.Model, feeds: Feeds) -> Feeds:
+    """Return inputs under the names that OpenVINO gives them first; a single input may have any name."""
+    [*ports] = model.inputs
+    if len(ports) == 1:
+        return {ports[0].any_name: next(iter(feeds.values()))}
+    return {port.any_name: next(feeds[name] for name in port.get_names() if name in feeds) for port in ports}
 
 
 def _singles(inputs: Any) -> Iterator[Any]:
