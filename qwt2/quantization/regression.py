@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LEAST = 1e-200  # stands for the mean diagonal of inputs that are always zero
+
 
 @dataclass(frozen=True)
 class Regression:
@@ -62,14 +64,7 @@ class Regression:
         factorisation. Without it, inputs with constant or collinear channels have no unique solution (the first block
         of a Swin stage reads the output of a LayerNorm).
         """
-        diagonal = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
-        eye = torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
-        while True:
-            factor, failed = torch.linalg.cholesky_ex(self.gram + damping * diagonal[:, None, None] * eye)
-            if not failed.any():
-                break
-            damping = max(damping * 10, 1e-14)
-        weight = torch.cholesky_solve(self.cross, factor)
+        weight = torch.cholesky_solve(self.cross, cholesky(self.gram, damping))
         return weight, self.mean_t - (self.mean_x[:, None] @ weight)[:, 0]
 
     def residual(self, weight: Tensor) -> float:
@@ -81,3 +76,20 @@ class Regression:
         """Return 1 - SS_res / SS_tot about each output channel's mean; -inf for a constant target."""
         total = float(self.power.sum())
         return 1 - self.residual(weight) / total if total > 0 else float("-inf")
+
+
+def cholesky(gram: Tensor, damping: float) -> Tensor:
+    """Return the lower Cholesky factor of Gram matrices with a share of their mean diagonal added to the diagonal.
+
+    More is added if that does not make them positive definite.
+
+    Args:
+        gram: float64 (groups, d, d).
+        damping: the share.
+    """
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=_LEAST).expand(gram.shape[:2])
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(damping * mean))
+        if not failed.any():
+            return factor
+        damping = max(damping * 10, 1e-14)

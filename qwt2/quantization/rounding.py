@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qwt2.quantization.observers import Grid
+from qwt2.quantization.regression import cholesky
 
 DAMPING = 0.01  # share of the Gram matrix's mean diagonal that is added to its diagonal, as in GPTQ
 _TOGETHER = 128  # inputs whose errors are spread over all later ones in one product
@@ -35,11 +36,8 @@ class Feedback:
         self.order = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
         rows, columns = (self.order.unsqueeze(axis).expand(gram.shape) for axis in (2, 1))
         gram = gram.gather(1, rows).gather(2, columns)
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        mean = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
-        added = damping * mean + (diagonal <= 0) * mean  # an input that is always zero has no diagonal
         # H = RR' with R upper triangular gives U = R^-1. R is the Cholesky factor of H read from its last entry back.
-        lower = _cholesky(gram.flip(1, 2), added.flip(1)).flip(1, 2)
+        lower = cholesky(gram.flip(1, 2), damping).flip(1, 2)
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         self.upper = torch.linalg.solve_triangular(lower, eye, upper=True)
         self.pull = None
@@ -74,12 +72,3 @@ class Feedback:
                 values = (codes[:, start:stop] - zero_point[:, None]) * scale[:, None]
                 left[:, stop:].baddbmm_(self.pull[:, start:stop, stop:].transpose(1, 2), values)
         return torch.empty_like(codes).scatter_(1, index, codes).transpose(1, 2)
-
-
-def _cholesky(gram: Tensor, added: Tensor) -> Tensor:
-    """Return the Cholesky factor of a matrix with ``added`` on its diagonal, or with more where that is too little."""
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(added))
-        if not failed.any():
-            return factor
-        added = added * 10

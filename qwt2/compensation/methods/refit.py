@@ -27,7 +27,7 @@ from qwt2.compensation.report import ModuleReport
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.layers import QuantizedLayer
 from qwt2.quantization.recipe import Recipe
-from qwt2.quantization.regression import Regression
+from qwt2.quantization.regression import Regression, cholesky
 from qwt2.quantization.rounding import Feedback
 from qwt2.quantization.rows import by_row, rows, weight_rows
 from qwt2.quantization.walk import Visit, Walk
@@ -189,9 +189,7 @@ def refitted(weight: Tensor, sums: Regression, ridge: float) -> Tensor:
     if ridge == math.inf:
         return weight
     lack = sums.cross - sums.gram @ weight.transpose(1, 2)
-    strength = ridge * sums.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
-    pulled = sums.gram + torch.diag_embed(strength[:, None].expand(sums.gram.shape[:2]))
-    return weight + torch.cholesky_solve(lack, torch.linalg.cholesky(pulled)).transpose(1, 2)
+    return weight + torch.cholesky_solve(lack, cholesky(sums.gram, ridge)).transpose(1, 2)
 
 
 def moments(sums: Regression, weight: Tensor) -> Moments:
