@@ -23,7 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.build.compose import CONF, one_sentence
 from pipeline.build.dvcfiles import stages
 from pipeline.common.logs import VERBOSE
-from pipeline.sweeps.page import write_page
 from pipeline.sweeps.sweep import SWEEPS, jobs, only_runner, progress, run_job, sweep_name, write_table
 from qwt2.errors import Qwt2Error, guarded
 
@@ -54,6 +53,8 @@ def main(arguments: list[str]) -> None:
         f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; "
         f"table: {SWEEPS / name}/table.csv"
     )
+    from pipeline.sweeps.page import write_page  # loads what draws charts
+
     if page := write_page(name):
         print(f"page: {page}")
     if counts["failed"]:
