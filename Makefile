@@ -74,7 +74,7 @@ publish: $(STAMP)
 
 # Show DVC's experiments with the columns in which they differ, but not the hashes of code or the grid's parameters.
 experiments: $(STAMP)
-	dvc exp show --only-changed --drop '^(conf|out|pipeline|qwt2)(/|$$)|^(code|grid|models|compensations)\b|^compensation\.(cwac|qwt)\.' $(ARGS)
+	dvc exp show --only-changed --drop '^(conf|out|pipeline|qwt2)(/|$$)|^(code|grid|models|compensations)\b|^compensation\.(cwac|cwac_paper|qwt|qwt_global|refit)\.' $(ARGS)
 
 # Re-hash everything that is stored; ARGS=--repair deletes what is damaged.
 verify: $(STAMP)

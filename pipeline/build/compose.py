@@ -27,7 +27,7 @@ KEYS = {
     "baseline": ("threads", "data", "model"),
     "quantize": (
         *("threads", "workers", "seeds", "data", "calibration", _ARCHITECTURE, "ptq", "precision", "compensation"),
-        *("simulated", "evaluate.mismatch_images"),
+        *("exported", "evaluate.mismatch_images"),
     ),
     "evaluate": (
         *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.simulated"),
@@ -77,7 +77,8 @@ def compose_cell(overrides: list[str]) -> dict[str, Any]:
 def checked(composed: DictConfig) -> dict[str, Any]:
     """Check a composed cell's names and types and return it as plain values.
 
-    Three keys are added: ``compensations`` (the names under ``compensation``), ``datasets`` and ``task``.
+    Four keys are added: ``compensations`` (the names under ``compensation``), ``exported`` ("ptq" and the compensations
+    that get files for engines; empty if no engine is to run), ``datasets`` and ``task``.
 
     Raises:
         Qwt2Error: a key, name or value is wrong.
@@ -88,9 +89,10 @@ def checked(composed: DictConfig) -> dict[str, Any]:
     Precision(**{key: value for key, value in cfg["precision"].items() if key != "name"})
     for engine in cfg["evaluate"]["engines"]:
         ENGINES.get(engine)
+    exported = ["ptq", *(name for name in cfg["compensation"] if name not in cfg["simulated"])]
     return cfg | {
-        "compensations": list(cfg["compensation"]), "datasets": {cfg["data"]["name"]: cfg["data"]},
-        "task": task_of(cfg["model"]),
+        "compensations": list(cfg["compensation"]), "exported": exported if cfg["evaluate"]["engines"] else [],
+        "datasets": {cfg["data"]["name"]: cfg["data"]}, "task": task_of(cfg["model"]),
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ CELLS = OUT / "cells"
 SHARED = CELLS / "shared"
 LOCKS = CELLS / "locks"
 OUTPUTS = "outputs.json"
+SCORES = "scores.safetensors"  # in an evaluated cell's folder: method -> each image's score at each seed
 
 
 def read_record(folder: Path, name: str = "cell.json") -> dict[str, Any] | None:

@@ -11,13 +11,16 @@ from qwt2.io import write_text
 from qwt2.report.compensations import SUBJECT, heading, label, order
 from qwt2.report.detection import lines
 from qwt2.report.findings import ENGINES
-from qwt2.report.results import Method, Results, Row, read_rows
+from qwt2.report.metrics import HEADLINE, METRICS
+from qwt2.report.results import Method, Results, Row, precision_order, read_rows
 
 BEGIN = "<!-- results:begin (written by `make readme`) -->"
 END = "<!-- results:end -->"
 _MISSING = "–"
 
 
+MEANS_BEGIN = "<!-- means:begin (written by `make readme`) -->"
+MEANS_END = "<!-- means:end -->"
 DETECTION_BEGIN = "<!-- detection:begin (written by `make readme`) -->"
 DETECTION_END = "<!-- detection:end -->"
 PEERS_BEGIN = "<!-- peers:begin (written by `make readme`) -->"
@@ -34,12 +37,17 @@ REAL_BEGIN = "<!-- real:begin (written by `make readme`) -->"
 REAL_END = "<!-- real:end -->"
 
 
-def update(readme: Path, summary: Path) -> None:
-    """Replace the text between the result markers of ``readme`` by the table of ``summary``.
+def update_means(readme: Path, summary: Path) -> None:
+    """Replace the text between the markers of ``readme`` by the means of ``summary`` over models.
 
     Raises:
         Qwt2Error: the markers are missing.
     """
+    replace_between(readme, MEANS_BEGIN, MEANS_END, means_table(Results(read_rows(summary))))
+
+
+def update(readme: Path, summary: Path) -> None:
+    """Replace the table of classifiers; see :func:`update_means`."""
     replace_between(readme, BEGIN, END, table(Results(read_rows(summary)).of_task("classification")))
 
 
@@ -269,6 +277,42 @@ def _figure(rows: dict[str, dict[str, str]], variant: str, column: str, base: fl
     return f"{float(rows[variant][column]) / base:.{digits}f}" if variant in rows else _MISSING
 
 
+def means_table(results: Results) -> str:
+    """Return Markdown: a row per task and precision with the main figure in percent, as mean over the task's models."""
+    headings = ["Models", "Bits", "fp32", *map(heading, results.compensations)]
+    headings += [f"Latency of {label(SUBJECT)} ÷ PTQ, {name}" for name in ENGINES.values()]
+    lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
+    for task, metric in HEADLINE.items():
+        own = results.of_task(task)
+        precisions = dict.fromkeys(row.precision for row in own.rows if row.precision != "fp32")
+        for precision in sorted(precisions, key=precision_order):
+            lines.append(_means_line(own, task, metric, precision, results.compensations))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _means_line(results: Results, task: str, metric: str, precision: str, compensations: list[str]) -> list[str]:
+    models = [model for model in results.models if precision in results.precisions(model)]
+    plain = {model: _plain(results, model, precision) for model in models}
+
+    def mean(compensation: str, engine: str, metric: str, form: str) -> str:
+        methods = {model: f"{ptq}+{compensation}" if compensation else ptq for model, ptq in plain.items()}
+        rows = [results.get(model, precision, method, engine, metric) for model, method in methods.items()]
+        return form.format(sum(row.value for row in rows if row) / len(rows)) if all(rows) else _MISSING
+
+    exact = [row.value for model in models if (row := results.get(model, "fp32", "fp32", "torch", metric))]
+    return [
+        f"{len(models)} in {task}: {METRICS[metric].heading.removesuffix(' %')}", precision.upper(),
+        f"{sum(exact) / len(exact):.1f}" if exact else _MISSING,
+        *(mean(name, "torch", metric, "{:.1f}") for name in compensations),
+        *(mean(SUBJECT, engine, "latency_ratio_to_ptq", "{:.2f}") for engine in ENGINES),
+    ]  # fmt: skip
+
+
+def _plain(results: Results, model: str, precision: str) -> str:
+    """Return the model's PTQ method that engines run, without compensation."""
+    return next(method for method in results.methods(model, precision) if Method.parse(method).is_plain)
+
+
 def table(results: Results) -> str:
     """Return Markdown: a row per model, precision and default PTQ, with top-1 in percent (mean ± deviation)."""
     headings = ["Model", "Bits", "fp32", *map(heading, results.compensations)]
@@ -326,9 +370,10 @@ def _percent(row: Row | None) -> str:
 
 def main() -> None:
     """Rewrite every table."""
-    update(Path("README.md"), RESULTS / "summary.csv")
+    update_means(Path("README.md"), RESULTS / "summary.csv")
     update_static_page(Path("docs/report.md"), RESULTS / "summary.csv")
     page = Path("docs/results.md")
+    update(page, RESULTS / "summary.csv")
     update_detection(page, RESULTS / "summary.csv")
     update_peers(page, RESULTS / "benchmarks")
     update_costs(page, RESULTS / "benchmarks")

@@ -23,6 +23,9 @@ from qwt2.report.compensations import heading
 from qwt2.report.metrics import METRICS
 from qwt2.report.results import Row
 
+# Metric -> key in the record of a fit.
+_COSTS = {"compensate_seconds": "seconds", "peak_memory_mb": "peak_memory_mb", "added_modules": "added_modules"}
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -84,22 +87,38 @@ class Evaluation:
         """Return the figures of one method in simulation, one entry per seed."""
         return [self.task.figures(self.cell.quantized(ptq, method, seed)) for seed in self.seeds]
 
-    def compensation_costs(self) -> list[Row]:
-        """Return the time and memory that fitting took."""
+    def scores(self) -> dict[str, np.ndarray]:
+        """Return the scores of every simulated method, (seeds, images), and of the full-precision model, (1, images).
+
+        An image's score is its part in the task's main figure; see :meth:`pipeline.tasks.Task.scores`.
+        """
+        found = {"fp32": [self.task.scores(self.cell.predictions)]}
+        found |= {
+            self.label(method, ptq): [self.task.scores(self.cell.quantized(ptq, method, seed)) for seed in self.seeds]
+            for ptq in ptq_methods(self.cfg)
+            for method in self.methods
+        }
+        return {name: np.stack(values) for name, values in found.items()}
+
+    def calibration_costs(self) -> list[Row]:
+        """Return the time and memory that calibration took, and the number of modules that compensation added."""
+        quantized = read_json(self.cell.folder("quantize") / "quantized.json")
         rows = []
         for ptq in ptq_methods(self.cfg):
+            seconds = [record["seconds"] for record in quantized if record["ptq"] == ptq]
+            rows.append(self.row("ptq", "torch", "quantize_seconds", seconds, ptq))
             for name in self.compensations:
                 records = [r for r in self.fits if (r["ptq"], r["compensation"]) == (ptq, name)]
-                for metric, key in (("compensate_seconds", "seconds"), ("peak_memory_mb", "peak_memory_mb")):
+                for metric, key in _COSTS.items():
                     rows.append(self.row(name, "torch", metric, [r[key] for r in records], ptq))
         return rows
 
     def folding(self) -> list[Row]:
         """Return how far folding moved modules, and what each exported method stores and computes beyond plain PTQ."""
         by_method = {m: [f for f in self.folded if f["method"] == m] for m in self.exported}
-        base = by_method["ptq"][0]
         rows = []
         for method, entries in by_method.items():
+            base = by_method["ptq"][0]
             worst = Mismatch.worst([Mismatch(**entry["fold_mismatch"]) for entry in entries])
             rows += self.mismatch_rows(method, "torch", worst)
             for metric, key in (("extra_params", "stored_numbers"), ("extra_macs", "multiply_accumulates")):
@@ -200,7 +219,8 @@ class Evaluation:
 
     def layers(self) -> list[dict]:
         """Return one record per method, seed and module (or block), with all that was measured of it."""
-        kinds, records = self.facts("ptq")["modules"], {}
+        kinds: dict[str, str] = self.facts["modules"]
+        records: dict[tuple[str, int, str], dict] = {}
         for fit in self.fits:
             label = self.label(fit["compensation"], fit["ptq"])
             for module in fit["modules"]:
@@ -208,7 +228,7 @@ class Evaluation:
         for (method, engine, seed), measured in self.measured.items():
             if seed != self.seeds[0]:
                 continue
-            for module, kind in self.facts(method)["modules"].items():
+            for module, kind in kinds.items():
                 record = records.setdefault((self.label(method), seed, module), {"kind": kind})
                 if module in measured.mismatches:
                     record[f"{engine}_steps"] = measured.mismatches[module].steps
@@ -223,11 +243,12 @@ class Evaluation:
         """Return the operations of plain PTQ's files on each engine, and the modules left in float."""
         first = self.seeds[0]
         counts = {engine: self.measured["ptq", engine, first].operations for engine in self.cfg["evaluate"]["engines"]}
-        return {"operations": counts, "float_modules": self.facts("ptq")["float_modules"]}
+        return {"operations": counts, "float_modules": self.facts["float_modules"]}
 
-    def facts(self, method: str) -> dict:
-        """Return the record that stage ``quantize`` wrote of a method's model at the first seed."""
-        return next(f for f in self.folded if (f["method"], f["seed"]) == (method, self.seeds[0]))
+    @cached_property
+    def facts(self) -> dict[str, dict[str, str]]:
+        """The kinds of quantized modules, and why others stay in float, as stage ``quantize`` wrote them."""
+        return read_json(self.cell.folder("quantize") / "modules.json")
 
     @cached_property
     def folded(self) -> list[dict]:

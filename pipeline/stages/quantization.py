@@ -1,5 +1,6 @@
 """The quantized models of one cell: plain PTQ, every compensation of it, and the files that integer engines run."""
 
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pipeline.tasks import open_task
 from qwt2 import Precision, compensate, fold, load_quantized, quantize, save_quantized
 from qwt2.capture.batch import Inputs, first
 from qwt2.capture.graph import GraphModel
+from qwt2.compensation.blocks import compensated_blocks
 from qwt2.compensation.methods import COMPENSATIONS
 from qwt2.evaluation.costs import multiply_accumulates, stored_numbers
 from qwt2.evaluation.mismatch import Mismatch, fold_mismatch, record_modules
@@ -31,10 +33,14 @@ class Quantization:
         self.seeds, self.methods, self.workers = cfg["seeds"], ptq_methods(cfg), cfg["workers"]
         self.deployed = cfg["ptq"]["method"]  # the PTQ method that engines run
 
-    def quantize(self) -> None:
-        """Quantize by every PTQ method at every calibration seed, without compensation, and store the predictions."""
+    def quantize(self) -> list[dict[str, Any]]:
+        """Quantize by every PTQ method at every calibration seed, without compensation, and store the predictions.
+
+        Returns:
+            One record per model: the time in seconds.
+        """
         runs = [(ptq, PTQ, seed) for ptq in self.methods for seed in self.seeds]
-        each("quantize", self._quantize_one, runs, self.workers, then=self._predict)
+        return each("quantize", self._quantize_one, runs, self.workers, then=self._predict)
 
     def compensate(self) -> list[dict[str, Any]]:
         """Compensate each of these models in every configured way, and store the predictions.
@@ -63,15 +69,21 @@ class Quantization:
         runs = [(method, seed) for method in self.first_folded for seed in self.seeds]
         return each("fold", self._fold_one, runs, self.workers)
 
+    def modules(self) -> dict[str, Any]:
+        """Return the kinds of all quantized modules, and why others stay in float, by the modules' names."""
+        info = self._quantized(self.deployed, PTQ, self.seeds[0]).quantization
+        return {"modules": info.modules, "float_modules": info.float_modules}
+
     def _is_exportable(self, name: str) -> bool:
-        """Return whether a compensation's models are to run on engines, and can; others stay in simulation."""
-        if name in self.cfg["simulated"]:
-            return False
+        """Return whether engines can run a compensation's models; others stay in simulation."""
+        if name == PTQ:
+            return True
         options = dict(self.cfg["compensation"][name])
         return COMPENSATIONS.get(options.pop("method"))(**options).exportable
 
-    def _quantize_one(self, run: tuple[str, str, int]) -> None:
+    def _quantize_one(self, run: tuple[str, str, int]) -> dict[str, Any]:
         method, _, seed = run
+        started = time.perf_counter()
         qmodel = quantize(
             self.captured,
             self.task.calibration(self.network, seed),
@@ -81,7 +93,9 @@ class Quantization:
             observer_images=self.cfg["calibration"]["observer_images"],
             parts=self.task.quantized_parts(self.network),
         )
+        seconds = time.perf_counter() - started
         save_quantized(qmodel, self.cell.quantized(*run))
+        return {"ptq": method, "seed": seed, "seconds": seconds}
 
     def _compensate_one(self, run: tuple[str, str, int]) -> dict[str, Any]:
         ptq, name, seed = run
@@ -93,7 +107,8 @@ class Quantization:
         save_quantized(qmodel, self.cell.quantized(*run))
         return {
             "ptq": ptq, "compensation": name, "seed": seed, "seconds": report.seconds,
-            "peak_memory_mb": memory.megabytes, "modules": [fit_record(module) for module in report.modules],
+            "peak_memory_mb": memory.megabytes, "added_modules": len(compensated_blocks(qmodel)),
+            "modules": [fit_record(module) for module in report.modules],
         }  # fmt: skip
 
     def _predict(self, run: tuple[str, str, int]) -> None:
@@ -115,7 +130,7 @@ class Quantization:
     @cached_property
     def first_folded(self) -> dict[str, GraphModel]:
         """Every method that engines run -> its folded model at the first seed; the workers share them."""
-        methods = [PTQ, *(name for name in self.cfg["compensation"] if self._is_exportable(name))]
+        methods = [name for name in self.cfg["exported"] if self._is_exportable(name)]
         return {method: fold(self._quantized(self.deployed, method, self.seeds[0])) for method in methods}
 
     def _one_of_each_structure(self) -> list[tuple[str, str]]:
@@ -143,7 +158,6 @@ class Quantization:
         return {
             "method": method, "seed": seed, "fold_mismatch": vars(worst), "stored_numbers": stored_numbers(folded),
             "multiply_accumulates": multiply_accumulates(folded, first(self.inputs, 1)),
-            "modules": qmodel.quantization.modules, "float_modules": qmodel.quantization.float_modules,
         }  # fmt: skip
 
     def _record(self, folded: GraphModel, method: str) -> None:

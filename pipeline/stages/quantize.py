@@ -11,9 +11,10 @@ def main(cfg: Any, cell: Cell) -> None:
     from qwt2.io import write_json
 
     quantization = Quantization(cfg, cell)
-    quantization.quantize()
+    write_json(cell.folder("quantize") / "quantized.json", quantization.quantize())
     write_json(cell.folder("quantize") / "fits.json", quantization.compensate())
     write_json(cell.folder("quantize") / "folded.json", quantization.fold())
+    write_json(cell.folder("quantize") / "modules.json", quantization.modules())
 
 
 if __name__ == "__main__":

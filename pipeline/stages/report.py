@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.folders import OUT, RESULTS
+from pipeline.common.folders import OUT, RESULTS, SCORES
 from pipeline.common.stage import Cell, run_stage
 from qwt2.errors import Qwt2Error
-from qwt2.io import read_json, write_json, write_text
+from qwt2.io import load_arrays, read_json, write_json, write_text
 from qwt2.report.detection import Line, lines
 from qwt2.report.metrics import ACCURACY, HEADLINE, METRICS
 from qwt2.report.page import Conditions, render, vega_bundle
@@ -33,7 +33,9 @@ def report(config: Mapping[str, Any], out: Path, results: Path) -> None:
     layers = [layer for model, precision in cells for layer in cell_layers(out, model, precision)]
     operations = {cell: read_json(_cell_folder(out, *cell) / "operations.json") for cell in cells}
     results_table = Results(rows)
-    page = render(results_table, layers, _conditions(config, out, cells), operations, _pictures(out, results_table))
+    scores = {cell: load_arrays(_cell_folder(out, *cell) / SCORES) for cell in cells}
+    pictures = _pictures(out, results_table)
+    page = render(results_table, layers, _conditions(config, out, cells), operations, pictures, scores)
     write_rows(results / "summary.csv", rows)
     write_text(results / "report.html", page)
     write_json(results / "metrics.json", accuracies(rows))

@@ -71,6 +71,10 @@ def main(arguments: list[str]) -> None:
         f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; "
         f"table: {SWEEPS / name}/table.csv"
     )
+    from pipeline.sweeps.page import write_page  # loads what draws charts
+
+    if page := write_page(name):
+        print(f"page: {page}")
     if counts["failed"]:
         raise SystemExit(1)
 

@@ -36,7 +36,7 @@ def run_job(composed: DictConfig) -> float | None:
     """Run one cell of a sweep, in the process that the launcher chose, and record the outcome.
 
     Returns:
-        The figure named by ``objective``, for sweepers that optimize; None if the cell failed.
+        The figure named by ``objective``, for sweepers that optimize; None without one, or if the cell failed.
     """
     started = time.perf_counter()
     record: dict[str, Any] = {"cell": None, "status": "failed", "error": None}
@@ -48,7 +48,7 @@ def run_job(composed: DictConfig) -> float | None:
         record["cell"] = cell_folder(cfg).name
         done = run_cell(cfg, keep_models=composed.keep_models)
         record |= {"status": done["status"], "error": done.get("error")}
-        value = None if record["error"] else objective(done, composed.objective)
+        value = None if record["error"] or composed.objective is None else objective(done, composed.objective)
     except Exception as error:  # the other cells of the sweep go on
         record |= {"status": "failed", "error": sentence(error)}
     job = HydraConfig.get()
@@ -63,7 +63,7 @@ def run_job(composed: DictConfig) -> float | None:
 
 def _check(composed: DictConfig) -> None:
     """Refuse settings that are not part of a cell's configuration."""
-    if composed.objective not in METRICS:
+    if composed.objective is not None and composed.objective not in METRICS:
         raise Qwt2Error(f"objective {composed.objective!r} is no figure; use one of: {', '.join(METRICS)}")
     if composed.printed not in PRINTED:
         raise Qwt2Error(f"printed {composed.printed!r} is unknown; use one of: {', '.join(PRINTED)}")

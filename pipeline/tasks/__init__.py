@@ -108,6 +108,13 @@ class Task(ABC):
         """Return a quantized network's accuracy and its distance from full precision, from its stored predictions."""
 
     @abstractmethod
+    def scores(self, path: Path) -> np.ndarray:
+        """Return each image's part in the main figure of stored predictions, float32 (images,); the mean is the figure.
+
+        A figure that is no mean over images is one part, (1,).
+        """
+
+    @abstractmethod
     def calibration(self, network: nn.Module, seed: int) -> Iterable[Inputs]:
         """Return the batches of one seed's calibration set; ``network`` is the full-precision one."""
 

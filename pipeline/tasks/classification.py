@@ -113,6 +113,10 @@ class Classification(Task):
     def figures(self, path: Path) -> Figures:
         return self._compared(self._stored(path))
 
+    def scores(self, path: Path) -> np.ndarray:
+        """Return 100 for every image that is classified correctly, and 0 for the others, float32 (images,)."""
+        return 100 * (self._stored(path).argmax(1) == self.dataset.labels("val")).astype(np.float32)
+
     def engine_figures(self, engines: dict[str, Engine]) -> Figures:
         [model] = engines.values()
         batches = self.dataset.array_batches("val", self.cfg["evaluate"]["batch_size"])

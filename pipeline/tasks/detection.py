@@ -128,6 +128,10 @@ class Detection(Task):
     def figures(self, path: Path) -> Figures:
         return read_json(path.with_suffix(".json"))["metrics"]
 
+    def scores(self, path: Path) -> np.ndarray:
+        """Return box AP in percent, float32 (1,): average precision is no mean over images."""
+        return np.float32([self.figures(path)["bbox_ap"]])
+
     @cached_property
     def validation(self) -> Batches:
         """The validation set, in the batches of the detector's test configuration."""

@@ -3,11 +3,13 @@
 Text and rules take the page's colour (``currentColor``), so that one chart fits light, dark and print styles.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from qwt2.extras import extra
 from qwt2.report import compensations
 from qwt2.report.findings import ENGINE_NAMES
+from qwt2.report.recovery import Line
 from qwt2.report.results import Method, Results, Row, method_order
 
 with extra("report"):
@@ -45,6 +47,41 @@ def latency(results: Results, model: str, engine: str) -> Spec:
 def size(results: Results, model: str, engine: str) -> Spec:
     """Plot the size in kB of the ONNX file that ``engine`` runs, with a bar per precision and method."""
     return _bars(results, model, engine, "file_bytes", f"{model}: size of the ONNX file", "kB", 1000)
+
+
+def recovery(found: Sequence[Line]) -> Spec:
+    """Plot the recovered share of plain PTQ's loss against seconds of calibration; free methods are circles."""
+    hard = [line for line in found if line.recovered is not None]
+    values = [
+        {
+            "cell": f"{line.place} {line.measured.group}".strip(), "method": line.measured.name,
+            "compensation": line.measured.compensation, "seconds": line.measured.seconds,
+            "recovered": 100 * line.recovered, "latency": "free" if line.measured.free else "adds latency",
+            "gain": str(line.gain),
+        }
+        for line in hard
+        if line.recovered is not None
+    ]  # fmt: skip
+    names = compensations.shown({line.measured.compensation for line in hard})
+    chart = (
+        alt.Chart(alt.Data(values=values))
+        .mark_point(size=70, strokeWidth=2, opacity=0.9)
+        .encode(
+            x=alt.X("seconds:Q", title="seconds of calibration", scale=alt.Scale(type="log")),
+            y=alt.Y("recovered:Q", title="recovered, %"),
+            color=alt.Color(
+                "compensation:N", legend=None, scale=alt.Scale(domain=names, range=[*map(compensations.colour, names)])
+            ),
+            shape=alt.Shape(
+                "latency:N", title=None, scale=alt.Scale(domain=["free", "adds latency"], range=["circle", "cross"])
+            ),
+            tooltip=[
+                *(alt.Tooltip(f"{name}:N") for name in ("cell", "method", "gain", "latency")),
+                *(alt.Tooltip(f"{name}:Q", format=".3~g") for name in ("recovered", "seconds")),
+            ],
+        )
+    )
+    return _spec(chart, "Share of plain PTQ's loss that is recovered, against seconds of calibration", height=320)
 
 
 def _bars(results: Results, model: str, engine: str, metric: str, title: str, unit: str, per_unit: float) -> Spec:

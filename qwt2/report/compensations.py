@@ -12,6 +12,8 @@ from typing import Any
 from qwt2.compensation.methods import COMPENSATIONS
 
 SUBJECT = "cwac"  # the compensation that the benchmark is about; the others are compared with it
+FREE = ("refit", "cwac")  # the compensations whose standing against the references heads the page
+REFERENCES = ("qwt", "qwt_global")  # the strongest compensations that cost time in the engine
 PTQ_COLOUR, OTHER_COLOUR = "#d97706", "#a855f7"
 
 

@@ -116,6 +116,10 @@ METRICS: dict[str, Metric] = {
     ),
     "extra_params": Metric("count", "+ params", "parameters the compensation adds to the deployed network", _compact),
     "extra_macs": Metric("count", "+ MACs", "multiply-accumulates the compensation adds for one image", _compact),
+    "added_modules": Metric(
+        "count", "+ modules", "modules that stay in the deployed network and add latency", _compact, "everywhere"
+    ),
+    "quantize_seconds": Metric("s", "PTQ s", "time to quantize without compensation", "{:.1f}".format, "everywhere"),
     "compensate_seconds": Metric("s", "fit s", "time to fit the compensation", "{:.1f}".format),
     "peak_memory_mb": Metric(
         "MB", "peak MB", "peak memory while fitting the compensation", "{:,.0f}".format, "everywhere"

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qwt2.extras import extra
-from qwt2.report import charts, compensations, detection, findings, modules, tables, templates
-from qwt2.report.metrics import METRICS
+from qwt2.report import charts, compensations, detection, findings, modules, recovery, tables, templates
+from qwt2.report.metrics import HEADLINE, METRICS
 from qwt2.report.results import LAYER_FIGURES, Layer, Results, precision_order
 
 with extra("report"):
@@ -45,6 +47,7 @@ def render(
     conditions: Conditions,
     operations: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
     pictures: Mapping[str, bytes] | None = None,
+    scores: Mapping[tuple[str, str], Mapping[str, np.ndarray]] | None = None,
 ) -> str:
     """Render the page of the benchmark. Equal arguments give equal bytes with the same Altair and vl-convert.
 
@@ -55,12 +58,16 @@ def render(
         operations: (model, precision) -> ``operations``, the counts of
             :func:`qwt2.engines.operations.count_operations` per engine, and ``float_modules``, name -> reason.
         pictures: name of a cell -> PNG file of the detections.
+        scores: (model, precision) -> method -> each image's part in the main figure at each seed, (seeds, images).
 
     Returns:
         The HTML text.
     """
     classifiers, detectors = results.of_task("classification"), results.of_task("detection")
+    recovered = recovery.lines(recovery.of_grid(results, scores or {}), _fp32(results))
     specs = _specs(results, classifiers.models)
+    if recovered:
+        specs["recovery"] = charts.recovery(recovered)
     compared = findings.comparisons(classifiers, compensations.SUBJECT)
     module_table = modules.table(layers)
     return (
@@ -72,7 +79,8 @@ def render(
             modules=module_table,
             module_chart=modules.chart(module_table["engines"]),
             operations=_operation_lines(operations or {}),
-            headline=findings.headline(classifiers),
+            headline=recovery.headline(recovered) + findings.headline(classifiers),
+            **_recovery_values(recovered),
             model_sentences={model: findings.model_sentence(classifiers, model) for model in classifiers.models},
             compared=len(compared),
             not_improved=findings.not_improved(compared),
@@ -89,13 +97,55 @@ def render(
             explanations=_explanations(results),
             colours=[(compensations.heading(name), compensations.colour(name)) for name in compensations.shown()],
             compensations=detectors.compensations,
-            label=compensations.label,
             heading=compensations.heading,
             colour=compensations.colour,
             subject=compensations.SUBJECT,
             conditions=conditions,
         )
     )
+
+
+def render_sweep(sweep: str, measured: Sequence[recovery.Measured], fp32: Mapping[str, float]) -> str:
+    """Render the page of a sweep: what its methods recover, and at which cost.
+
+    Args:
+        sweep: the name of the sweep.
+        measured: the methods of its cells.
+        fp32: model -> the main figure of the full-precision network, in percent.
+
+    Returns:
+        The HTML text.
+    """
+    recovered = recovery.lines(measured, fp32)
+    shown = compensations.shown({line.measured.compensation for line in recovered})
+    return (
+        _environment()
+        .get_template("sweep.html")
+        .render(
+            sweep=sweep,
+            vega=vega_bundle(),
+            specs={"recovery": charts.recovery(recovered)},
+            headline=recovery.headline(recovered),
+            not_helpful=recovery.not_helpful(recovered),
+            colours=[(compensations.heading(name), compensations.colour(name)) for name in shown],
+            **_recovery_values(recovered),
+        )
+    )
+
+
+def _recovery_values(recovered: Sequence[recovery.Line]) -> dict[str, Any]:
+    """Return what the template recovery.html reads."""
+    return {
+        "recovered": recovered, "recovery_means": recovery.means(recovered), "hard_loss": recovery.HARD_LOSS,
+        "significance": recovery.significance(recovered), "confidence": recovery.CONFIDENCE,
+        "references": compensations.REFERENCES, "label": compensations.label,
+    }  # fmt: skip
+
+
+def _fp32(results: Results) -> dict[str, float]:
+    """Return the main figure of every full-precision network in percent."""
+    figures = HEADLINE.values()
+    return {row.model: row.value for row in results.rows if row.precision == "fp32" and row.metric in figures}
 
 
 def render_model(report: Mapping[str, Any]) -> str:

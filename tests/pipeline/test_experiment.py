@@ -78,8 +78,23 @@ def test_the_optuna_example_names_settings_that_exist():
             cells.cell_config(composed([f"{key}={value}"]))
 
 
-def test_the_ablation_is_target_by_order_by_granularity_by_estimator():
-    assert len(cells_of("ablation_cwac")) == 2 * 2 * 2 * 3
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("ablation_cwac", 3 * 4 * 4 * 2),  # target x estimator x gate x ranges
+        ("ablation_cwac_order", 3 * 2 * 2),  # target x order x granularity
+        ("ablation_refit", 3 * 5 * 2),  # target x ridges x ranges
+        ("free_accuracy", 5 * 5 * 6 * 5),  # models x precisions x methods x seeds
+        ("calibration_size", 2 * 6 * 8 * 3),  # models x methods x sizes x seeds
+    ],
+)
+def test_an_experiment_is_the_product_of_its_settings(name, count):
+    assert len(cells_of(name)) == count
+
+
+def test_cells_without_engines_export_nothing():
+    assert cells.cell_config(composed(["experiment=free_accuracy", "compensation=qwt"]))["exported"] == []
+    assert cells.cell_config(composed(["compensation=qwt"]))["exported"] == ["ptq", "qwt"]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -379,6 +379,33 @@ def test_readme_table_by_hand():
     ]
 
 
+def test_means_table_by_hand():
+    figures = [
+        ("a", "fp32", "fp32", "torch", "top1", 90.0),
+        ("b", "fp32", "fp32", "torch", "top1", 95.0),
+        ("a", "w4a4", "repq", "torch", "top1", 80.0),
+        ("b", "w4a4", "percentile", "torch", "top1", 85.0),
+        ("a", "w4a4", "repq+cwac", "torch", "top1", 86.0),
+        ("b", "w4a4", "percentile+cwac", "torch", "top1", 86.5),
+        ("b", "w4a4", "percentile+qwt", "torch", "top1", 90.0),  # not measured on the other model: no mean
+        ("a", "w4a4", "repq_published", "torch", "top1", 10.0),
+        ("a", "w4a4", "repq+cwac", "openvino", "latency_ratio_to_ptq", 1.0),
+        ("b", "w4a4", "percentile+cwac", "openvino", "latency_ratio_to_ptq", 1.02),
+    ]
+    rows = [synthetic.figure(*figure) for figure in figures]
+    detector = [("fp32", "fp32", "bbox_ap", 70.0), ("w8a8", "repq", "bbox_ap", 69.0)]
+    rows += [
+        synthetic.figure("det", precision, method, "torch", metric, value)._replace(task="detection")
+        for precision, method, metric, value in detector
+    ]
+    heading, _, *lines = readme.means_table(Results(rows)).splitlines()
+    assert heading.startswith("| Models | Bits | fp32 | PTQ | PTQ + QwT | PTQ + CWAC | Latency of CWAC ÷ PTQ, ONNX Runtime |")
+    assert lines == [
+        "| 2 in classification: top-1 | W4A4 | 92.5 | 82.5 | – | 86.2 | – | 1.01 |",
+        "| 1 in detection: box AP | W8A8 | 70.0 | 69.0 | – | – | – | – |",
+    ]
+
+
 def test_detection_table_by_hand():
     figures = [
         ("fp32", "fp32", "torch", "bbox_ap", 70.04, None, 1),
@@ -499,6 +526,7 @@ def committed(path: str) -> str | None:
 def test_committed_readme_shows_the_committed_results(tmp_path):
     (tmp_path / "summary.csv").write_text(committed("results/summary.csv"))
     results, text = Results(read_rows(tmp_path / "summary.csv")), committed("README.md") + committed("docs/results.md")
+    assert f"{readme.MEANS_BEGIN}\n{readme.means_table(results)}\n{readme.MEANS_END}" in text
     classification = readme.table(results.of_task("classification"))
     assert f"{readme.BEGIN}\n{classification}\n{readme.END}" in text
     detection = readme.detection_table(results.of_task("detection"))

@@ -236,7 +236,7 @@ def test_a_factory_that_cannot_be_used_is_one_sentence(factory, arguments, messa
 def test_compensations_are_added_under_a_name_of_their_own():
     name = "compensation.offsets"
     cfg = compose.compose_cell([f"+compensation@{name}=cwac", f"{name}.estimator=bias_only", "compensation.qwt.dtype=float32"])
-    assert cfg["compensations"] == ["qwt", "cwac", "offsets"]
+    assert cfg["compensations"] == ["qwt", "qwt_global", "cwac_paper", "cwac", "refit", "offsets"]
     assert cfg["compensation"]["offsets"] == cfg["compensation"]["cwac"] | {"estimator": "bias_only"}
     assert cfg["compensation"]["qwt"]["dtype"] == "float32"
 
@@ -252,8 +252,8 @@ def test_full_size_models_compose_with_a_folder_of_images():
         (["precision=w4a9"], "options of group 'precision' are: .*w4a4.*w8a8"),
         (["model=vit_huge"], "options of group 'model' are: .*vit_base"),
         (["data=imagenet"], "options of group 'data' are: coco, digits, digits_coco, docstrings, fashion_mnist, imagefolder, photos"),
-        (["ptq=gptq"], "options of group 'ptq' are: minmax, mse, percentile, percentile_integer, repq, repq_integer"),
-        (["compensation@compensation.qwt=qwt3"], "options of group 'compensation' are: all, cwac, none, qwt"),
+        (["ptq=brecq"], "options of group 'ptq' are: erq, gptaq, gptq, minmax, mse, percentile, percentile_integer, repq, repq_integer"),
+        (["compensation@compensation.qwt=qwt3"], "options of group 'compensation' are: all, cwac, cwac_paper, none, qwt, qwt_global, refit"),
         (["data=imagefolder"], "'data.path' is not set"),
         (["+calibration.image=3"], "no key 'calibration.image'; the keys there are: images, batch_size, observer_images"),
         (["calibration.images=many"], "'calibration.images' cannot be used: .*'many'"),
