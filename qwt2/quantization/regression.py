@@ -88,6 +88,7 @@ def cholesky(gram: Tensor, damping: float) -> Tensor:
         damping: the share.
     """
     mean = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=_LEAST).expand(gram.shape[:2])
+    assert torch.isfinite(gram).all()  # else nothing would make it positive definite
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(damping * mean))
         if not failed.any():

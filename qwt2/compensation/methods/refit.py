@@ -125,7 +125,9 @@ class Refit:
             if not torch.isfinite(y).all():
                 raise Qwt2Error(f"{visit.name} gives NaN or infinity on the calibration images; check its weights")
             for part_x, part_y in rows(layer, x, layer.without_bias(y)):
-                step = max(1, part_x.shape[1] * len(visit.walk.batches) // (self.rows_per_input * part_x.shape[2]))
+                count = part_x.shape[1]
+                step = count * len(visit.walk.batches) // (self.rows_per_input * part_x.shape[2])
+                step = min(max(step, 1), count)
                 part = Regression.of(part_x[:, index % step :: step], part_y[:, index % step :: step], torch.float32)
                 key = index in held_out
                 sums[key] = sums[key] + part if key in sums else part
