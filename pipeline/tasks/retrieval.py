@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.common.stage import Cell
 from pipeline.tasks import TASKS, Figures, Task, calibration_size
 from qwt2.data import open_dataset
-from qwt2.evaluation.metrics import cosine, recall_at_1_percent, sqnr_db
+from qwt2.evaluation.metrics import cosine, own_document_is_nearest, recall_at_1_percent, sqnr_db
 from qwt2.io import read_array, write_array
 
 if TYPE_CHECKING:
@@ -78,6 +78,10 @@ class Retrieval(Task):
 
     def figures(self, path: Path) -> Figures:
         return self._compared(read_array(path.with_suffix(".npy")))
+
+    def scores(self, path: Path) -> np.ndarray:
+        """Return 100 for every query whose nearest document is its own, and 0 for the others, float32 (N,)."""
+        return 100 * own_document_is_nearest(*np.split(read_array(path.with_suffix(".npy")), 2)).astype(np.float32)
 
     def engine_figures(self, engines: dict[str, Engine]) -> Figures:
         [model] = engines.values()

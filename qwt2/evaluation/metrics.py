@@ -36,7 +36,12 @@ def recall_at_1_percent(queries: np.ndarray, documents: np.ndarray) -> float:
         queries: vectors of unit length (N, d).
         documents: vectors of unit length (N, d); document i belongs to query i.
     """
-    return 100.0 * float(((queries @ documents.T).argmax(axis=1) == np.arange(len(queries))).mean())
+    return 100.0 * float(own_document_is_nearest(queries, documents).mean())
+
+
+def own_document_is_nearest(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Return for each query whether its nearest document is its own, bool (N,); arguments as above."""
+    return (queries @ documents.T).argmax(axis=1) == np.arange(len(queries))
 
 
 def cosine(vectors: np.ndarray, reference: np.ndarray) -> float:

@@ -41,9 +41,9 @@ class QuantizedModule(nn.Module):
         self.calibrate(*([x] for x in args), [])
         return self(*args)
 
-    def calibrate_inputs(self, *args: Tensor) -> None:
-        """Choose only the ranges of the arguments from one run."""
-        self.calibrate(*([x] for x in args), [])
+    def calibrate_inputs(self, *runs: Sequence[Tensor]) -> None:
+        """Choose only the ranges of the arguments, from one sequence of tensors per argument."""
+        self.calibrate(*runs, [])
 
     def activation_quantizers(self) -> list[Quantizer]:
         """Return all quantizers but that of a weight."""
@@ -156,15 +156,15 @@ class QuantizedLayer(QuantizedModule):
             outputs = outputs or [self.with_bias(self.products(x)) for x in inputs]
             self.output_quantizer.calibrate(_together(outputs, self.channel_axis))
 
-    def calibrate_inputs(self, *args: Tensor) -> None:
+    def calibrate_inputs(self, *runs: Sequence[Tensor]) -> None:
         """See :meth:`QuantizedModule.calibrate_inputs`."""
-        self.input_quantizer.calibrate(_together(args, self.channel_axis))
+        self.input_quantizer.calibrate(_together(runs[0], self.channel_axis))
 
-    def calibrate_output(self, products: Tensor) -> None:
+    def calibrate_output(self, products: Sequence[Tensor]) -> None:
         """Choose the range of the output, compensated as it is now, from :meth:`products`, which are overwritten."""
-        y = self.with_bias(products, self.alpha, self.beta)
+        outputs = [self.with_bias(y, self.alpha, self.beta) for y in products]
         assert self.output_quantizer is not None  # only layers that have one are asked
-        self.output_quantizer.calibrate(_together([y], self.channel_axis))
+        self.output_quantizer.calibrate(_together(outputs, self.channel_axis))
 
     def integer_scales(self, alpha: Tensor | None, bias: Tensor) -> ChannelScales:
         """Return the layer's integer form for compensation ``alpha`` and a ``bias`` that already includes beta."""

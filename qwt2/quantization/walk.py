@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from qwt2.capture.batch import Inputs
+from qwt2.capture.batch import Inputs, image_count
 from qwt2.capture.blocks import belongs
 from qwt2.capture.graph import GraphModel
 from qwt2.quantization.activation_store import ActivationStore, size_of
@@ -25,6 +26,8 @@ from qwt2.quantization.streams import Joint, branch_end, joint
 
 # Called with the number of finished modules and the number of all modules.
 Progress = Callable[[int, int], None]
+# Number of images that ranges are chosen from, as in RepQ-ViT and QwT.
+OBSERVED = 32
 # Factor by which the stored values may grow when the walk moves to a new position.
 GROWTH = 2.0
 
@@ -73,7 +76,14 @@ class Walk:
             visit.choose_ranges(ranges)
             if isinstance(visit.module, QuantizedLayer):
                 yield visit
-                visit.choose_output_range()
+                if visit.module.alpha is not None:  # else its output is as before
+                    visit.choose_output_range()
+
+    @cached_property
+    def observed(self) -> list[int]:
+        """Numbers of the batches that ranges are chosen from again: the first ones, with :data:`OBSERVED` images."""
+        images = [0, *accumulate(map(image_count, self.batches))]
+        return [index for index in range(len(self.batches)) if images[index] < OBSERVED]
 
     @cached_property
     def routes(self) -> list[Route]:
@@ -263,20 +273,29 @@ class Visit:
             self.walk.quantized.visit(0, self, self.module.calibrate_on, stay=stay)
 
     def choose_ranges(self, observer: str) -> None:
-        """Choose the ranges of the module's arguments again, from the quantized network's values on the first batch.
+        """Choose the ranges of the module's arguments again, from the quantized network's values on the first images.
 
-        Ranges of modules that run several times stay as they are.
+        Ranges of modules that run several times stay as they are, and so do those of 8 bits: their steps are small, and
+        values that the first images do not have would be clipped.
         """
-        for quantizer in self.module.activation_quantizers():
-            if isinstance(quantizer, UniformQuantizer):
-                quantizer.observer = observer
-        if not self.is_repeated:
-            self.walk.quantized.visit(0, self, self.module.calibrate_inputs, stay=True)
+        coarse = [
+            quantizer
+            for quantizer in self.module.activation_quantizers()
+            if isinstance(quantizer, UniformQuantizer) and quantizer.grid.bits < 8
+        ]
+        for quantizer in coarse:
+            quantizer.observer = observer
+        if coarse and not self.is_repeated:
+            runs: list[tuple] = []
+            for index in self.walk.observed:
+                self.walk.quantized.visit(index, self, lambda *args: runs.append(args), stay=True)
+            self.module.calibrate_inputs(*zip(*runs))
 
     def choose_output_range(self) -> None:
-        """Choose the range of a layer's output again, with its present weight codes and compensation."""
+        """Choose the range of a layer's output again, which its weight codes and compensation have changed."""
         if not self.is_repeated and self.module.output_quantizer is not None:
-            self.module.calibrate_output(self.walk.quantized.products(0, self.walk.routes[0].calls[self.name][0]))
+            calls = {index: self.walk.routes[index].calls[self.name] for index in self.walk.observed}
+            self.module.calibrate_output([self.walk.quantized.products(i, call) for i, [call] in calls.items()])
 
 
 def operand(model: GraphModel, found: Joint, shortcut: Tensor) -> Tensor:

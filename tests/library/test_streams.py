@@ -108,13 +108,16 @@ def stream_error(model, reference, end, batch) -> float:
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 @torch.no_grad()
 def test_ranges_fit_the_compensated_network(name, method):
-    """Every input quantizer has the range that its observer chooses on what it reads in the finished network."""
+    """Each input of fewer than 8 bits has the range that the observer chooses on what it reads in the finished network."""
     qmodel, batches = tiny.quantized(name, 4, 4), tiny.batches(8)
     qwt2.compensate(qmodel, batches, method, ranges="minmax")
     for layer_name, layer in quantized_layers(qmodel).items():
+        if layer.input_quantizer.grid.bits == 8:
+            continue
         with recording(qmodel, layer_name) as (arguments, _):
-            qmodel(batches[0])
-        [[(x,), _]] = arguments
+            for batch in batches:
+                qmodel(batch)
+        x = torch.cat([x for (x,), _ in arguments])
         scale, zero_point = observe("minmax", x.reshape(1, -1), layer.input_quantizer.grid)
         torch.testing.assert_close(layer.input_quantizer.scale, scale[0], rtol=5e-3, atol=0)  # ties widen it
         assert float((layer.input_quantizer.zero_point - zero_point[0]).abs()) <= 1

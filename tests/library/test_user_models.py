@@ -130,7 +130,7 @@ def test_a_shared_layer_is_fitted_on_all_its_runs():
         network(x)
         hook.remove()
     # embed, fitted before, is made exact, so that nothing but `shared` is compared.
-    report = qwt2.compensate(qmodel, x.split(4), gate="none", order="one_pass")
+    report = qwt2.compensate(qmodel, x.split(4), "cwac_paper", order="one_pass")
     [found] = [module for module in report.modules if module.module == "shared"]
     y_q = torch.cat([qmodel.shared.with_bias(qmodel.shared.products(v)) for v in seen["q"]]).flatten(0, -2).double().numpy()
     y_f = torch.cat([model.shared(v) for v in seen["f"]]).flatten(0, -2).double().numpy()

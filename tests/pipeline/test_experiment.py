@@ -66,9 +66,10 @@ def test_every_value_of_every_experiment_composes(name):
 
 def test_a_cell_may_have_several_compensations_under_names_of_their_own():
     one, several = (cells.cell_config(composed([f"compensation={name}"])) for name in ("qwt", "all"))
-    assert several["compensations"][:3] == ["qwt", "qwt_global", "cwac"]
+    assert several["compensations"] == ["qwt", "qwt_global", "cwac_paper", "cwac", "refit"]
     assert several["compensation"]["qwt"] == one["compensation"]["qwt"]
-    assert several["compensation"]["qwt_global"] == one["compensation"]["qwt"] | {"target": "global"}
+    changed = {"method": "qwt_global", "target": "global"}
+    assert several["compensation"]["qwt_global"] == one["compensation"]["qwt"] | changed
 
 
 def test_the_optuna_example_names_settings_that_exist():
@@ -180,10 +181,10 @@ def test_quick_runs_skips_and_survives_a_failing_cell(clone):
     assert first.returncode == 0, first.stdout + first.stderr
     assert "stage quantize" in first.stderr  # -v
     rows = table(clone, "quick")
-    assert [(row["compensation"], row["status"]) for row in rows] == [("qwt", "finished"), ("cwac", "finished")]
+    assert [(row["compensation"], row["status"]) for row in rows] == [("qwt", "finished"), ("cwac", "finished"), ("refit", "finished")]
     for row in rows:
         check_figures(clone, row)
-    assert "2 finished" in first.stdout
+    assert "3 finished" in first.stdout
     check_text(rows, first.stdout)
 
     # The cells are done: a sweep that has them too takes them as they are. Of its two others, one cannot work.

@@ -74,7 +74,7 @@ def test_every_chart_is_drawn_and_nothing_is_fetched(visit):
     models, precisions = len(synthetic.MODELS), len(synthetic.PRECISIONS)
     assert found["resources"] == []
     assert sorted(found["marks"]) == sorted([*found["specs"], "modules-chart"])
-    assert len(found["marks"]) == models * 4 + 1  # accuracy, two engines' latency and size each; the modules
+    assert len(found["marks"]) == models * 4 + 2  # accuracy, two engines' latency and size each; what is recovered; the modules
     for name in synthetic.MODELS:
         assert found["marks"][f"accuracy-{name}"] == 5 * precisions
         assert found["marks"][f"latency-openvino-{name}"] == 3 * precisions

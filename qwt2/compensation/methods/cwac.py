@@ -63,8 +63,9 @@ class CWAC:
         gate: keep a compensation only if it lowers the squared error on held-out calibration batches: "stream" decides
             per module by the residual stream behind its branch (by the module's output where there is none), "module"
             by the module's output, "channel" by each channel of it, and "none" keeps all.
-        ranges: observer that chooses the ranges of activations again on the compensated network; ``None`` keeps them.
-            Compensation of blocks keeps them in any case.
+        ranges: observer that chooses the ranges of activations of fewer than 8 bits again on the compensated network;
+            those of compensated layers' outputs are chosen again by their own observer. ``None`` keeps all ranges, and
+            so does compensation of blocks.
         holdout: share of the batches held out for the gate, at least one batch.
 
     Raises:
@@ -95,7 +96,9 @@ class CWAC:
         return self.granularity == "module"
 
     def fit(self, walk: Walk, recipe: Recipe) -> list[ModuleReport]:
-        """Fit and apply the compensation in place; an earlier one in the layers is removed first.
+        """Fit and apply the compensation in place.
+
+        An earlier one in the layers is removed first; weight codes and ranges that it chose stay.
 
         Args:
             walk: the calibration set on its way through the quantized model.

@@ -43,7 +43,7 @@ class Refit:
         ridges: strengths of the pull towards the original weight, as shares of the Gram matrix's mean diagonal. The one
             with the least error on held-out images is taken, per layer; two further candidates keep the original weight
             with the rounding by feedback, or with the PTQ method's own codes.
-        ranges: observer that chooses the ranges of activations again on the compensated network; ``None`` keeps them.
+        ranges: as in :class:`qwt2.compensation.methods.cwac.CWAC`.
         holdout: share of the calibration batches held out to choose among the candidates, at least one batch.
         rows_per_input: number of rows (images times positions) per input of an output that the regressions take, about.
             More are thinned out evenly: a convolution on large images has far more than determine its weight.
