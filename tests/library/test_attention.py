@@ -90,6 +90,7 @@ CALLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("call, settings", CALLS)
 def test_it_computes_the_same_and_can_be_quantized(call, settings):

@@ -22,6 +22,7 @@ def no_gradients():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(BUILDERS))
 @pytest.mark.parametrize("compensation", list(COMPENSATIONS))
 def test_what_is_loaded_computes_what_was_saved(name, compensation, tmp_path):

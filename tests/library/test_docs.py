@@ -65,6 +65,7 @@ def given() -> dict:
 MODULE = re.compile(r"# (my_package/(\w+)\.py)\n")  # the first line of a block that is a file of a user's package
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
 def test_python_blocks_run_one_after_the_other(page, given, tmp_path, monkeypatch, user_package):
     if page.name == "huggingface.md":

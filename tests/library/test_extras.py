@@ -123,6 +123,7 @@ def test_importing_loads_neither_torch_nor_anything_else_that_is_installed():
     assert top == {"qwt2"}, done.stderr
 
 
+@pytest.mark.slow
 def test_the_library_needs_no_extra():
     """What `pip install .` brings is enough to quantize, compensate, fold and run: the rest is hidden here."""
     core = {re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]}

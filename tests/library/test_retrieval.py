@@ -53,6 +53,7 @@ def pairs(tmp_path_factory):
     return folder, cfg
 
 
+@pytest.mark.slow
 def test_the_splits_are_disjoint_and_of_the_asked_sizes(pairs):
     folder, cfg = pairs
     stored = open_dataset(cfg, folder / "docstrings")
@@ -108,6 +109,7 @@ def words(package, texts, length):
     return {"input_ids": padded, "attention_mask": (padded > 0).astype(np.int64)}
 
 
+@pytest.mark.slow
 def test_the_task_takes_an_encoder_through_quantization_to_an_engine(pairs, tmp_path, monkeypatch):
     def built(package):
         torch.manual_seed(0)

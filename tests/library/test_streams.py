@@ -135,6 +135,7 @@ class TestRefit:
             errors[method] = float((qmodel(tiny.images(32, 5)) - exact).square().sum())
         assert errors["refit"] < errors["cwac_paper"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", NETWORKS)
     def test_changes_nothing_but_codes_scales_and_biases(self, name, tmp_path):
         """It stores what plain PTQ stores, also in a file that integer engines run as the simulation does."""

@@ -87,6 +87,7 @@ def quantized(name: str) -> GraphModel:
     return tiny.quantized(name) if name in CHAINS else copy.deepcopy(_quantized(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["global", "local"])
 @pytest.mark.parametrize("name, on_disk", [*((name, False) for name in NETWORKS), ("swin", True), ("neck", True), ("views", True)])
 @torch.no_grad()
@@ -243,6 +244,7 @@ def test_products_of_attention_are_computed_once_in_each_network(monkeypatch):
     assert len(seen) == 2 * len(batches) * len(qmodel.quantization.matmuls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, most", [("cwac", 3.5), ("qwt", 3.0)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_compensation_multiplies_no_more_than_a_few_passes_do(name, method, most):
@@ -257,6 +259,7 @@ def test_compensation_multiplies_no_more_than_a_few_passes_do(name, method, most
     assert found.get_total_flops() <= most * one_pass.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet", "mobilenet"])
 def test_the_refit_multiplies_no_more_than_six_passes_for_each_further_image(name):
     """Its equations take the same time for any number of images. Thinned-out rows keep Gram matrices small."""
@@ -273,6 +276,7 @@ def test_the_refit_multiplies_no_more_than_six_passes_for_each_further_image(nam
 VITS = {depth: functools.partial(tiny.vit, depth) for depth in (2, 6)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, options", METHODS)
 def test_work_per_block_does_not_grow_with_the_number_of_blocks(method, options):
     """No pass through the whole network for each module."""

@@ -97,6 +97,7 @@ def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
     assert found == {"qwt2/__init__.py", "qwt2/registry.py"} | elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, stages",
     [

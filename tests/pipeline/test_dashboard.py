@@ -192,6 +192,7 @@ def test_the_front_is_drawn_per_model():
     assert fronts == [[(1.0, 93)], [(2.0, 85)]]
 
 
+@pytest.mark.slow
 def test_pages_under_another_name_are_refused(address):
     ours = address.split("/")[2]
     for name, status in (("evil.example", 403), (ours.replace("127.0.0.1", "localhost"), 200), ("127.0.0.1", 200)):  # port 80

@@ -53,6 +53,7 @@ def cells_of(name: str) -> list[list[str]]:
     return BasicSweeper.split_arguments(overrides, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("optuna")])
 def test_every_value_of_every_experiment_composes(name):
     """Each value at least once: the cells are all combinations of them."""

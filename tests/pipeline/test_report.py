@@ -336,6 +336,7 @@ def run_stage(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_stage_writes_both_files_or_says_in_one_sentence_why_not(out):
     (out / "resolved").mkdir()
     (out / "resolved" / "report.yaml").write_text(yaml.safe_dump(config()))

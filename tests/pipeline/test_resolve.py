@@ -55,6 +55,7 @@ def test_every_stage_and_cell_has_a_file(conf):
     assert names == cells("quantize", "evaluate") | baselines | REPORTS | {"data"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, old, new, readers",
     [
