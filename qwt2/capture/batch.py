@@ -85,19 +85,22 @@ def image_count(inputs: Inputs) -> int:
 
 def first(inputs: Inputs, count: int) -> Inputs:
     """Return the inputs of the first ``count`` images."""
-    return {n: t[:count] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[:count]
+    return _sliced(inputs, slice(count))
 
 
 def after(inputs: Inputs, count: int) -> Inputs:
     """Return the inputs of all but the first ``count`` images."""
-    return {n: t[count:] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[count:]
+    return _sliced(inputs, slice(count, None))
 
 
 def single_images(inputs: Inputs) -> Iterator[Inputs]:
     """Yield the inputs of each image, as a batch of one."""
     for number in range(image_count(inputs)):
-        here = slice(number, number + 1)
-        yield {n: t[here] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[here]
+        yield _sliced(inputs, slice(number, number + 1))
+
+
+def _sliced(inputs: Inputs, images: slice) -> Inputs:
+    return {n: t[images] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[images]
 
 
 def joined(batches: list[Inputs]) -> Inputs:

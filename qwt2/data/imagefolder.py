@@ -72,14 +72,11 @@ class ImageFolderDataset(Dataset):
     """The indexed images, which are decoded on access and pass through timm's transform of the model."""
 
     def __init__(self, cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any]):
-        with extra("timm"):
-            from timm.data import create_transform
-
-        from qwt2.data.transforms import transform_config
+        from qwt2.data.transforms import evaluation_transform
 
         self._index = read_json(Path(folder) / "index.json")
         self._root = _root(cfg)
-        self._transform = create_transform(**transform_config(model), is_training=False)
+        self._transform = evaluation_transform(model)
         self._labels = {split: np.asarray(self._index[split]["labels"], np.int64) for split in SPLITS}
         self.classes = self._index["classes"]
 

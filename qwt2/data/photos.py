@@ -91,13 +91,10 @@ class PhotosDataset(Dataset):
     """The listed photographs, which are decoded on access and pass through timm's transform of the model."""
 
     def __init__(self, cfg: Mapping[str, Any], folder: str | os.PathLike, model: Mapping[str, Any]):
-        with extra("timm"):
-            from timm.data import create_transform
-
-        from qwt2.data.transforms import transform_config
+        from qwt2.data.transforms import evaluation_transform
 
         self._cfg, self._index = cfg, read_json(Path(folder) / "index.json")
-        self._transform = create_transform(**transform_config(model), is_training=False)
+        self._transform = evaluation_transform(model)
         self.classes = [str(number) for number in range(cfg["num_classes"])]
 
     def labels(self, split: str) -> np.ndarray:

@@ -1,12 +1,24 @@
 """Input transforms of models."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwt2.extras import extra
 
 # The settings that most classifiers outside timm were trained with.
 IMAGENET = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def evaluation_transform(cfg: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Return timm's transform of an image for evaluation, for the model that ``cfg`` describes.
+
+    Raises:
+        Qwt2Error: timm is missing.
+    """
+    with extra("timm"):
+        from timm.data import create_transform
+
+    return create_transform(**transform_config(cfg), is_training=False)
 
 
 def transform_config(cfg: Mapping[str, Any]) -> dict[str, Any]:

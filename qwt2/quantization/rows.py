@@ -41,7 +41,7 @@ def rows(layer: QuantizedLayer, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, 
     """
     for part_x, part_y in parts(layer, x, y):
         if isinstance(layer, QuantizedConv2d):
-            yield input_rows(layer, part_x), _by_group(part_y.flatten(2), layer.groups)
+            yield input_rows(layer, part_x), by_group(part_y.flatten(2), layer.groups)
         else:
             yield input_rows(layer, part_x), part_y.reshape(1, -1, y.shape[-1])
 
@@ -60,10 +60,10 @@ def input_rows(layer: QuantizedLayer, x: Tensor) -> Tensor:
     if not isinstance(layer, QuantizedConv2d):
         return x.reshape(1, -1, x.shape[-1])
     padding: Any = layer.padding  # capture leaves no named padding
-    return _by_group(F.unfold(x, layer.weight.shape[2:], layer.dilation, padding, layer.stride), layer.groups)
+    return by_group(F.unfold(x, layer.weight.shape[2:], layer.dilation, padding, layer.stride), layer.groups)
 
 
-def _by_group(values: Tensor, groups: int) -> Tensor:
+def by_group(values: Tensor, groups: int) -> Tensor:
     """Reshape (N, groups * d, positions) to (groups, N * positions, d)."""
     count, _, positions = values.shape
     values = values.reshape(count, groups, -1, positions).permute(1, 0, 3, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -130,14 +130,11 @@ class Visit:
     def is_inside_branch(self) -> bool:
         """Whether the layer lies inside a residual branch, and not at its end."""
         route = self.walk.routes[0]
-        return self.joint() is None and branch_end(route.model, route.nodes[route.calls[self.name][-1]]) is not None
+        return self.joint() is None and route.branch_end(self.name) is not None
 
     def joint(self, index: int = 0) -> Joint | None:
         """Return where the layer's output is added to a residual stream that is known by then, in a batch's graph."""
-        route = self.walk.routes[index]
-        numbers = route.calls[self.name]
-        found = joint(route.model, route.nodes[numbers[0]]) if len(numbers) == 1 else None
-        return found if found is not None and route.positions[found.shortcut] < numbers[0] else None
+        return self.walk.routes[index].joint(self.name)
 
     def layer_outputs(self, target: str) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (batch number, output, target) of a layer for every batch and call, both (N, ..., C) or (N, C, H, W).
@@ -215,11 +212,12 @@ class Visit:
             The sum of squares of the full-precision stream, and of the quantized stream's error, with the layer's
             present compensation; ``None`` if no stream follows, or if the layer runs several times.
         """
+        if self.is_repeated:
+            return None
         signal = error = 0.0
         for index in sorted(batches):
-            route = self.walk.routes[index]
-            end = branch_end(route.model, route.nodes[route.calls[self.name][-1]])
-            if end is None or self.is_repeated:
+            end = self.walk.routes[index].branch_end(self.name)
+            if end is None:
                 return None
             exact = self.walk.reference.value(index, end).double()
             signal += float(exact.square().sum())
@@ -328,6 +326,18 @@ class Route:
         self.last = {source: number for node, number in self.positions.items() for source in node.all_input_nodes}
         self.by_name = {node.name: node for node in self.nodes}
         self.calls = {name: [self.positions[call] for call in calls] for name, calls in model.calls(nn.Module).items()}
+        # Every batch asks the same of its graph, and each answer takes a pass over the nodes.
+        self.joint, self.branch_end = cache(self._joint), cache(self._branch_end)
+
+    def _joint(self, layer: str) -> Joint | None:
+        """Return where a layer's output is added to a residual stream that is known in front of the layer."""
+        numbers = self.calls[layer]
+        found = joint(self.model, self.nodes[numbers[0]]) if len(numbers) == 1 else None
+        return found if found is not None and self.positions[found.shortcut] < numbers[0] else None
+
+    def _branch_end(self, layer: str) -> fx.Node | None:
+        """Return the addition at the end of the residual branch that a layer lies in."""
+        return branch_end(self.model, self.nodes[self.calls[layer][-1]])
 
     def start_of(self, block: str) -> int:
         """Return the position of the first node of a block."""

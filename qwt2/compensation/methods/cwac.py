@@ -114,8 +114,7 @@ class CWAC:
             raise Qwt2Error(
                 "cwac: the gate holds out whole batches; give at least two calibration batches or gate='none'"
             )
-        for layer in walk.model.calls(QuantizedLayer):
-            walk.model.get_submodule(layer).set_compensation(None, None)
+        remove_compensation(walk)
         fits = []
         for place in PLACES[self.granularity](walk, self.ranges):  # in execution order
             fits.append(self._fit(place, len(walk.batches)))
@@ -315,6 +314,12 @@ class _Fit:
             gate_before_db=self.gate_before_db,
             gate_after_db=self.gate_after_db,
         )
+
+
+def remove_compensation(walk: Walk) -> None:
+    """Remove alpha and beta from every layer of the walk's model."""
+    for layer in walk.model.calls(QuantizedLayer):
+        walk.model.get_submodule(layer).set_compensation(None, None)
 
 
 def check_calibration(method: str, ranges: str | None, holdout: float) -> None:

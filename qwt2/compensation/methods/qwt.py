@@ -24,6 +24,7 @@ from qwt2.errors import Qwt2Error
 from qwt2.quantization.info import channel_axis, quantization_info
 from qwt2.quantization.recipe import Recipe
 from qwt2.quantization.regression import Regression
+from qwt2.quantization.rows import by_group
 from qwt2.quantization.walk import Visit, Walk
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -192,18 +193,13 @@ class Patches:
 
     def of_input(self, x: Tensor) -> Tensor:
         """Return patches of images (N, C, H, W) as rows (groups, N * positions, C / groups * k * k)."""
-        return self._rows(F.unfold(x, self.kernel, padding=self.kernel // 2, stride=self.stride))
+        return by_group(F.unfold(x, self.kernel, padding=self.kernel // 2, stride=self.stride), self.groups)
 
     def of_output(self, error: Tensor) -> Tensor:
         """Return targets (N, C, H, W) as rows (groups, N * positions, C / groups), and sum them up per position."""
         self.samples += error.shape[0]
         self.position_sum = self.position_sum + error.double().sum(0)
-        return self._rows(error.flatten(2))
-
-    def _rows(self, values: Tensor) -> Tensor:
-        """Reshape (N, G * d, positions) to (G, N * positions, d)."""
-        n, _, positions = values.shape
-        return values.reshape(n, self.groups, -1, positions).permute(1, 0, 3, 2).reshape(self.groups, n * positions, -1)
+        return by_group(error.flatten(2), self.groups)
 
     def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's weight (C_out, C_in / groups, k, k) and bias (C_out,), float32."""

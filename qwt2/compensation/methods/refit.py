@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from qwt2.compensation.methods import COMPENSATIONS
-from qwt2.compensation.methods.cwac import affine, check_calibration, estimator_at, held_out_batches
+from qwt2.compensation.methods.cwac import (
+    affine,
+    check_calibration,
+    estimator_at,
+    held_out_batches,
+    remove_compensation,
+)
 from qwt2.compensation.moments import Moments
 from qwt2.compensation.report import ModuleReport
 from qwt2.errors import Qwt2Error
@@ -93,8 +99,7 @@ class Refit:
         """
         if len(walk.batches) < 2:
             raise Qwt2Error("refit holds out whole batches; give at least two calibration batches")
-        for name in walk.model.calls(QuantizedLayer):
-            walk.model.get_submodule(name).set_compensation(None, None)
+        remove_compensation(walk)
         return [self._fit(visit, len(walk.batches)) for visit in walk.layer_visits(self.ranges)]
 
     def _fit(self, visit: Visit, batches: int) -> ModuleReport:
