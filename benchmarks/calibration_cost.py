@@ -23,7 +23,7 @@ from benchmarks.peers import photo_crops
 from benchmarks.stored import Stored
 from benchmarks.table import machine_file
 from pipeline.common.resources import PeakMemory
-from pipeline.comparison.readme import read_dicts
+from pipeline.comparison.benchmark_tables import read_dicts
 from qwt2 import Precision, compensate, load_quantized, quantize, save_quantized
 from qwt2.evaluation import machine
 from qwt2.io import write_csv

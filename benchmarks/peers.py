@@ -41,7 +41,7 @@ from benchmarks.peer_tools import (
 )
 from benchmarks.table import machine_file, versions_text
 from pipeline.common.resources import PeakMemory
-from pipeline.comparison.readme import read_dicts
+from pipeline.comparison.benchmark_tables import read_dicts
 from qwt2 import Precision, compensate, export_onnx, fold, quantize
 from qwt2.engines import ENGINES as SESSIONS
 from qwt2.evaluation import machine

@@ -27,7 +27,7 @@ from benchmarks.table import machine_file, versions_text
 from pipeline.build.compose import CONF
 from pipeline.common.folders import read_record
 from pipeline.common.stage import Cell, set_threads
-from pipeline.comparison.readme import read_dicts
+from pipeline.comparison.benchmark_tables import read_dicts
 from pipeline.sweeps.cells import baseline_folder, cell_config, cell_folder, data_folder
 from pipeline.tasks import Task, open_task
 from qwt2 import export_onnx

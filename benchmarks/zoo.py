@@ -41,7 +41,7 @@ from benchmarks.table import machine_file, versions_text
 from benchmarks.zoo_models import LIST, built, parts_of, with_noise
 from benchmarks.zoo_peers import TOOLS, measured_by, phrase
 from pipeline.common.resources import PeakMemory
-from pipeline.comparison.readme import read_dicts
+from pipeline.comparison.benchmark_tables import read_dicts
 from qwt2 import compensate, export_onnx, fold, load_engine, quantize
 from qwt2.capture import wiring
 from qwt2.capture.batch import first

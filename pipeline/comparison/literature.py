@@ -3,6 +3,7 @@
 from collections import defaultdict
 from itertools import groupby
 
+from pipeline.comparison.markdown import table
 from pipeline.sweeps.published import Published, read_published, shown, stored
 from qwt2.report.results import precision_order
 
@@ -28,14 +29,12 @@ def literature() -> str:
 def _table(rows: list[Published], ours: dict) -> str:
     names = [METRICS[metric] for metric in dict.fromkeys(row.metric for row in rows)]
     kind = " / ".join(names)
-    lines = [
-        ["Model", "Bits", "Method", "fp32", f"Published, {kind}", "Ours", "Source"],
-        ["---"] * 3 + ["---:"] * 3 + ["---"],
-    ]
+    headings = ["Model", "Bits", "Method", "fp32", f"Published, {kind}", "Ours", "Source"]
+    lines = []
     ordered = sorted(rows, key=_cell)
     for _, same in groupby(ordered, key=_cell):
         lines += _lines(list(same), ours)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(headings, lines, words=("Model", "Bits", "Method", "Source"))
 
 
 def _cell(row: Published) -> tuple:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.comparison.markdown import table
 from qwt2.extras import extra
 from qwt2.io import write_text
 from qwt2.report import charts, findings
@@ -37,11 +38,12 @@ def static_page(results: Results, page: Path) -> str:
 
 
 def _targets(results: Results) -> str:
-    lines = [["Target", "Met", "Evidence"], ["---"] * 3]
+    headings = ["Target", "Met", "Evidence"]
+    lines = []
     for target in findings.targets(results):
         met = {True: "yes", False: "no", None: "not measured"}[target.met]
         lines.append([target.statement, met, target.evidence])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(headings, lines, words=headings)
 
 
 def _picture(page: Path, model: str, title: str, spec: dict[str, Any], compensations: list[str]) -> str:

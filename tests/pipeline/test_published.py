@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.folders import CELLS
-from pipeline.comparison import readme
+from pipeline.comparison import markdown
 from pipeline.comparison.literature import literature
 from pipeline.sweeps import experiment, published
 from pipeline.sweeps.sweep import job_path
@@ -111,7 +111,7 @@ def literature_says_nothing(text: str) -> bool:
 
 def test_the_committed_page_lists_what_the_file_has(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert f"{readme.PUBLISHED_BEGIN}\n{literature()}\n{readme.PUBLISHED_END}" in Path("docs/published.md").read_text()
+    assert markdown.marked("published", literature()) in Path("docs/published.md").read_text()
 
 
 def test_without_the_data_the_published_figures_are_shown_before_the_error(capsys, monkeypatch, tmp_path):

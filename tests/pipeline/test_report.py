@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from benchmarks import synthetic
-from pipeline.comparison import readme
+from pipeline.comparison import benchmark_tables, grid_tables, markdown
 from pipeline.comparison.static_page import static_page
 from pipeline.stages.report import collect, report
 from qwt2.errors import Qwt2Error
@@ -25,6 +25,7 @@ from qwt2.report.page import Conditions, render, render_model
 from qwt2.report.results import COLUMNS, Results, read_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
+BEGIN, END = markdown.marked("results", "").split("\n\n")
 CONDITIONS = Conditions({"digits": None}, [256], {"batch_size": 1, "threads": 2}, [9], [synthetic.MACHINE])
 
 
@@ -372,7 +373,7 @@ def test_readme_table_by_hand():
         ("w8a8", "repq", "torch", "top1", 91.2, 0.04, 3),
     ]
     rows = [synthetic.figure("vit", *figure) for figure in figures]
-    heading, _, *lines = readme.table(Results(rows)).splitlines()
+    heading, _, *lines = grid_tables.classifiers_table(Results(rows)).splitlines()
     assert heading.startswith("| Model | Bits | fp32 | PTQ | PTQ + QwT | PTQ + CWAC | CWAC on ONNX Runtime |")
     assert lines == [
         "| vit (repq) | W8A8 | 91.3 | 91.2 ± 0.0 | – | – | – | – | – | – |",
@@ -399,7 +400,7 @@ def test_means_table_by_hand():
         synthetic.figure("det", precision, method, "torch", metric, value)._replace(task="detection")
         for precision, method, metric, value in detector
     ]
-    heading, _, *lines = readme.means_table(Results(rows)).splitlines()
+    heading, _, *lines = grid_tables.means_table(Results(rows)).splitlines()
     assert heading.startswith("| Models | Bits | fp32 | PTQ | PTQ + QwT | PTQ + CWAC | Latency of CWAC ÷ PTQ, ONNX Runtime |")
     assert lines == [
         "| 2 in classification: top-1 | W4A4 | 92.5 | 82.5 | – | 86.2 | – | 1.01 |",
@@ -419,7 +420,7 @@ def test_detection_table_by_hand():
         ("w8a8", "repq", "torch", "bbox_ap", 70.1, 0.04, 3),
     ]
     rows = [synthetic.figure("det", *figure)._replace(task="detection") for figure in figures]
-    heading, _, *lines = readme.detection_table(Results(rows)).splitlines()
+    heading, _, *lines = grid_tables.detectors_table(Results(rows)).splitlines()
     assert heading.startswith("| Model | Bits | fp32 | PTQ | PTQ + CWAC | CWAC recovers |")  # no column for what nobody measured
     assert lines == [
         "| det (repq) | W8A8 | 70.0 / 65.0 | 70.1 / – | – / – | – | – | – | – | – |",
@@ -428,22 +429,20 @@ def test_detection_table_by_hand():
 
 
 def test_readme_keeps_everything_outside_its_markers(built, tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\nthe end\n")
-    readme.update(path, built / "results" / "summary.csv")
-    first = path.read_text()
-    assert first.startswith(f"# Title\n\n{readme.BEGIN}\n| Model |") and first.endswith(f"|\n{readme.END}\nthe end\n")
-    assert first.count("\n| ") == 2 + len(synthetic.MODELS) * len(synthetic.PRECISIONS)
-    assert len({line.count("|") for line in first.splitlines() if line.startswith("|")}) == 1
-    readme.update(path, built / "results" / "summary.csv")
-    assert path.read_text() == first
+    path, table = tmp_path / "README.md", grid_tables.classifiers_table(Results(read_rows(built / "results/summary.csv")))
+    path.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\nthe end\n")
+    markdown.replace(path, "results", table)
+    assert path.read_text() == f"# Title\n\n{BEGIN}\n{table}\n{END}\nthe end\n"
+    assert table.count("\n| ") == 1 + len(synthetic.MODELS) * len(synthetic.PRECISIONS)
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    markdown.replace(path, "results", "new")
+    assert path.read_text() == f"# Title\n\n{BEGIN}\nnew\n{END}\nthe end\n"
 
 
 def test_the_page_of_the_default_run_shows_its_plots(built, tmp_path):
     page = tmp_path / "report.md"
-    page.write_text(f"{readme.REPORT_BEGIN}\n{readme.REPORT_END}\n")
-    readme.update_static_page(page, built / "results" / "summary.csv")
-    text = page.read_text()
+    results = Results(read_rows(built / "results" / "summary.csv"))
+    text = static_page(results, page)
     plots = re.findall(r"!\[[^]]+\]\((\S+)\)", text)
     assert len(plots) == 2 * len(synthetic.MODELS) and {tmp_path / plot for plot in plots} == set(tmp_path.rglob("*.svg"))
     for plot in plots:
@@ -452,18 +451,18 @@ def test_the_page_of_the_default_run_shows_its_plots(built, tmp_path):
         assert not tags & {"script", "image", "foreignObject"} and "currentColor" not in (tmp_path / plot).read_text()
         words = {element.text for element in drawn.iter() if element.tag.endswith("text")}
         assert {"PTQ", "PTQ + QwT", "PTQ + CWAC", "w8a8"} <= words
-    readme.update_static_page(page, built / "results" / "summary.csv")
-    assert page.read_text() == text
+    drawn = {plot: (tmp_path / plot).read_text() for plot in plots}
+    assert static_page(results, page) == text and all((tmp_path / plot).read_text() == drawn[plot] for plot in plots)
 
 
 @pytest.mark.parametrize(
-    "text", ["", f"{readme.BEGIN}\n", f"{readme.END}\n{readme.BEGIN}\n", readme.BEGIN * 2 + readme.END]
+    "text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", BEGIN * 2 + END]
 )
-def test_readme_without_markers_is_left_alone(built, tmp_path, text):
+def test_readme_without_markers_is_left_alone(tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(Qwt2Error, match="README.md must hold the line"):
-        readme.update(path, built / "results" / "summary.csv")
+        markdown.replace(path, "results", "new")
     assert path.read_text() == text
 
 
@@ -477,25 +476,26 @@ def peer(variant: str, ratio: str, sqnr: str) -> dict[str, str]:
 
 def test_peers_table_by_hand():
     rows = [peer("ptq", "1.0", "30.04"), peer("cwac", "1.25", "31.06"), peer("nncf", "1.5", "29"), peer("fp32", "3", "120")]
-    facts, _, _, _, line = readme.peers_table(rows).splitlines()
+    facts, _, _, _, line = benchmark_tables.peers_table(rows).splitlines()
     assert facts == "CPU (avx2), 1 thread; openvino=1"
     assert line == "| OpenVINO | vit | 8 | 20.0 | 2.40 | – | 0.80 | – | – | NNCF: fast | 1.20 | 30.0 | 31.1 | 29.0 |"
     rows = [row | {"engine": "inductor"} for row in rows]
-    *_, line = readme.peers_table(rows).splitlines()
+    *_, line = benchmark_tables.peers_table(rows).splitlines()
     assert line == "| Inductor | vit | 8 | 20.0 | 2.40 | – | 0.80 | – | – | – | – | 30.0 | 31.1 | – |"
 
 
 def test_costs_go_between_their_own_markers(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"a\n{readme.COSTS_BEGIN}\n{readme.COSTS_END}\nb\n")
-    readme.update_costs(path, tmp_path)
-    assert path.read_text() == f"a\n{readme.COSTS_BEGIN}\n{readme.COSTS_END}\nb\n"  # nothing measured, nothing written
+    empty = f"a\n{markdown.marked('costs', '')}\nb\n"
+    path.write_text(empty)
+    benchmark_tables.replace_benchmarks(path, tmp_path)
+    assert path.read_text() == empty  # nothing measured, nothing written
     facts = "deit,W4A4,512,2,CPU"
     (tmp_path / "calibration-cost-x.csv").write_text(
         "method,implementation,seconds,cpu_seconds,added_mb,model,precision,images,threads,cpu\n"
         f"quantize,qwt2,1.5,3.0,200,{facts}\ncwac,qwt2,10.0,20.0,400,{facts}\ncwac,stored,70.0,90.0,1200,{facts}\n"
     )
-    readme.update_costs(path, tmp_path)
+    benchmark_tables.replace_benchmarks(path, tmp_path)
     assert path.read_text().splitlines()[2:8] == [
         "deit, W4A4, 512 images; CPU, 2 threads",
         "",
@@ -508,13 +508,14 @@ def test_costs_go_between_their_own_markers(tmp_path):
 
 def test_peers_go_between_their_own_markers(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"a\n{readme.PEERS_BEGIN}\n{readme.PEERS_END}\nb\n")
-    readme.update_peers(path, tmp_path)
-    assert path.read_text() == f"a\n{readme.PEERS_BEGIN}\n{readme.PEERS_END}\nb\n"  # nothing measured, nothing written
+    empty = f"a\n{markdown.marked('peers', '')}\nb\n"
+    path.write_text(empty)
+    benchmark_tables.replace_benchmarks(path, tmp_path)
+    assert path.read_text() == empty  # nothing measured, nothing written
     row = peer("cwac", "1", "30")
     (tmp_path / "peers-x.csv").write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
-    readme.update_peers(path, tmp_path)
-    assert path.read_text().startswith(f"a\n{readme.PEERS_BEGIN}\nCPU (avx2)") and path.read_text().endswith(f"{readme.PEERS_END}\nb\n")
+    benchmark_tables.replace_benchmarks(path, tmp_path)
+    assert path.read_text() == f"a\n{markdown.marked('peers', benchmark_tables.peers_table([row]))}\nb\n"
 
 
 def committed(path: str) -> str | None:
@@ -527,11 +528,9 @@ def committed(path: str) -> str | None:
 def test_committed_readme_shows_the_committed_results(tmp_path):
     (tmp_path / "summary.csv").write_text(committed("results/summary.csv"))
     results, text = Results(read_rows(tmp_path / "summary.csv")), committed("README.md") + committed("docs/results.md")
-    assert f"{readme.MEANS_BEGIN}\n{readme.means_table(results)}\n{readme.MEANS_END}" in text
-    classification = readme.table(results.of_task("classification"))
-    assert f"{readme.BEGIN}\n{classification}\n{readme.END}" in text
-    detection = readme.detection_table(results.of_task("detection"))
-    assert f"{readme.DETECTION_BEGIN}\n{detection}\n{readme.DETECTION_END}" in text
+    assert markdown.marked("means", grid_tables.means_table(results)) in text
+    assert markdown.marked("results", grid_tables.classifiers_table(results.of_task("classification"))) in text
+    assert markdown.marked("detection", grid_tables.detectors_table(results.of_task("detection"))) in text
 
 
 @pytest.mark.skipif(committed("docs/report.md") is None, reason="docs/report.md is not committed here")
@@ -539,14 +538,14 @@ def test_committed_page_of_the_default_run_shows_the_committed_results(tmp_path)
     (tmp_path / "summary.csv").write_text(committed("results/summary.csv"))
     results = Results(read_rows(tmp_path / "summary.csv")).of_task("classification")
     page = static_page(results, tmp_path / "report.md")
-    assert f"{readme.REPORT_BEGIN}\n{page}\n{readme.REPORT_END}" in committed("docs/report.md")
+    assert markdown.marked("report", page) in committed("docs/report.md")
     for plot in re.findall(r"\((\S+\.svg)\)", page):
         assert (tmp_path / plot).read_text() == committed(f"docs/{plot}")
 
 
 def test_the_zoo_s_table_counts_what_came_through(tmp_path):
     def row(source: str, model: str, outcome: str, **figures: str) -> dict[str, str]:
-        columns = dict.fromkeys((*readme._ZOO.values(), *readme._ZOO_TOOLS, "reason", "cpu", "versions"), "")
+        columns = dict.fromkeys((*benchmark_tables._ZOO.values(), *benchmark_tables._ZOO_TOOLS, "reason", "cpu", "versions"), "")
         return {**columns, "source": source, "family": "f", "model": model, "outcome": outcome, **figures}
 
     whole = {"integer_macs_percent": "100.0", "blocks": "0", "cwac_passes": "4.5"}
@@ -557,7 +556,7 @@ def test_the_zoo_s_table_counts_what_came_through(tmp_path):
         row("timm", "c", "not taken", reason="too large"),
         row("torchvision", "d", "through", **whole),
     ]  # fmt: skip
-    text = readme.zoo_table(rows)
+    text = benchmark_tables.zoo_table(rows)
     assert text.startswith("Through, of those taken: timm: 1 of 2, torchvision: 1 of 1; on average 95.0 %")
     assert "; QwT has units in 1 of 2; CWAC costs at most 3.5 float passes in 1 and 4.5 in all." in text
     assert "Of 2 models that other tools got too, 1 come through here, 2 through NNCF and 1 through quantize_static." in text
@@ -582,7 +581,7 @@ def test_of_another_tools_settings_the_table_shows_the_nearest_to_full_precision
         real_row("NNCF (full bias correction)", "94.25"),
         real_row("NNCF (no SmoothQuant)", "94.25", logits_sqnr_db="19"),
     ]  # fmt: skip
-    lines = readme._real_peers(rows).splitlines()[2:]
+    lines = benchmark_tables.real_peers_table(rows).splitlines()[2:]
     assert [line.split(" | ")[2] for line in lines] == [
         "fp32", "ptq (this library)", "cwac (this library)", "NNCF (full bias correction)"
     ]  # fmt: skip
@@ -591,16 +590,14 @@ def test_of_another_tools_settings_the_table_shows_the_nearest_to_full_precision
 
 def test_real_networks_go_between_their_own_markers(tmp_path):
     page = tmp_path / "results.md"
-    page.write_text(f"{readme.REAL_BEGIN}\n{readme.REAL_END}\n")
-    readme.update_real(page, tmp_path)
-    assert page.read_text() == f"{readme.REAL_BEGIN}\n{readme.REAL_END}\n"  # nothing measured, nothing written
+    page.write_text(markdown.marked("real", ""))
     common = "retrieval,mini,openvino,CPU,avx2,openvino=1"
     (tmp_path / "real-grid-x.csv").write_text(
         "precision,method,recall1,cosine,task,model,engine,cpu,instruction_sets,versions\n"
         f"fp32,fp32,57.5,,{common.replace('openvino,', 'torch,', 1)}\n"
         f"w8a8,repq,57.25,0.99456,{common}\nw8a8,repq+cwac,56.5,0.9938,{common}\nw4a4,repq,1.0,0.5,{common}\n"
     )
-    readme.update_real(page, tmp_path)
+    benchmark_tables.replace_benchmarks(page, tmp_path)
     assert page.read_text().splitlines()[1:-1] == [
         "CPU (avx2); openvino=1",
         "",
