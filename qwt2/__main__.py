@@ -1,6 +1,8 @@
 """The command ``qwt2 MODEL --images FOLDER --output model.onnx``, which makes a trained network's integer model."""
 
 import argparse
+import atexit
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from qwt2.extras import extra
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from torch import nn
 
     from qwt2.quantization.precision import Precision
@@ -74,7 +77,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; problems that a user can repair end it with one sentence and exit code 2."""
     arguments = parser().parse_args(argv)
     arguments.engines = [name for entry in arguments.engines for name in entry.split(",") if name]
-    guarded(lambda: run(arguments))
+    guarded(lambda: run(arguments), silent=_rank() > 0)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))  # of torchrun
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -102,6 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_options(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    group = _group(arguments)
     model, settings = _build(arguments)
     model.to(arguments.device)
     batches = [batch.to(arguments.device) for batch in _batches(files, settings, arguments.batch_size)]
@@ -109,12 +117,14 @@ def run(arguments: argparse.Namespace) -> None:
     bits, moves = _bits(arguments, model, batches, precision, progress)
     progress.start("quantize")
     qmodel = quantize(
-        model, batches, arguments.method, target=arguments.target, progress=progress.inside, **bits
+        model, batches, arguments.method, target=arguments.target, progress=progress.inside, group=group, **bits
     )  # fmt: skip
     fits = []
     if arguments.compensation != "none":
         progress.start("compensate")
-        fits = compensate(qmodel, batches, arguments.compensation, progress=progress.inside).modules
+        fits = compensate(qmodel, batches, arguments.compensation, progress=progress.inside, group=group).modules
+    if _rank() > 0:
+        return
     progress.start("fold and export")
     folded, model = fold(qmodel).cpu(), model.cpu()
     batches = [batches[0].cpu()]
@@ -133,6 +143,20 @@ def run(arguments: argparse.Namespace) -> None:
     page = arguments.output.with_suffix(".html")
     write_text(page, render_model(report))
     _print_summary(arguments.output, page, report)
+
+
+def _group(arguments: argparse.Namespace) -> "dist.ProcessGroup | None":
+    """Join the other processes of torchrun, if it started this one, and take a GPU for each."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_torchelastic_launched():
+        return None
+    if on_gpu := arguments.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    atexit.register(dist.destroy_process_group)
+    return dist.group.WORLD
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -197,7 +221,9 @@ class _Progress:
         from tqdm import tqdm
 
         layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        self._bar, self._done, self._started = tqdm(total=steps, disable=None, leave=False, bar_format=layout), 0, False
+        disable = True if _rank() else None
+        self._bar = tqdm(total=steps, disable=disable, leave=False, bar_format=layout)
+        self._done, self._started = 0, False
 
     def start(self, step: str) -> None:
         """Finish the previous step and start this one."""
@@ -286,7 +312,7 @@ def _batches(files: list[Path], settings: dict[str, Any], batch_size: int) -> It
     transform = create_transform(**settings, is_training=False)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
     images = torch.stack(
-        [transform(read_image(file, mode)) for file in tqdm(files, "images", disable=None, leave=False)]
+        [transform(read_image(file, mode)) for file in tqdm(files, "images", disable=_rank() > 0 or None, leave=False)]
     )
     yield from images.split(batch_size)
 

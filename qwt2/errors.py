@@ -16,20 +16,27 @@ class Qwt2Error(Exception):
     """
 
 
-def guarded(action: Callable[[], None]) -> None:
-    """Run ``action``; turn errors that a user can repair into one sentence on stderr and exit code 2."""
+def guarded(action: Callable[[], None], silent: bool = False) -> None:
+    """Run ``action``; turn errors that a user can repair into one sentence on stderr and exit code 2.
+
+    Args:
+        action: what to run.
+        silent: whether to leave out the sentence, because another process says the same.
+    """
     try:
         action()
     except Qwt2Error as error:
-        _fail(str(error))
+        _fail(str(error), silent)
     except OSError as error:
         if error.errno not in _REPAIRABLE:
             raise
         _fail(
-            f"cannot write {error.filename or 'a result'}: {error.strerror}; make room or give access, then run again"
+            f"cannot write {error.filename or 'a result'}: {error.strerror}; make room or give access, then run again",
+            silent,
         )
 
 
-def _fail(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr)
+def _fail(sentence: str, silent: bool) -> None:
+    if not silent:
+        print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)

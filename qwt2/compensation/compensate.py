@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from qwt2.capture.batch import model_inputs
 from qwt2.capture.graph import GraphModel
@@ -20,12 +21,13 @@ from qwt2.errors import Qwt2Error
 from qwt2.quantization.checks import check_batches
 from qwt2.quantization.info import quantization_info
 from qwt2.quantization.methods import PTQ_METHODS
+from qwt2.quantization.processes import Processes
 from qwt2.quantization.walk import Progress, Walk
 
 
 def compensate(
     qmodel: GraphModel, calibration: Iterable[Any], method: str = "cwac", offload_dir: str | None = None,
-    memory_limit: int = 0, progress: Progress | None = None, **options: Any,
+    memory_limit: int = 0, progress: Progress | None = None, group: dist.ProcessGroup | None = None, **options: Any,
 ) -> CompensationReport:  # fmt: skip
     """Compensate a quantized model's error, in place.
 
@@ -41,6 +43,8 @@ def compensate(
             in memory.
         memory_limit: bytes per network that stay in memory before the folder is used.
         progress: called with the number of compensated modules and the number of all modules, for progress bars.
+        group: processes that call this together, as with ``torchrun``. Each of them gives the same model and the same
+            calibration set, of which it runs its share of the batches, and gets the same result.
         options: settings of the method (:class:`qwt2.compensation.methods.cwac.CWAC`,
             :class:`qwt2.compensation.methods.qwt.QwT`).
 
@@ -49,8 +53,8 @@ def compensate(
 
     Raises:
         Qwt2Error: if the method, an option or its value is unknown, the folder does not exist, the model is not
-            quantized, the calibration set is empty or does not fit, or an activation is NaN or infinite (the module is
-            named).
+            quantized, the calibration set is empty or does not fit, an activation is NaN or infinite (the module is
+            named), or processes disagree.
     """
     started = time.perf_counter()
     info = quantization_info(qmodel)
@@ -61,9 +65,12 @@ def compensate(
     compensation = settings(**options)
     batches = list(model_inputs(qmodel, calibration))
     check_batches(batches, info.input_shape, qmodel)
+    processes = Processes(group)
+    processes.check_batches(batches)
     with torch.no_grad(), _temporary_folder(offload_dir) as folder:
-        walk = Walk(qmodel, batches, folder, memory_limit, progress)
+        walk = Walk(qmodel, batches, folder, memory_limit, progress, processes)
         modules = compensation.fit(walk, PTQ_METHODS.get(info.method).recipe)
+    processes.check_parameters(qmodel)
     return CompensationReport(method, modules, time.perf_counter() - started)
 
 

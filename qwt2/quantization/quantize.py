@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx, nn
 
 from qwt2.capture import wiring
@@ -31,6 +32,7 @@ from qwt2.quantization.layers import (
 from qwt2.quantization.layout import Layout
 from qwt2.quantization.methods import PTQ_METHODS
 from qwt2.quantization.precision import Precision
+from qwt2.quantization.processes import Processes
 from qwt2.quantization.quantizers import Quantizer
 from qwt2.quantization.request import Request
 from qwt2.quantization.targets import Target
@@ -49,6 +51,7 @@ def quantize(
     exclude: Iterable[str] = (),
     bits: Mapping[str, Precision] | None = None,
     progress: Progress | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> GraphModel:
     """Quantize every Linear, Conv2d and attention product of a model after training.
 
@@ -77,6 +80,8 @@ def quantize(
         bits: bit widths by module name or pattern. Later entries override earlier ones, and all of them override
             ``precision``, including its ``first_last_bits``.
         progress: called with the number of calibrated modules and the number of all modules, for progress bars.
+        group: processes that call this together, as in :func:`qwt2.compensate`. Ranges are chosen in each of them;
+            methods that choose weight codes from all images share these.
 
     Returns:
         A new model in evaluation mode, which is called like the float model and has an attribute ``quantization``
@@ -95,8 +100,11 @@ def quantize(
     captured = capture(model, first(inputs, 2))
     exact = outputs_of(model, inputs) if captured is model else check_captured(model, captured, inputs)
     qmodel = _faithful(captured, inputs, exact, request)
+    processes = Processes(group)
+    processes.check_batches([inputs, *others], shared=ptq.all_images)
     with torch.no_grad():
-        ptq.fit(Walk(qmodel, [inputs, *others], progress=progress), layout.recipe)
+        ptq.fit(Walk(qmodel, [inputs, *others], progress=progress, processes=processes), layout.recipe)
+    processes.check_parameters(qmodel)
     return qmodel
 
 

@@ -21,6 +21,7 @@ from qwt2.capture.graph import GraphModel
 from qwt2.quantization.activation_store import ActivationStore, size_of
 from qwt2.quantization.layers import QuantizedLayer, QuantizedModule
 from qwt2.quantization.malloc import give_back_after
+from qwt2.quantization.processes import ALONE, Processes
 from qwt2.quantization.quantizers import UniformQuantizer
 from qwt2.quantization.streams import Joint, branch_end, joint
 
@@ -41,6 +42,10 @@ class Walk:
         offload_dir: existing folder for stored values; ``None`` keeps them in memory.
         memory_limit: bytes that each of the two networks keeps in memory before it uses the folder.
         progress: called after each module with the number of finished modules and the number of all modules.
+        processes: the processes that share the batches; each has a walk of its own.
+
+    Attributes:
+        share: numbers of the batches that this process runs.
     """
 
     def __init__(
@@ -50,8 +55,10 @@ class Walk:
         offload_dir: str | None = None,
         memory_limit: int = 0,
         progress: Progress | None = None,
+        processes: Processes = ALONE,
     ):
-        self.model, self.batches, self.progress = model, batches, progress
+        self.model, self.batches, self.progress, self.processes = model, batches, progress, processes
+        self.share = processes.share(len(batches))
         self._store = lambda name: ActivationStore(offload_dir, name, memory_limit)
 
     def visits(self, kind: type[nn.Module]) -> Iterator[Visit]:
@@ -81,7 +88,10 @@ class Walk:
 
     @cached_property
     def observed(self) -> list[int]:
-        """Numbers of the batches that ranges are chosen from again: the first ones, with :data:`OBSERVED` images."""
+        """Numbers of the batches that ranges are chosen from again: the first ones, with :data:`OBSERVED` images.
+
+        Every process runs these.
+        """
         images = [0, *accumulate(map(image_count, self.batches))]
         return [index for index in range(len(self.batches)) if images[index] < OBSERVED]
 
@@ -139,6 +149,8 @@ class Visit:
     def layer_outputs(self, target: str) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (batch number, output, target) of a layer for every batch and call, both (N, ..., C) or (N, C, H, W).
 
+        This and the other iterators yield only the batches of this process.
+
         The output is that of the quantized layer in the quantized network, without compensation.
 
         Args:
@@ -147,7 +159,7 @@ class Visit:
                 addition minus the quantized stream before it; "local" for the full-precision layer's output on the
                 quantized network's input.
         """
-        for index in range(len(self.walk.batches)):
+        for index in self.walk.share:
             inputs: list[Tensor] = []
             products: list[Tensor] = []
             give = partial(self._products, inputs, products)
@@ -164,7 +176,7 @@ class Visit:
         Args:
             target: as in :meth:`layer_outputs`; or "input" for the layer's input in the full-precision network.
         """
-        for index in range(len(self.walk.batches)):
+        for index in self.walk.share:
             inputs: list[Tensor] = []
             before = self.walk.quantized.visit(index, self, partial(self._inputs, inputs), stay=True)
             for x, y_f in zip(inputs, self._targets(index, target, inputs, before), strict=True):
@@ -212,17 +224,17 @@ class Visit:
             The sum of squares of the full-precision stream, and of the quantized stream's error, with the layer's
             present compensation; ``None`` if no stream follows, or if the layer runs several times.
         """
-        if self.is_repeated:
-            return None
-        signal = error = 0.0
-        for index in sorted(batches):
-            end = self.walk.routes[index].branch_end(self.name)
-            if end is None:
+        ends = {index: self.walk.routes[index].branch_end(self.name) for index in sorted(batches)}
+        sums = [0.0, 0.0]
+        for index, end in ends.items():
+            if end is None or self.is_repeated:
                 return None
-            exact = self.walk.reference.value(index, end).double()
-            signal += float(exact.square().sum())
-            error += float((self.walk.quantized.value(index, end) - exact).square().sum())
-        return signal, error
+            if index in self.walk.share:
+                exact = self.walk.reference.value(index, end).double()
+                sums[0] += float(exact.square().sum())
+                sums[1] += float((self.walk.quantized.value(index, end) - exact).square().sum())
+        signal, error = self.walk.processes.added(sums)
+        return float(signal), float(error)
 
     def block_outputs(self, block: str, target: str) -> Iterator[tuple[int, tuple, tuple]]:
         """Yield (batch number, quantized values, target values) for every batch.
@@ -235,7 +247,8 @@ class Visit:
                 the quantized network's input.
         """
         quantized = self.walk.quantized
-        for index, route in enumerate(self.walk.routes):
+        for index in self.walk.share:
+            route = self.walk.routes[index]
             [number], entry = route.calls[self.name], route.start_of(block)
             if target == "global":
                 reference = self.walk.reference
@@ -415,11 +428,12 @@ class Path:
 
     def products(self, index: int, number: int) -> Tensor:
         """Return the products of the layer that is called at a position, which the last visit may have left."""
-        _, _, *results = self.store[index]
+        results = self.store[index][2:] if index in self.store else ()
         if results and number in results[0]:
             return results[0][number].clone()
-        layer = self.model.get_submodule(self.routes[index].nodes[number].target)
-        return layer.products(*self.routes[index].arguments(self.advance(index, number), number))
+        layer, values = self.model.get_submodule(self.routes[index].nodes[number].target), self.advance(index, number)
+        self.hold(index, (number, values))
+        return layer.products(*self.routes[index].arguments(values, number))
 
     def advance(self, index: int, number: int) -> _Values:
         """Run one batch up to the node at position ``number``, and return the values that are alive there."""

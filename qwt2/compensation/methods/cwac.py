@@ -127,19 +127,18 @@ class CWAC:
 
     def _fit(self, place: Place, batches: int) -> _Fit:
         held = held_out_batches(batches, self.holdout) if self.gate != "none" else set()
-        fitted: list[Moments] = []
-        held_out: list[Moments] = []
+        parts: dict[bool, Moments] = {}
         for index, y_q, y_f in place.outputs(self.target):
-            moments = Moments.of(y_q, y_f, place.channel_axis)
-            if not moments.is_finite:
-                raise Qwt2Error(f"{place.name} gives NaN or infinity on the calibration images; check its weights")
-            part = held_out if index in held else fitted
-            part[:] = [part[0] + moments] if part else [moments]
+            moments, key = Moments.of(y_q, y_f, place.channel_axis), index in held
+            parts[key] = parts[key] + moments if key in parts else moments
+        parts = place.visit.walk.processes.merged(parts)
+        if not all(moments.is_finite for moments in parts.values()):
+            raise Qwt2Error(f"{place.name} gives NaN or infinity on the calibration images; check its weights")
         estimator = estimator_at(place.is_inside_branch) if self.estimator == "branch" else self.estimator
         # The gate judges parameters that were fitted without the held-out images; the final ones use all images.
-        every = fitted[0] + held_out[0] if held_out else fitted[0]
+        every = parts[False] + parts[True] if held else parts[False]
         fit = _Fit(place, every, *affine(every, estimator))
-        return self._gated(fit, held, held_out[0], affine(fitted[0], estimator)) if held_out else fit
+        return self._gated(fit, held, parts[True], affine(parts[False], estimator)) if held else fit
 
     def _gated(self, fit: _Fit, held: set[int], held_out: Moments, trial: tuple[Tensor, Tensor]) -> _Fit:
         """Return the fit without parameters that do not help on held-out batches.

@@ -22,6 +22,7 @@ from qwt2.compensation.report import ModuleReport
 from qwt2.decibel import decibel
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.info import channel_axis, quantization_info
+from qwt2.quantization.processes import Processes
 from qwt2.quantization.recipe import Recipe
 from qwt2.quantization.regression import Regression
 from qwt2.quantization.rows import by_group
@@ -103,17 +104,23 @@ class QwT:
             return ModuleReport(name, math.nan, math.nan, math.nan, False, "the block runs several times in one pass")
         rows = self._rows_of(visit, name)
         regression: Regression | None = None
-        signal, error = 0.0, 0.0
+        signal, error, misfits = 0.0, 0.0, 0
         for _, (x, y_q), (_, y_f) in visit.block_outputs(name, self.target):
-            if not rows.fits(x, y_q):
-                return ModuleReport(name, math.nan, math.nan, math.nan, False, "input and output positions differ")
+            misfits += not rows.fits(x, y_q)
+            if misfits:
+                continue
             signal += float(y_f.double().square().sum())
             error += float((y_f - y_q).double().square().sum())
-            if not math.isfinite(error):
-                raise Qwt2Error(f"{name} gives NaN or infinity on the calibration images; check its weights")
             sums = Regression.of(rows.of_input(x), rows.of_output(y_f - y_q))
             regression = sums if regression is None else regression + sums
+        if float(visit.walk.processes.added([misfits])[0]):
+            return ModuleReport(name, math.nan, math.nan, math.nan, False, "input and output positions differ")
         assert regression is not None, name  # there is at least one batch
+        regression = visit.walk.processes.merged({False: regression})[False]
+        signal, error = map(float, visit.walk.processes.added([signal, error]))
+        rows.merge(visit.walk.processes)
+        if not math.isfinite(error):
+            raise Qwt2Error(f"{name} gives NaN or infinity on the calibration images; check its weights")
         weight, bias = regression.solve(self.damping)
         r2 = rows.positional_r2(regression, weight, error) if self.r2 == "positional" else regression.r2(weight)
         before, kept = decibel(signal, error), r2 > 0
@@ -160,6 +167,9 @@ class Tokens:
 
     of_output = of_input
 
+    def merge(self, processes: Processes) -> None:
+        """Do nothing: rows of tokens have no sums of their own."""
+
     def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's weight (C_out, C_in) and bias (C_out,), float32."""
         return weight[0].T.float(), bias[0].float()
@@ -200,6 +210,11 @@ class Patches:
         self.samples += error.shape[0]
         self.position_sum = self.position_sum + error.double().sum(0)
         return by_group(error.flatten(2), self.groups)
+
+    def merge(self, processes: Processes) -> None:
+        """Add up the sums per position over all processes."""
+        samples, self.position_sum = processes.added([self.samples, self.position_sum])
+        self.samples = int(samples)
 
     def layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's weight (C_out, C_in / groups, k, k) and bias (C_out,), float32."""

@@ -127,8 +127,6 @@ class Refit:
         layer = visit.module
         sums: dict[bool, Regression] = {}
         for index, x, y in visit.layer_inputs(self.target):
-            if not torch.isfinite(y).all():
-                raise Qwt2Error(f"{visit.name} gives NaN or infinity on the calibration images; check its weights")
             for part_x, part_y in rows(layer, x, layer.without_bias(y)):
                 count = part_x.shape[1]
                 step = count * len(visit.walk.batches) // (self.rows_per_input * part_x.shape[2])
@@ -136,6 +134,9 @@ class Refit:
                 part = Regression.of(part_x[:, index % step :: step], part_y[:, index % step :: step], torch.float32)
                 key = index in held_out
                 sums[key] = sums[key] + part if key in sums else part
+        sums = visit.walk.processes.merged(sums)
+        if not all(torch.isfinite(part.power).all() for part in sums.values()):
+            raise Qwt2Error(f"{visit.name} gives NaN or infinity on the calibration images; check its weights")
         return sums[False], sums[True]
 
 

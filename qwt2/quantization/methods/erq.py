@@ -71,7 +71,8 @@ def _sums(visit: Visit) -> _Sums:
             found.count += inputs.shape[2]
             found.gram = found.gram + inputs @ inputs.transpose(1, 2)
             found.cross = found.cross + inputs @ outputs.double()
-    return found
+    count, gram, cross = visit.walk.processes.added([found.count, found.gram, found.cross])
+    return _Sums(int(count), gram, cross)
 
 
 def reduce_activation_error(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float = RIDGE) -> Tensor:

@@ -30,6 +30,7 @@ class GPTAQ(LayerwiseMethod):
                 inputs = input_rows(layer, part)
                 gram += inputs.transpose(1, 2) @ inputs
                 cross += (input_rows(layer, exact_part) - inputs).transpose(1, 2) @ inputs
+        gram, cross = visit.walk.processes.added([gram, cross])
         scale, zero_point = by_row(layer, quantizer.scale), by_row(layer, quantizer.zero_point)
         codes = Feedback(gram, cross=STRENGTH * cross).rounded(weight, scale, zero_point, quantizer.grid)
         layer.set_codes(codes.reshape(layer.weight.shape))

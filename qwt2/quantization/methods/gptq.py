@@ -26,6 +26,7 @@ class GPTQ(LayerwiseMethod):
         for _, x, y in visit.layer_inputs("local"):
             for inputs, _ in rows(layer, x, y):
                 gram += inputs.transpose(1, 2) @ inputs
+        [gram] = visit.walk.processes.added([gram])
         scale, zero_point = by_row(layer, quantizer.scale), by_row(layer, quantizer.zero_point)
         codes = Feedback(gram).rounded(weight, scale, zero_point, quantizer.grid)
         layer.set_codes(codes.reshape(layer.weight.shape))
