@@ -138,6 +138,14 @@ def check_qwt2(arguments: list[str]) -> None:
     parser().parse_args(arguments)
 
 
+def check_torchrun(arguments: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser().parse_args(arguments)
+    assert options.module and options.training_script == "qwt2"
+    check_qwt2(options.training_script_args)
+
+
 def check_python(arguments: list[str]) -> None:
     """The configuration that a sweep's overrides make is composed for the first of its values."""
     assert arguments[0] == "-m"
