@@ -42,6 +42,7 @@ benchmarks: $(STAMP) $(PEERS)/.installed
 	python -m benchmarks.architectures
 	python -m benchmarks.detectors
 	python -m benchmarks.calibration_cost
+	python -m benchmarks.processes
 	python -m benchmarks.experiments
 	python -m benchmarks.retrained
 	$(PEERS)/bin/python -m benchmarks.peers

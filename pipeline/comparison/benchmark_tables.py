@@ -120,6 +120,14 @@ def costs_table(rows: list[dict[str, str]]) -> str:
     return f"{facts}\n\n{table(headings, lines, words=('Step',))}"
 
 
+def processes_table(rows: list[dict[str, str]]) -> str:
+    """Return Markdown: a row per step and number of processes."""
+    lines = [[row["step"], row["processes"], row["seconds"], row["speedup"]] for row in rows]
+    first = rows[0]
+    facts = f"{first['model']}, {first['images']} images; {first['cpu']}, {first['threads']} thread per process"
+    return f"{facts}\n\n{table(['Step', 'Processes', 'Seconds', 'Times faster'], lines, words=('Step',))}"
+
+
 # Heading -> column of the zoo's rows.
 _ZOO = {
     "Outcome": "outcome", "Graph against model, dB": "same_db", "Layers": "layers", "Products": "products",
@@ -177,6 +185,7 @@ PARTS = {
     "real": ("real-grid-*.csv", real_table),
     "real-peers": ("real-peers-*.csv", real_peers_table),
     "costs": ("calibration-cost-*.csv", costs_table),
+    "processes": ("processes-*.csv", processes_table),
     "zoo": ("zoo-*.csv", zoo_table),
 }
 
