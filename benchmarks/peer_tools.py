@@ -4,7 +4,7 @@ A setting is a name and a function that writes a file from the float model and t
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,10 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qwt2 import export_onnx
+from qwt2.capture.batch import Inputs, tensors
+from qwt2.capture.export import capture
+from qwt2.capture.normalise import fold_batchnorms
 from qwt2.evaluation import machine
 from qwt2.io import quiet
 
 Model = Callable[[np.ndarray], np.ndarray]
+Feeds = dict[str, np.ndarray]
 
 
 class Setting(NamedTuple):
@@ -32,7 +37,27 @@ class Setting(NamedTuple):
     write: Callable[[Path], Any]
 
 
-def quantize_static_settings(float_file: Path, calibration: Tensor) -> Iterator[Setting]:
+def write_float(model: nn.Module, path: Path, example: Inputs) -> Path:
+    """Write the float model for quantize_static, and return ``path``.
+
+    Its BatchNorms are folded: ``quant_pre_process`` does not recognize them as PyTorch's exporter writes them, and they
+    would be computed in float between quantized layers.
+    """
+    captured = capture(model, example)
+    captured.edit(fold_batchnorms)
+    return export_onnx(captured, path, example)
+
+
+def single_feeds(batches: Iterable[Inputs]) -> list[Feeds]:
+    """Return the inputs of calibration batches one by one, as arrays by name."""
+    return [
+        {name: tensor[index : index + 1].numpy() for name, tensor in named.items()}
+        for named in map(tensors, batches)
+        for index in range(len(next(iter(named.values()))))
+    ]
+
+
+def quantize_static_settings(float_file: Path, calibration: Sequence[Feeds]) -> Iterator[Setting]:
     """Yield settings of ONNX Runtime's tool, on prepared files, with QDQ and per channel as it recommends for CPUs.
 
     CPUs without VNNI add products of 8 bits in 16, which may overflow, so that weights get 7 bits there (reduce_range).
@@ -48,24 +73,25 @@ def quantize_static_settings(float_file: Path, calibration: Tensor) -> Iterator[
         yield Setting(name, partial(_quantize_static, prepared, calibration, method, not has_vnni))
 
 
-def _quantize_static(prepared: Path, calibration: Tensor, method: Any, reduce_range: bool, path: Path) -> None:
+def _quantize_static(prepared: Path, calibration: Sequence[Feeds], method: Any, reduce_range: bool, path: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
-        def __init__(self, images: Tensor):
-            self.images = iter(images.split(1))
+        def __init__(self) -> None:
+            self.rest = iter(calibration)
 
-        def get_next(self):
-            image = next(self.images, None)
-            return None if image is None else {"images": image.numpy()}
+        def get_next(self) -> Feeds | None:
+            return next(self.rest, None)
 
     quantize_static(
-        prepared, path, Reader(calibration), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=reduce_range,
+        prepared, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=reduce_range,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
     )  # fmt: skip
 
 
-def nncf_settings(model: nn.Module, calibration: Tensor, is_transformer: bool) -> Iterator[Setting]:
+def nncf_settings(
+    model: nn.Module, example: Inputs, calibration: Sequence[Feeds], is_transformer: bool
+) -> Iterator[Setting]:
     """Yield settings of NNCF's post-training quantization of OpenVINO models.
 
     NNCF is told which models are transformers. It applies SmoothQuant to these only, so that CNNs have half as many
@@ -74,24 +100,36 @@ def nncf_settings(model: nn.Module, calibration: Tensor, is_transformer: bool) -
     for smooth, fast in product((True, False) if is_transformer else (False,), (True, False)):
         words = ["SmoothQuant"] if smooth else ["no SmoothQuant"] if is_transformer else []
         words.append("fast bias correction" if fast else "full bias correction")
-        yield Setting(", ".join(words), partial(_nncf, model, calibration, is_transformer, smooth, fast))
+        yield Setting(", ".join(words), partial(_nncf, model, example, calibration, is_transformer, smooth, fast))
 
 
-def _nncf(model: nn.Module, calibration: Tensor, is_transformer: bool, smooth: bool, fast: bool, path: Path) -> None:
+def _nncf(
+    model: nn.Module, example: Inputs, calibration: Sequence[Feeds], is_transformer: bool, smooth: bool, fast: bool,
+    path: Path,
+) -> None:  # fmt: skip
     import nncf
     import openvino
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
 
     nncf.set_log_level(logging.ERROR)
+    # A negative value switches SmoothQuant off.
     alphas = AdvancedSmoothQuantParameters() if smooth else AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
     # OpenVINO converts the PyTorch model itself, because from our ONNX file NNCF makes layers that run in float.
-    converted = openvino.convert_model(model, example_input=calibration[:1])
+    converted = openvino.convert_model(model, example_input=example)
     quantized = nncf.quantize(
-        converted, nncf.Dataset([image.numpy() for image in calibration.split(1)]), subset_size=len(calibration),
+        converted, nncf.Dataset([_by_port(converted, feeds) for feeds in calibration]), subset_size=len(calibration),
         fast_bias_correction=fast, model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
         advanced_parameters=AdvancedQuantizationParameters(smooth_quant_alphas=alphas),
     )  # fmt: skip
     openvino.save_model(quantized, path, compress_to_fp16=False)
+
+
+def _by_port(model: Any, feeds: Feeds) -> Feeds:
+    """Return inputs under the names that OpenVINO gives them first; a single input may have any name."""
+    [*ports] = model.inputs
+    if len(ports) == 1:
+        return {ports[0].any_name: next(iter(feeds.values()))}
+    return {port.any_name: next(feeds[name] for name in port.get_names() if name in feeds) for port in ports}
 
 
 def torchao_graph(model: nn.Module, calibration: Tensor, batch: int) -> nn.Module:

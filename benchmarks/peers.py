@@ -37,7 +37,9 @@ from benchmarks.peer_tools import (
     nncf_settings,
     on_inductor,
     quantize_static_settings,
+    single_feeds,
     torchao_graph,
+    write_float,
 )
 from benchmarks.table import machine_file, versions_text
 from pipeline.common.resources import PeakMemory
@@ -110,13 +112,12 @@ class Comparison:
 
     def make_files(self) -> None:
         """Make a file per engine and variant, and record what each took to make."""
-        export_onnx(self.model, self.path("onnxruntime", "fp32"), self.test[:1])
+        fp32 = write_float(self.model, self.path("onnxruntime", "fp32"), self.test[:1])
         for engine in TARGETS:
             self.make_own_files(engine)
-        is_transformer = self.method == "repq"
-        fp32 = self.path("onnxruntime", "fp32")
-        self.keep_best("onnxruntime", "quantize_static", quantize_static_settings(fp32, self.calibration))
-        self.keep_best("openvino", "nncf", nncf_settings(self.model, self.calibration, is_transformer))
+        is_transformer, feeds = self.method == "repq", single_feeds([self.calibration])
+        self.keep_best("onnxruntime", "quantize_static", quantize_static_settings(fp32, feeds))
+        self.keep_best("openvino", "nncf", nncf_settings(self.model, self.test[:1], feeds, is_transformer))
 
     def make_own_files(self, engine: str) -> None:
         batches, how = list(self.calibration.split(16)), (self.method, Precision(8, 8), TARGETS[engine])

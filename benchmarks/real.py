@@ -23,6 +23,7 @@ import openvino
 from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
+from benchmarks.peer_tools import Feeds, nncf_settings, quantize_static_settings, single_feeds, write_float
 from benchmarks.table import machine_file, versions_text
 from pipeline.build.compose import CONF
 from pipeline.common.folders import read_record
@@ -30,9 +31,6 @@ from pipeline.common.stage import Cell, set_threads
 from pipeline.comparison.benchmark_tables import read_dicts
 from pipeline.sweeps.cells import baseline_folder, cell_config, cell_folder, data_folder
 from pipeline.tasks import Task, open_task
-from qwt2 import export_onnx
-from qwt2.capture.batch import tensors
-from qwt2.capture.normalise import fold_batchnorms
 from qwt2.engines import Engine
 from qwt2.errors import Qwt2Error, guarded
 from qwt2.evaluation import machine
@@ -48,12 +46,6 @@ COMPARED = {
 }
 THREADS = 1
 ROUNDS, INSTANCES = 60, 3
-Feeds = dict[str, np.ndarray]
-
-# Settings of the other tools by name; a transformer gets those of the second table too.
-STATIC = ("MinMax", "Entropy", "Percentile")
-NNCF = {"fast bias correction": {}, "full bias correction": {"fast_bias_correction": False}}
-NNCF_TRANSFORMER = {"no SmoothQuant": {"smooth_quant": False}}
 
 
 def main() -> None:
@@ -132,28 +124,27 @@ class Comparison:
     def __init__(self, cfg: dict[str, Any], task: Task, cell: Cell, folder: Path):
         self.cfg, self.task, self.cell, self.folder = cfg, task, cell, folder
         self.network = task.baseline()
-        self.calibration = [
-            {name: array.numpy() for name, array in tensors(batch).items()}
-            for whole in task.calibration(self.network, cfg["seeds"][0])
-            for batch in _singles(whole)
-        ]
-        # quant_pre_process cannot fold the BatchNorms as PyTorch's exporter writes them.
-        captured = task.captured(self.network)
-        captured.edit(fold_batchnorms)
-        self.float_file = export_onnx(captured, folder / "fp32.onnx", task.example(self.network))
+        self.calibration = single_feeds(task.calibration(self.network, cfg["seeds"][0]))
+        self.example = task.example(self.network)
+        self.float_file = write_float(self.network, folder / "fp32.onnx", self.example)
         self.is_transformer = cfg["ptq"]["method"].startswith("repq")
 
     def rows(self, engine: str) -> list[dict[str, Any]]:
         own = {f"{name} (this library)": self.cell.onnx(name, self.cfg["seeds"][0]) for name in self.methods()}
-        others = self.static_files() if engine == "onnxruntime" else self.nncf_files()
-        return self.measured(engine, {"fp32": self.float_file, **own, **others})
+        return self.measured(engine, {"fp32": self.float_file, **own, **dict(self.others(engine))})
 
-    def static_files(self) -> dict[str, Path]:
-        return {f"quantize_static ({name})": self.quantize_static(name) for name in STATIC}
-
-    def nncf_files(self) -> dict[str, Path]:
-        settings = NNCF | (NNCF_TRANSFORMER if self.is_transformer else {})
-        return {f"NNCF ({name})": self.nncf(name, **chosen) for name, chosen in settings.items()}
+    def others(self, engine: str) -> Iterator[tuple[str, Path]]:
+        """Yield the file of another tool with each of its settings, under the tool's name with the setting."""
+        tool, suffix, settings = {
+            "onnxruntime": ("quantize_static", ".onnx", quantize_static_settings(self.float_file, self.calibration)),
+            "openvino": (
+                "NNCF", ".xml", nncf_settings(self.network, self.example, self.calibration, self.is_transformer)
+            ),
+        }[engine]  # fmt: skip
+        for number, setting in enumerate(settings):
+            path = self.folder / f"{tool}-{number}{suffix}"
+            setting.write(path)
+            yield f"{tool} ({setting.name})", path
 
     def methods(self) -> list[str]:
         return ["ptq", *self.cfg["compensation"]]
@@ -179,39 +170,6 @@ class Comparison:
             return IntermediateModel(path)
         return Engine(onnx.load(path), engine, THREADS)
 
-    def quantize_static(self, method: str) -> Path:
-        """Run ONNX Runtime's tool as its documentation recommends for CPUs: QDQ, per channel, after preprocessing."""
-        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        prepared, path = self.folder / "prepared.onnx", self.folder / f"static-{method}.onnx"
-        quant_pre_process(self.float_file, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared, path, _reader(self.calibration), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            calibrate_method=getattr(CalibrationMethod, method),
-        )  # fmt: skip
-        return path
-
-    def nncf(self, name: str, smooth_quant: bool = True, **settings: Any) -> Path:
-        """Run NNCF's post-training quantization of the OpenVINO model; it is told which networks are transformers."""
-        import nncf
-        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
-
-        nncf.set_log_level(logging.ERROR)
-        # A negative value switches SmoothQuant off.
-        alphas = AdvancedSmoothQuantParameters() if smooth_quant else AdvancedSmoothQuantParameters(-1, -1)
-        model = openvino.convert_model(self.network, example_input=self.task.example(self.network))
-        inputs = [_by_port(model, feeds) for feeds in self.calibration]
-        quantized = nncf.quantize(
-            model, nncf.Dataset(inputs), subset_size=len(inputs),
-            model_type=nncf.ModelType.TRANSFORMER if self.is_transformer else None,
-            advanced_parameters=AdvancedQuantizationParameters(smooth_quant_alphas=alphas), **settings,
-        )  # fmt: skip
-        path = self.folder / f"nncf-{name.replace(' ', '-')}.xml"
-        openvino.save_model(quantized, path, compress_to_fp16=False)
-        return path
-
 
 class IntermediateModel:
     """A file of OpenVINO's own format, compiled for each batch size on first use."""
@@ -234,34 +192,6 @@ class IntermediateModel:
         # As with this library's files, operations that stay in float run in float32.
         options = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         return core.compile_model(model, "CPU", options)
-
-
-def _by_port(model: openvino.Model, feeds: Feeds) -> Feeds:
-    """Return inputs under the names that OpenVINO gives them first; a single input may have any name."""
-    [*ports] = model.inputs
-    if len(ports) == 1:
-        return {ports[0].any_name: next(iter(feeds.values()))}
-    return {port.any_name: next(feeds[name] for name in port.get_names() if name in feeds) for port in ports}
-
-
-def _singles(inputs: Any) -> Iterator[Any]:
-    """Yield the inputs of a batch one by one."""
-    named = tensors(inputs)
-    for index in range(len(next(iter(named.values())))):
-        yield {name: tensor[index : index + 1] for name, tensor in named.items()}
-
-
-def _reader(inputs: list[Feeds]) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rest = iter(inputs)
-
-        def get_next(self) -> Feeds | None:
-            return next(self.rest, None)
-
-    return Reader()
 
 
 def _bytes(path: Path) -> int:

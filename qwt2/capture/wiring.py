@@ -23,7 +23,8 @@ _MOVES = {
     aten.flatten.using_ints, aten.unflatten.int,
 }  # fmt: skip
 # Operations that integer engines compute on a convolution's quantized output, or fuse into its kernel.
-_MERGES = {aten.relu.default, aten.hardtanh.default, aten.max_pool2d.default}
+_MERGES = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.max_pool2d.default}
+_PADS = {aten.constant_pad_nd.default, aten.pad.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 # Operations that leave probabilities unchanged.
 _CASTS = {aten._to_copy.default, aten.reshape.default, aten.clone.default, aten.expand.default, aten.type_as.default}
@@ -52,7 +53,7 @@ def norm_consumers(model: GraphModel) -> dict[str, list[str]]:
 
 def escaping(model: GraphModel) -> set[str]:
     """Return the convolutions whose output, activated or not, is read by something other than a layer."""
-    readers = {name: _conv_readers(calls) for name, calls in model.calls(nn.Conv2d).items()}
+    readers = {name: _conv_readers(model, calls) for name, calls in model.calls(nn.Conv2d).items()}
     return {n for n, found in readers.items() if not all(isinstance(model.module_of(r), LAYER_TYPES) for r in found)}
 
 
@@ -60,7 +61,7 @@ def layer_readers(model: GraphModel) -> dict[str, list[str]]:
     """Map the convolutions that are not :func:`escaping` to the layers that read their output."""
     outside = escaping(model)
     calls = model.calls(nn.Conv2d)
-    return {name: [r.target for r in _conv_readers(calls[name])] for name in calls if name not in outside}
+    return {name: [r.target for r in _conv_readers(model, calls[name])] for name in calls if name not in outside}
 
 
 def output_layers(model: GraphModel) -> set[str]:
@@ -117,8 +118,21 @@ def _readers(node: fx.Node, passes: Any) -> Iterator[fx.Node]:
             yield user
 
 
-def _conv_readers(calls: list[fx.Node]) -> list[fx.Node]:
-    return [reader for call in calls for reader in _readers(call, _is_merge)]
+def _conv_readers(model: GraphModel, calls: list[fx.Node]) -> list[fx.Node]:
+    def passes(node: fx.Node) -> bool:
+        return _is_merge(node) or _pads_convolutions(model, node)
+
+    return [reader for call in calls for reader in _readers(call, passes)]
+
+
+def _pads_convolutions(model: GraphModel, node: fx.Node) -> bool:
+    """Return whether a node pads images with zeros and only convolutions read it: their kernels can pad themselves."""
+    if node.op != "call_function" or node.target not in _PADS or node.kwargs:
+        return False
+    widths, *rest = node.args[1:]
+    numbers = len(widths) <= 4 and all(isinstance(width, int) and width >= 0 for width in widths)
+    zeros = all(argument in (0, None, "constant") for argument in rest)
+    return numbers and zeros and all(isinstance(model.module_of(reader), nn.Conv2d) for reader in node.users)
 
 
 def _source(node: fx.Node, passes: Any) -> fx.Node:

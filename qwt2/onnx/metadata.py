@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import onnx
@@ -20,6 +20,7 @@ TARGET_KEY = "qwt2_target"  # the target that the model was quantized for
 STRUCTURE_KEY = "qwt2_structure"
 SHARED_KEY = "qwt2_shared"  # quantizers that are not in the file -> equal ones that do their work
 SHARED = "shared quantizers"  # that mapping in Graph.meta, where qwt2.onnx.passes.quantizers.share_quantizers puts it
+PADS_KEY = "qwt2_pads"  # of a convolution: the part of its ``pads`` that was a Pad in front of it
 INT4_KEY = "qwt2_int4"  # the opset of the int8 model, and by how many bits its codes are shifted left
 
 
@@ -54,3 +55,14 @@ def shared_quantizers(notes: Mapping[str, str]) -> dict[str, str]:
         notes: the file's metadata.
     """
     return json.loads(notes.get(SHARED_KEY, "{}"))
+
+
+def note_folded_pads(convolution: ir.Node, widths: Sequence[int]) -> None:
+    """Note that ``pads`` of a convolution have grown by these widths, beside those that are noted already."""
+    noted = folded_pads(convolution) or [0] * len(widths)
+    convolution.metadata_props[PADS_KEY] = json.dumps([a + b for a, b in zip(noted, widths)])
+
+
+def folded_pads(node: ir.Node) -> list[int]:
+    """Return the part of a convolution's ``pads`` that was a Pad in front of it; empty for any other node."""
+    return json.loads(node.metadata_props.get(PADS_KEY, "[]"))

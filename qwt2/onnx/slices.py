@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from qwt2.onnx.graph import constant, copy_node, make, only_reader, readers
-from qwt2.onnx.metadata import properties, shared_quantizers
+from qwt2.onnx.metadata import folded_pads, properties, shared_quantizers
 from qwt2.onnx.names import POOLED, part_names
 
 # Operations between a layer and the next quantizer that engines merge into the layer's integer kernel.
@@ -197,5 +197,8 @@ def _isolated(
     copies = []
     for node in nodes:
         copies.append(copy_node(node, list(map(own, node.inputs)), lambda name: f"{module}/{name}"))
+        if folded := folded_pads(node):  # the module's recorded inputs are padded already
+            own_pads = [a - b for a, b in zip(node.attributes.get_ints("pads"), folded)]
+            copies[-1].attributes["pads"] = ir.AttrInt64s("pads", own_pads)
         made |= zip(node.outputs, copies[-1].outputs)
     return copies

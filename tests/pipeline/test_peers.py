@@ -1,14 +1,16 @@
 """The comparison with other tools takes each at its best, and records every setting that it tried."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from benchmarks.peer_tools import Setting, quantize_static_settings
+from benchmarks.peer_tools import Setting, quantize_static_settings, single_feeds, write_float
 from benchmarks.peers import Comparison
 from qwt2 import export_onnx, load_engine
 from qwt2.evaluation import machine
-from tests.support.tiny_models import images, vit
+from tests.support.tiny_models import images, resnet, vit
 
 
 @pytest.fixture
@@ -52,8 +54,23 @@ def test_quantize_static_runs_with_every_calibration_method(tmp_path, monkeypatc
         exact = model(batch).numpy()
     for flags, suffix in ((["avx2"], ", reduce_range"), (["avx512_vnni"], "")):
         monkeypatch.setattr(machine, "describe", lambda: {"instruction_sets": flags})
-        settings = list(quantize_static_settings(tmp_path / "fp32.onnx", batch))
+        settings = list(quantize_static_settings(tmp_path / "fp32.onnx", single_feeds([batch])))
         assert [setting.name for setting in settings] == [f"{name}{suffix}" for name in ("MinMax", "Entropy", "Percentile")]
     for setting in settings:
         setting.write(tmp_path / "int8.onnx")
         assert np.abs(load_engine(tmp_path / "int8.onnx", "onnxruntime")(batch.numpy()) - exact).mean() < np.abs(exact).mean()
+
+
+def test_quantize_static_gets_a_file_without_batchnorms(tmp_path):
+    model, batch = resnet(), images(2)
+    path = write_float(model, tmp_path / "fp32.onnx", batch[:1])
+    quant_pre_process(path, tmp_path / "prepared.onnx", skip_symbolic_shape=True)
+    assert not {"BatchNormalization", "Expand"} & {node.op_type for node in onnx.load(tmp_path / "prepared.onnx").graph.node}
+    with torch.no_grad():
+        exact = model(batch).numpy()
+    assert np.allclose(load_engine(tmp_path / "prepared.onnx", "onnxruntime")(batch.numpy()), exact, atol=1e-4)
+
+
+def test_calibration_inputs_are_given_one_by_one():
+    feeds = single_feeds([{"ids": torch.tensor([[1, 2], [3, 4]])}, {"ids": torch.tensor([[5, 6]])}])
+    assert [feed["ids"].tolist() for feed in feeds] == [[[1, 2]], [[3, 4]], [[5, 6]]]

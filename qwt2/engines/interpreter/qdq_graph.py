@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -20,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qwt2.engines.interpreter.graph import OPS, Codes, TorchGraph
 from qwt2.errors import Qwt2Error
+from qwt2.onnx.graph import copy_node, make, make_constant, maker
 from qwt2.onnx.passes.tensorrt import clip_values
 
 OPERATORS = torch.ops.quantized_decomposed
@@ -36,6 +38,7 @@ class QuantizedGraph(TorchGraph):
     def __init__(self, model: onnx.ModelProto):
         clipped = ir.from_proto(model)
         clip_values(clipped.graph)
+        _pad_codes(clipped.graph)
         model = ir.to_proto(clipped)
         super().__init__(model)
         self.input_values = list(model.graph.input)
@@ -47,6 +50,8 @@ class QuantizedGraph(TorchGraph):
             "QuantizeLinear": self._quantize, "DequantizeLinear": self._dequantize,
             "Gemm": _gemm, "MatMul": _matmul, "Conv": _conv,
         }  # fmt: skip
+        if node.op_type == "Clip" and self.constants.keys() >= {name for name in node.input[1:] if name}:
+            return _clip
         function = own.get(node.op_type) or OPS.get(node.op_type)
         if function is None:
             raise Qwt2Error(f"inductor has no {node.op_type}; run this file on another engine")
@@ -105,6 +110,29 @@ class QuantizedGraph(TorchGraph):
         self.released = [[name for name in names if name not in self.constants] for names in self.released]
 
 
+def _pad_codes(graph: ir.Graph) -> None:
+    """Pad codes in front of convolutions whose padding differs between the sides.
+
+    PyTorch has no such convolutions, and its compilers need the dequantizer right in front of a convolution.
+    """
+    for conv in [node for node in graph if node.op_type == "Conv" and _is_uneven(node)]:
+        dequantize = maker(conv.inputs[0], "DequantizeLinear")
+        if dequantize is None:
+            continue
+        top, left, bottom, right = conv.attributes.get_ints("pads")
+        widths = make_constant(f"{conv.name}/widths", np.array([0, 0, top, left, 0, 0, bottom, right]))
+        pad = make("Pad", [dequantize.inputs[0], widths.outputs[0], dequantize.inputs[2]], f"{conv.name}/padded")
+        own = copy_node(dequantize, [pad.outputs[0], *dequantize.inputs[1:]], lambda name: f"{conv.name}/{name}")  # noqa: B023 - called at once
+        conv.prepend([widths, pad, own])
+        conv.replace_input_with(0, own.outputs[0])
+        del conv.attributes["pads"]
+
+
+def _is_uneven(conv: ir.Node) -> bool:
+    pads = conv.attributes.get_ints("pads", [])
+    return pads[: len(pads) // 2] != pads[len(pads) // 2 :]
+
+
 def _weight(weight: Codes | Tensor) -> Tensor:
     """Dequantize a weight whose first axis is the output channel."""
     if isinstance(weight, Tensor):
@@ -112,6 +140,11 @@ def _weight(weight: Codes | Tensor) -> Tensor:
     return OPERATORS.dequantize_per_channel.default(
         weight.codes, weight.scale, weight.zero_point, 0, -128, 127, torch.int8
     )
+
+
+def _clip(attributes, x, low=None, high=None):
+    """Clip to numbers: Inductor merges a clamp into the convolution in front of it, but not one to tensors."""
+    return x.clamp(*(None if bound is None else float(bound) for bound in (low, high)))
 
 
 def _gemm(attributes, a, b, c=None):

@@ -21,6 +21,7 @@ from qwt2.onnx.passes.layout import (
     store_clip_bounds,
 )
 from qwt2.onnx.passes.names import drop_unread, strip_notes, use_first_names
+from qwt2.onnx.passes.padding import fold_pads
 from qwt2.onnx.passes.projections import split_projections
 from qwt2.onnx.passes.quantizers import (
     drop_later_attributes,
@@ -45,6 +46,7 @@ PASSES: list[tuple[Pass, Collection[str]]] = [
     (drop_later_attributes, _ALL),
     (use_first_names, _ALL),
     (drop_identities, _ALL),
+    (fold_pads, _ALL),
     (store_clip_bounds, _ALL),
     (split_projections, _ALL),
     (quantize_before_transposes, _ALL),
