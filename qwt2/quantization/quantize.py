@@ -62,14 +62,14 @@ def quantize(
         calibration: batches, each a tensor (N, ...), a tuple that starts with one, or a dictionary of tensors that the
             model takes as keyword arguments. The first axis of every tensor counts images.
         method: a registered PTQ method: "repq", "percentile", "mse" or "minmax" only choose ranges; "gptq", "gptaq" and
-            "erq" also choose weight codes for the layer's output; "repq_published" and "percentile_published" follow
-            the papers' code and run in simulation only.
+            "erq" also choose weight codes for the layer's output; "brecq" learns them for a block's output, which is
+            expensive; "repq_published" and "percentile_published" follow the papers' code and run in simulation only.
         precision: bit widths.
         target: the engines that the model will run on (:mod:`qwt2.quantization.targets`): "portable" for the integer
             kernels of all CPU engines; "openvino" for OpenVINO only, where it is more accurate and mostly faster;
             "tensorrt" for TensorRT.
         observer_images: number of calibration images that the ranges are chosen from (32 in the papers). "gptq",
-            "gptaq" and "erq" choose weight codes from all images.
+            "gptaq", "erq" and "brecq" choose weight codes from all images.
         blocks: names of the blocks that compensation will work on; by default they are found automatically.
         parts: names of the modules to quantize; everything outside them stays in float. ``None``: all modules.
         exclude: names or patterns of modules that stay in float ("head", "blocks.*.mlp", "*.fc1"); a name includes
