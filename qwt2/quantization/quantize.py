@@ -18,6 +18,7 @@ from qwt2.capture.check import check_captured, differing_modules, outputs_of, sa
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel, Product
 from qwt2.capture.normalise import fold_batchnorms
+from qwt2.capture.rotation import rotated
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.checks import check_images, check_weights, observed_inputs
 from qwt2.quantization.info import QuantizationInfo
@@ -48,6 +49,7 @@ def quantize(
     parts: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     bits: Mapping[str, Precision] | None = None,
+    rotate: bool = False,
     progress: Progress | None = None,
 ) -> GraphModel:
     """Quantize every Linear, Conv2d and attention product of a model after training.
@@ -76,6 +78,8 @@ def quantize(
             everything inside that module.
         bits: bit widths by module name or pattern. Later entries override earlier ones, and all of them override
             ``precision``, including its ``first_last_bits``.
+        rotate: first rotate the residual stream of a pre-norm transformer (:mod:`qwt2.capture.rotation`), which spreads
+            outlier channels over all channels. Only weights change; the float function stays the same.
         progress: called with the number of calibrated modules and the number of all modules, for progress bars.
 
     Returns:
@@ -84,9 +88,12 @@ def quantize(
 
     Raises:
         Qwt2Error: if the method or target is unknown, a name or pattern matches nothing, the calibration set is empty,
-            values are not finite (the module is named), or the model cannot be captured or has no quantizable layers.
+            values are not finite (the module is named), or the model cannot be captured or has no quantizable layers,
+            or has a residual stream that cannot be rotated.
     """
-    request = Request(method, target, precision, _names(blocks), _names(parts), tuple(exclude), dict(bits or {}))
+    request = Request(
+        method, target, precision, _names(blocks), _names(parts), tuple(exclude), dict(bits or {}), rotate
+    )
     layout = Layout.of(method, target, precision)  # refuses a wrong name before the expensive work
     ptq = PTQ_METHODS.get(method)()
     inputs, *others = observed_inputs(model, calibration, observer_images, rest=ptq.all_images)
@@ -94,10 +101,24 @@ def quantize(
     check_weights(model)
     captured = capture(model, first(inputs, 2))
     exact = outputs_of(model, inputs) if captured is model else check_captured(model, captured, inputs)
+    if rotate:
+        captured = _rotated(captured, inputs, exact)
     qmodel = _faithful(captured, inputs, exact, request)
     with torch.no_grad():
         ptq.fit(Walk(qmodel, [inputs, *others], progress=progress), layout.recipe)
     return qmodel
+
+
+def _rotated(captured: GraphModel, inputs: Inputs, exact: list[Any]) -> GraphModel:
+    """Return the model with rotated residual streams.
+
+    Raises:
+        Qwt2Error: if it cannot be rotated, or no longer gives the exact outputs.
+    """
+    model = rotated(captured)
+    if not same_outputs(exact, outputs_of(model, inputs)):
+        raise Qwt2Error(f"{model.title} computes something else with a rotated residual stream; leave rotate out")
+    return model
 
 
 def _names(names: Iterable[str] | None) -> tuple[str, ...] | None:
