@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--method", default="repq", help="PTQ method")
     p.add_argument("--weight-bits", type=int, default=8)
     p.add_argument("--activation-bits", type=int, default=8)
+    p.add_argument("--rotate", action="store_true", help="rotate the residual stream first (pre-norm transformers)")
     p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
     p.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="modules or patterns that stay in float")
     p.add_argument("--sensitivity", action="store_true", help="write what each module costs, .sensitivity.csv and .svg")
@@ -117,7 +118,8 @@ def run(arguments: argparse.Namespace) -> None:
     bits, moves = _bits(arguments, model, batches, precision, progress)
     progress.start("quantize")
     qmodel = quantize(
-        model, batches, arguments.method, target=arguments.target, progress=progress.inside, group=group, **bits
+        model, batches, arguments.method, target=arguments.target, rotate=arguments.rotate, progress=progress.inside,
+        group=group, **bits,
     )  # fmt: skip
     fits = []
     if arguments.compensation != "none":
@@ -132,7 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
     engines, mismatches = _check_engines(arguments, model, folded, batches[0][:CHECKED_IMAGES], progress)
     report = {
         "model": arguments.model, "method": arguments.method, "compensation": arguments.compensation,
-        "precision": vars(precision), "allocation": moves, "calibration_images": [str(file) for file in files],
+        "rotate": arguments.rotate, "precision": vars(precision), "allocation": moves,
+        "calibration_images": [str(file) for file in files],
         "file_bytes": arguments.output.stat().st_size, "quantized_layers": qmodel.quantization.layers,
         "quantized_products": qmodel.quantization.matmuls, "float_modules": folded.quantization.float_modules,
         "float_macs": qmodel.quantization.float_macs, "total_macs": qmodel.quantization.total_macs,
@@ -167,6 +170,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
     from qwt2.engines import check_engine
     from qwt2.onnx.export import check_format
 
+    if arguments.rotate and (arguments.sensitivity or arguments.target_sqnr):
+        raise Qwt2Error("--rotate: --sensitivity and --target-sqnr measure the model without rotation; leave it out")
     check_format(arguments.target, arguments.weight_storage, arguments.opset)
     for engine in arguments.engines:
         check_engine(engine)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qwt2.capture.batch import zeros
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel
+from qwt2.capture.rotation import rotated
 from qwt2.compensation.blocks import (
     AffineCompensation,
     BlockCompensation,
@@ -72,7 +73,9 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> GraphModel:
     header, tensors = _read(path)
     info = QuantizationInfo.from_dict(header["quantization"])
     example = zeros(info.input_shape, info.input_types)
-    qmodel = prepare(capture(model, example), example, info.request, info.unfaithful)
+    captured = capture(model, example)
+    captured = rotated(captured) if info.request.rotate else captured
+    qmodel = prepare(captured, example, info.request, info.unfaithful)
     for block, settings in header["behind_blocks"].items():
         put_behind(qmodel, block, _behind_block(settings, tensors, f"{block}.compensation"))
     _restore(qmodel, tensors, header["axes"], info, path)

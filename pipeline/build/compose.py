@@ -31,7 +31,7 @@ KEYS = {
     ),
     "evaluate": (
         *("threads", "workers", "seeds", "data", _ARCHITECTURE, "precision.name", "ptq.method", "ptq.simulated"),
-        *("compensations", "evaluate"),
+        *("ptq.rotate", "compensations", "evaluate"),
     ),
     "report": ("grid", "datasets", "models", "evaluate"),
 }

@@ -26,6 +26,7 @@ class PTQ:
     method: str = MISSING
     simulated: list[str] = MISSING
     target: str = MISSING
+    rotate: bool = MISSING
 
 
 @dataclass

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,11 @@ class Cell:
 def ptq_methods(cfg: Declared) -> list[str]:
     """Return the PTQ method that engines run, followed by those that are only simulated."""
     return [cfg["ptq"]["method"], *cfg["ptq"]["simulated"]]
+
+
+def ptq_label(ptq: Mapping[str, Any], method: str) -> str:
+    """Return the name in the results of a PTQ method in the configuration ``ptq``; only the deployed one is rotated."""
+    return f"{method}_rotated" if ptq["rotate"] and method == ptq["method"] else method
 
 
 def run_stage(stage: str, main: Callable[[Declared, Cell], None]) -> None:

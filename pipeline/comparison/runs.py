@@ -16,6 +16,7 @@ import yaml
 
 from pipeline.build.compose import read_grid
 from pipeline.common.folders import CELLS, OUT, RESOLVED, read_record
+from pipeline.common.stage import ptq_label
 from pipeline.common.unchanged import while_unchanged
 from pipeline.stages.report import baseline_rows, cell_rows
 from pipeline.sweeps.sweep import SWEEPS, job_paths
@@ -158,7 +159,7 @@ def _cell_run(folder: Path, record: dict[str, Any], sweeps: tuple[str, ...]) -> 
     config = record["config"]
     about = (config["model"]["name"], config["precision"]["name"])
     if record["status"] == "failed":
-        label = "+".join([config["ptq"]["method"], *config["compensation"]])
+        label = "+".join([ptq_label(config["ptq"], config["ptq"]["method"]), *config["compensation"]])
         return Run(
             folder.name, sweeps, *about, label, "failed", config, (folder / "config.yaml",), error=record["error"]
         )

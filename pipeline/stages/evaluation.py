@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.common.parallel import each
-from pipeline.common.stage import Cell, ptq_methods
+from pipeline.common.stage import Cell, ptq_label, ptq_methods
 from pipeline.tasks import Figures, open_task
 from qwt2.engines import load_engine
 from qwt2.engines.operations import count_operations
@@ -55,7 +55,7 @@ class Evaluation:
 
     def label(self, method: str, ptq: str | None = None) -> str:
         """Return a method's name in tables; ``ptq`` is by default the PTQ method that engines run."""
-        ptq = ptq or self.cfg["ptq"]["method"]
+        ptq = ptq_label(self.cfg["ptq"], ptq or self.cfg["ptq"]["method"])
         return ptq if method == "ptq" else f"{ptq}+{method}"
 
     def row(self, method: str, engine: str, metric: str, values, ptq: str | None = None) -> Row:

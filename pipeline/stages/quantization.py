@@ -92,6 +92,7 @@ class Quantization:
             target=self.cfg["ptq"]["target"] if method == self.deployed else "portable",
             observer_images=self.cfg["calibration"]["observer_images"],
             parts=self.task.quantized_parts(self.network),
+            rotate=self.cfg["ptq"]["rotate"] and method == self.deployed,
         )
         seconds = time.perf_counter() - started
         save_quantized(qmodel, self.cell.quantized(*run))

@@ -5,7 +5,8 @@ The keys are those of conf/cell.yaml, and conf/experiment/ holds ready sweeps:
     python -m pipeline.sweeps.experiment -m model=vit_micro,swin_micro precision=w3a3,w4a4 \
         compensation=qwt,cwac seed=0,1,2
 
-Data and baselines that DVC built are reused. Finished cells are skipped. A cell that fails does not stop the others.
+Several experiments (``experiment=free_accuracy,free_accuracy_ptq``) run one after another and share a table. Data and
+baselines that DVC built are reused. Finished cells are skipped. A cell that fails does not stop the others.
 """
 
 import os
@@ -56,8 +57,8 @@ def main(arguments: list[str]) -> None:
     stages()  # refuses to run anywhere but in the repository
     name = _name(overrides)
     with only_runner(name), progress(name):
-        rest = [argument for argument in arguments if not argument.startswith("sweep=")]
-        _hydra([*rest, f"sweep='{name}'"])  # quoted: a name may look like a number
+        for one in _experiments(arguments):
+            _hydra([*one, f"sweep='{name}'"])  # quoted: a name may look like a number
     records = jobs(name)
     kind = records[0]["printed"] if records else "table"
     refused = bool(records) and all(record["cell"] is None for record in records)  # before anything ran
@@ -77,6 +78,15 @@ def main(arguments: list[str]) -> None:
         print(f"page: {page}")
     if counts["failed"]:
         raise SystemExit(1)
+
+
+def _experiments(arguments: list[str]) -> list[list[str]]:
+    """Return the arguments once per experiment that they name, without ``sweep``."""
+    rest = [argument for argument in arguments if not argument.startswith("sweep=")]
+    named = [argument for argument in rest if argument.startswith("experiment=")]
+    others = [argument for argument in rest if argument not in named]
+    names = named[-1].partition("=")[2].split(",") if named else []
+    return [[*others, f"experiment={name}"] for name in names] or [others]
 
 
 def _name(overrides: list[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.common.folders import CELLS, SCORES, read_record
+from pipeline.common.stage import ptq_label
 from pipeline.sweeps.sweep import SWEEPS, jobs
 from pipeline.tasks import task_of
 from qwt2.io import load_arrays, write_text
@@ -17,7 +18,7 @@ from qwt2.report.results import Method
 
 PAGE = "report.html"
 # Overrides that a line of the table names in a column of its own, or takes the mean over.
-_COLUMNS = ("model", "precision", "ptq", "compensation", "seed")
+_COLUMNS = ("experiment", "model", "precision", "ptq", "ptq.rotate", "compensation", "seed")
 
 
 def write_page(sweep: str) -> Path | None:
@@ -55,7 +56,7 @@ class Finished:
         config = cell["config"]
         self.overrides: dict[str, str] = job["overrides"]
         self.model, self.precision = config["model"]["name"], config["precision"]["name"]
-        self.ptq: str = config["ptq"]["method"]
+        self.ptq = ptq_label(config["ptq"], config["ptq"]["method"])
         self.task, self.seed = task_of(config["model"]), config["seeds"][0]
         self.own, self.figures = cell["method"], cell["figures"]
         self.scores: dict[str, np.ndarray] = load_arrays(CELLS / cell["id"] / "evaluate" / SCORES)

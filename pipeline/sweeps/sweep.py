@@ -135,9 +135,13 @@ def job_paths(sweep: str) -> list[Path]:
 
 
 def jobs(sweep: str) -> list[dict[str, Any]]:
-    """Read the records of a sweep, in the order in which its cells were requested."""
-    records = [read_json(path) for path in job_paths(sweep)]
-    return sorted(records, key=lambda record: (record["number"], sorted(record["overrides"].items())))
+    """Read the records of a sweep, in the order in which its cells were requested; several experiments by name."""
+
+    def place(record: dict[str, Any]) -> tuple:
+        overrides = record["overrides"]
+        return overrides.get("experiment", ""), record["number"], sorted(overrides.items())
+
+    return sorted((read_json(path) for path in job_paths(sweep)), key=place)
 
 
 def write_table(sweep: str) -> None:

@@ -175,6 +175,46 @@ def _keeps_last_axis(node: fx.Node) -> bool:
     return not touched.get(node.target, lambda: False)()
 
 
+def moved_axis(model: GraphModel, node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    """Return where a node leaves one axis of a value that it reads; ``None`` if it does more to it than move it.
+
+    Sums, means over other axes and joining along other axes count as moves: a rotation of the axis passes them.
+    """
+    before, after = source.meta["shape"], node.meta.get("shape")
+    if before is None or after is None:
+        return None
+    if isinstance(model.module_of(node), Sum) or node.target in (aten.clone.default, aten.roll.default):
+        return axis if node.target is not aten.roll.default or axis not in _axes(node, 2, len(before)) else None
+    if node.target in (aten.add.Tensor, aten.expand.default) and not node.kwargs:
+        moved = axis - len(before) + len(after)
+        return moved if after[moved] == before[axis] else None
+    if node.target is aten.permute.default:
+        return _axes(node, 1, len(before)).index(axis)
+    if node.target is aten.transpose.int:
+        first, second = (node.args[k] % len(before) for k in (1, 2))
+        return {first: second, second: first}.get(axis, axis)
+    if node.target in (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int):
+        is_last = axis == len(before) - 1 and after[-1] == before[-1]
+        is_second = axis == 1 and after[:2] == before[:2]
+        return len(after) - 1 if is_last else 1 if is_second else None
+    if node.target in (aten.slice.Tensor, aten.cat.default):
+        return axis if axis not in _axes(node, 1, len(before), 0) else None
+    if node.target is aten.unsqueeze.default:
+        return axis + (_axes(node, 1, len(after))[0] <= axis)
+    if node.target in (aten.select.int, aten.squeeze.dim, aten.squeeze.dims, aten.mean.dim):
+        gone = _axes(node, 1, len(before))
+        keeps = node.target is aten.mean.dim and bool((*node.args, False)[2])
+        return None if axis in gone or not gone else axis - (not keeps) * sum(k < axis for k in gone)
+    return None
+
+
+def _axes(node: fx.Node, position: int, count: int, default: int | None = None) -> list[int]:
+    """Return an argument that names axes, as numbers from 0."""
+    given = node.args[position] if len(node.args) > position else default
+    axes = [] if given is None else given if isinstance(given, (list, tuple)) else [given]
+    return [k % count for k in axes]
+
+
 def float_operations(model: GraphModel) -> dict[str, str]:
     """Map modules to the reason why products or convolutions in them are not layers and stay in float."""
     found: dict[str, list[str]] = {}

@@ -19,6 +19,7 @@ from qwt2.capture.check import check_captured, differing_modules, outputs_of, sa
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel, Product
 from qwt2.capture.normalise import fold_batchnorms
+from qwt2.capture.rotation import rotated
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.checks import check_images, check_weights, observed_inputs
 from qwt2.quantization.info import QuantizationInfo
@@ -50,6 +51,7 @@ def quantize(
     parts: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     bits: Mapping[str, Precision] | None = None,
+    rotate: bool = False,
     progress: Progress | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> GraphModel:
@@ -65,20 +67,22 @@ def quantize(
         calibration: batches, each a tensor (N, ...), a tuple that starts with one, or a dictionary of tensors that the
             model takes as keyword arguments. The first axis of every tensor counts images.
         method: a registered PTQ method: "repq", "percentile", "mse" or "minmax" only choose ranges; "gptq", "gptaq" and
-            "erq" also choose weight codes for the layer's output; "repq_published" and "percentile_published" follow
-            the papers' code and run in simulation only.
+            "erq" also choose weight codes for the layer's output; "brecq" learns them for a block's output, which is
+            expensive; "repq_published" and "percentile_published" follow the papers' code and run in simulation only.
         precision: bit widths.
         target: the engines that the model will run on (:mod:`qwt2.quantization.targets`): "portable" for the integer
             kernels of all CPU engines; "openvino" for OpenVINO only, where it is more accurate and mostly faster;
             "tensorrt" for TensorRT.
         observer_images: number of calibration images that the ranges are chosen from (32 in the papers). "gptq",
-            "gptaq" and "erq" choose weight codes from all images.
+            "gptaq", "erq" and "brecq" choose weight codes from all images.
         blocks: names of the blocks that compensation will work on; by default they are found automatically.
         parts: names of the modules to quantize; everything outside them stays in float. ``None``: all modules.
         exclude: names or patterns of modules that stay in float ("head", "blocks.*.mlp", "*.fc1"); a name includes
             everything inside that module.
         bits: bit widths by module name or pattern. Later entries override earlier ones, and all of them override
             ``precision``, including its ``first_last_bits``.
+        rotate: first rotate the residual stream of a pre-norm transformer (:mod:`qwt2.capture.rotation`), which spreads
+            outlier channels over all channels. Only weights change; the float function stays the same.
         progress: called with the number of calibrated modules and the number of all modules, for progress bars.
         group: processes that call this together, as in :func:`qwt2.compensate`. Ranges are chosen in each of them;
             methods that choose weight codes from all images share these.
@@ -89,9 +93,12 @@ def quantize(
 
     Raises:
         Qwt2Error: if the method or target is unknown, a name or pattern matches nothing, the calibration set is empty,
-            values are not finite (the module is named), or the model cannot be captured or has no quantizable layers.
+            values are not finite (the module is named), or the model cannot be captured or has no quantizable layers,
+            or has a residual stream that cannot be rotated.
     """
-    request = Request(method, target, precision, _names(blocks), _names(parts), tuple(exclude), dict(bits or {}))
+    request = Request(
+        method, target, precision, _names(blocks), _names(parts), tuple(exclude), dict(bits or {}), rotate
+    )
     layout = Layout.of(method, target, precision)  # refuses a wrong name before the expensive work
     ptq = PTQ_METHODS.get(method)()
     inputs, *others = observed_inputs(model, calibration, observer_images, rest=ptq.all_images)
@@ -99,6 +106,8 @@ def quantize(
     check_weights(model)
     captured = capture(model, first(inputs, 2))
     exact = outputs_of(model, inputs) if captured is model else check_captured(model, captured, inputs)
+    if rotate:
+        captured = _rotated(captured, inputs, exact)
     qmodel = _faithful(captured, inputs, exact, request)
     processes = Processes(group)
     processes.check_batches([inputs, *others], shared=ptq.all_images)
@@ -106,6 +115,18 @@ def quantize(
         ptq.fit(Walk(qmodel, [inputs, *others], progress=progress, processes=processes), layout.recipe)
     processes.check_parameters(qmodel)
     return qmodel
+
+
+def _rotated(captured: GraphModel, inputs: Inputs, exact: list[Any]) -> GraphModel:
+    """Return the model with rotated residual streams.
+
+    Raises:
+        Qwt2Error: if it cannot be rotated, or no longer gives the exact outputs.
+    """
+    model = rotated(captured)
+    if not same_outputs(exact, outputs_of(model, inputs)):
+        raise Qwt2Error(f"{model.title} computes something else with a rotated residual stream; leave rotate out")
+    return model
 
 
 def _names(names: Iterable[str] | None) -> tuple[str, ...] | None:

@@ -24,6 +24,7 @@ class Request:
         parts: the modules to quantize; ``None`` for all.
         exclude: names or patterns of modules that stay in float.
         bits: name or pattern -> bit widths of the modules that it matches; later entries override earlier ones.
+        rotate: whether the residual stream is rotated first.
     """
 
     method: str
@@ -33,6 +34,7 @@ class Request:
     parts: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     bits: dict[str, Precision] = field(default_factory=dict)
+    rotate: bool = False
 
     def check(self, names: Collection[str]) -> None:
         """Refuse patterns that match no module in ``names``, the modules that can be quantized.

@@ -87,6 +87,9 @@ def test_the_optuna_example_names_settings_that_exist():
         ("ablation_cwac_order", 3 * 2 * 2),  # target x order x granularity
         ("ablation_refit", 3 * 5 * 2),  # target x ridges x ranges
         ("free_accuracy", 5 * 5 * 6 * 5),  # models x precisions x methods x seeds
+        ("free_accuracy_ptq", 5 * 5 * 4 * 5),
+        ("free_accuracy_learned", 5 * 5 * 5),
+        ("free_accuracy_rotated", 5 * 2 * 5),
         ("calibration_size", 2 * 6 * 8 * 3),  # models x methods x sizes x seeds
     ],
 )
@@ -97,6 +100,24 @@ def test_an_experiment_is_the_product_of_its_settings(name, count):
 def test_cells_without_engines_export_nothing():
     assert cells.cell_config(composed(["experiment=free_accuracy", "compensation=qwt"]))["exported"] == []
     assert cells.cell_config(composed(["compensation=qwt"]))["exported"] == ["ptq", "qwt"]
+
+
+def test_experiments_that_share_a_table_have_one_base_and_differ_only_in_what_they_vary():
+    names = [name for name in EXPERIMENTS if name.startswith("free_accuracy")]
+    params = {name: dict(composed([f"experiment={name}"], hydra_too=True).hydra.sweeper.params) for name in names}
+    varied = ("ptq", "ptq.rotate", "compensation", "model")
+    assert len({str({key: value for key, value in of.items() if key not in varied}) for of in params.values()}) == 1
+    assert params["free_accuracy"]["ptq"] == params["free_accuracy_rotated"]["ptq"] == "percentile_integer"
+    everything = [f"experiment={','.join(names)}", "sweep=all", "seed=0"]
+    assert experiment._experiments(everything) == [["seed=0", f"experiment={name}"] for name in names]
+    assert experiment._experiments(["sweep=s", "seed=0"]) == [["seed=0"]]
+
+
+def test_only_the_deployed_method_is_rotated():
+    ptq = cells.cell_config(composed(["ptq=percentile_integer", "ptq.rotate=true"]))["ptq"]
+    assert stage.ptq_label(ptq, "percentile") == "percentile_rotated"
+    assert stage.ptq_label(ptq, "percentile_published") == "percentile_published"
+    assert stage.ptq_label(ptq | {"rotate": False}, "percentile") == "percentile"
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

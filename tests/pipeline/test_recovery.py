@@ -115,7 +115,7 @@ def write_cell(number: int, overrides: dict[str, str], ptq: str, top1: dict[str,
     folder, own = CELLS / f"{number:016x}", list(top1)[-1]
     figures = {name: {"torch/compensate_seconds": 2.0, "torch/added_modules": added} if "+" in name else
                {"torch/quantize_seconds": 1.0} for name in top1}  # fmt: skip
-    config = {"model": {"name": "vit", "timm": "x"}, "precision": {"name": "w2a3"}, "ptq": {"method": ptq},
+    config = {"model": {"name": "vit", "timm": "x"}, "precision": {"name": "w2a3"}, "ptq": {"method": ptq, "rotate": "ptq.rotate" in overrides},
               "seeds": [int(overrides["seed"])]}  # fmt: skip
     scores = {name: np.full((1, 4), value, np.float32) for name, value in ({"fp32": 96.0} | top1).items()}
     save_arrays(folder / "evaluate" / SCORES, scores)
@@ -142,6 +142,19 @@ def test_a_sweep_s_cells_are_brought_together_by_seed_and_compared_with_its_firs
     }  # fmt: skip
     assert all(len(line.measured.scores) == 2 for line in found.values())
     assert found["PTQ"].measured.seconds == 1.0 and found["gptq + CWAC, gate=none"].measured.seconds == 3.0
+
+
+def test_several_experiments_are_compared_with_the_first_one_s_method_and_rotation_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = [("fast_more", "gptq", {}), ("fast", "repq", {}), ("fast_rotated", "repq", {"ptq.rotate": "true"})]
+    for number, (name, ptq, more) in enumerate(asked):  # each counts its own cells
+        label = f"{ptq}_rotated" if more else ptq
+        overrides = {"experiment": name, "ptq": ptq, "compensation": "cwac", "seed": "0"} | more
+        write_cell(number, overrides, ptq, {label: 80.0 + number, f"{label}+cwac": 85.0 + number})
+    cells = [page.Finished(job, cell) for job in sweep.jobs("s") if (cell := page._finished(job))]
+    found = page.measured(cells)
+    assert [line.name for line in found] == ["PTQ", "PTQ + CWAC", "gptq", "gptq + CWAC", "repq_rotated", "repq_rotated + CWAC"]
+    assert {line.group for line in found} == {""}
 
 
 def test_other_settings_make_groups_and_the_page_names_them(tmp_path, monkeypatch):

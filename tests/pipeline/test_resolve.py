@@ -253,7 +253,7 @@ def test_full_size_models_compose_with_a_folder_of_images():
         (["precision=w4a9"], "options of group 'precision' are: .*w4a4.*w8a8"),
         (["model=vit_huge"], "options of group 'model' are: .*vit_base"),
         (["data=imagenet"], "options of group 'data' are: coco, digits, digits_coco, docstrings, fashion_mnist, imagefolder, photos"),
-        (["ptq=brecq"], "options of group 'ptq' are: erq, gptaq, gptq, minmax, mse, percentile, percentile_integer, repq, repq_integer"),
+        (["ptq=adaround"], "options of group 'ptq' are: brecq, erq, gptaq, gptq, minmax, mse, percentile, percentile_integer, repq, repq_integer"),
         (["compensation@compensation.qwt=qwt3"], "options of group 'compensation' are: all, cwac, cwac_paper, none, qwt, qwt_global, refit"),
         (["data=imagefolder"], "'data.path' is not set"),
         (["+calibration.image=3"], "no key 'calibration.image'; the keys there are: images, batch_size, observer_images"),
