@@ -309,7 +309,7 @@ def test_other_tools_are_compared_with_cells_that_make_real_runs():
 
     recipe = (ROOT / "Makefile").read_text()
     for model, (experiment_name, precisions) in real.swept().items():
-        assert {"w8a8", "w4a8", "w6a6", "w4a4"} == set(precisions) and f" {experiment_name}" in recipe
+        assert "w8a8" in precisions and f" {experiment_name}-cells" in recipe
         for engine, overrides in real.COMPARED.items():
             cfg = real.configuration([f"experiment={experiment_name}", f"model={model}", *overrides])
             assert engine in cfg["evaluate"]["engines"] and set(overrides[1:]) <= set(recipe.replace("'", "").split())
