@@ -112,6 +112,7 @@ def test_only_streams_of_linear_layers_and_norms_are_rotated(extra):
             rotated(captured)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_rotated_model_is_quantized_stored_compensated_and_exported(tmp_path):
     captured, images = tiny.captured(tiny.vit), tiny.images(8)
