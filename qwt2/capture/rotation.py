@@ -214,9 +214,13 @@ def _readers(model: GraphModel, stream: Stream, node: fx.Node) -> Iterator[tuple
 
 
 def _ends(model: GraphModel, node: fx.Node, axis: int) -> Iterator[fx.Node]:
-    """Yield the nodes that read a norm's output, on its channel axis unless they are not Linears, behind moves."""
+    """Yield the nodes that read a norm's output behind moves: Linears on its channel axis, or others.
+
+    Additions are no moves here, because the norm's bias moves past them.
+    """
     for user in node.users:
-        moved = moved_axis(model, user, node, axis) if len(user.all_input_nodes) == 1 else None
+        adds = isinstance(model.module_of(user), Sum) or user.target is aten.add.Tensor
+        moved = moved_axis(model, user, node, axis) if len(user.all_input_nodes) == 1 and not adds else None
         is_last = axis == len(node.meta["shape"]) - 1
         if moved is not None:
             yield from _ends(model, user, moved)

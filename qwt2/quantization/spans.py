@@ -48,9 +48,11 @@ class Span:
             yield index, before[route.by_name[self.x]], x_f, exact[route.by_name[self.y]]
 
     def run_first(self, walk: Walk, run_module: Callable) -> None:
-        """Run the quantized network's first batch through the span, with ``run_module(module, *arguments)``.
+        """Run the quantized network's first batch through the span; the network stays where it is.
 
-        The network stays where it is.
+        Args:
+            walk: the calibration set on its way, in front of the span.
+            run_module: computes a module's output, given the module and its arguments.
         """
         route = walk.routes[0]
         start, stop = route.positions[route.by_name[self.first]], route.positions[route.by_name[self.y]] + 1

@@ -71,7 +71,7 @@ def test_a_model_of_one_s_own(folder, capsys, compensation):
 
 @pytest.mark.parametrize(
     "options",
-    [("--target", "tensorrt", "--opset", "19"), ("--target", "openvino"), ("--weight-storage", "int4", "--weight-bits", "4")],
+    [("--target", "tensorrt", "--opset", "19"), ("--target", "openvino", "--rotate"), ("--weight-storage", "int4", "--weight-bits", "4")],
 )
 def test_other_kinds_of_files(folder, options):
     command("mine:make", "--image-size", "32", "--compensation", "none", "--engines", "onnxruntime", *options)
@@ -82,6 +82,7 @@ def test_other_kinds_of_files(folder, options):
         assert check(stored) == []
     elif "openvino" in options:
         assert not any(tensor.name.endswith(".output.scale") for tensor in stored.graph.initializer)
+        assert report["rotate"]
     else:
         assert onnx.TensorProto.INT4 in {tensor.data_type for tensor in stored.graph.initializer}
 
@@ -136,7 +137,7 @@ def corrupt(folder: Path) -> None:
         ("mine:make", ["--output", "model.bin"], "--output model.bin must end with .onnx"),
         ("mine:make", ["--output", "no/where.onnx"], "is no folder; make it first, or correct --output"),
         ("mine:make", ["--weight-bits", "9"], "weight_bits is 9; use a whole number from 2 to 8"),
-        ("mine:make", ["--image-size", "32", "--method", "brecq"], "brecq"),
+        ("mine:make", ["--image-size", "32", "--method", "adaround"], "unknown PTQ method 'adaround'"),
         ("mine:make", ["--image-size", "32", "--compensation", "lora"], "unknown compensation method 'lora'"),
         ("mine:make", ["--image-size", "32", "--engines", "tensorflow"], "unknown engine 'tensorflow'"),
     ],
@@ -208,6 +209,7 @@ def test_one_channel_and_a_compiled_checkpoint(folder):
         (("--device", "cuda"), "PyTorch sees no GPU here"),
         (("--mean", "0.5", "0.5"), "--mean gives 2 values for 3 channels"),
         (("--exclude", "blcks"), "exclude: 'blcks' matches no module"),
+        (("--rotate", "--sensitivity"), "--sensitivity and --target-sqnr measure the model without rotation"),
     ],
 )
 def test_options_that_do_not_fit(folder, capsys, options, message):

@@ -206,8 +206,8 @@ def test_bad_calibration_sets_are_refused(calibration, message):
 
 
 def test_unknown_methods_are_refused_with_the_known_ones():
-    with pytest.raises(Qwt2Error, match="brecq.*repq"):
-        qwt2.quantize(mlp(), [images()], "brecq")
+    with pytest.raises(Qwt2Error, match="adaround.*repq"):
+        qwt2.quantize(mlp(), [images()], "adaround")
 
 
 def test_a_float_model_is_no_quantized_model():

@@ -90,7 +90,8 @@ class Branches(nn.Module):
     def forward(self, x):
         x = self.stem(x) + self.position
         x = torch.relu(x) if self.extra == "relu" else x
-        x = x + self.fc(torch.tanh(y := self.norm(x)) if self.extra == "tanh" else (y := self.norm(x)))
+        y = self.norm(x)
+        x = x + self.fc({"tanh": torch.tanh, "shift": lambda y: y + 1.0}.get(self.extra, lambda y: y)(y))
         z = self.head(self.end(x).mean(1))
         more = {"stream": x, "norm": y, "maximum": x.amax(1), "position": self.position * z[:, :1]}
         if self.extra == "post":  # a norm writes the stream
@@ -98,7 +99,7 @@ class Branches(nn.Module):
         return (z, more[self.extra]) if self.extra in more else self.fc(self.end(x)) if self.extra == "twice" else z
 
 
-@pytest.mark.parametrize("extra", ["none", "relu", "tanh", "stream", "norm", "maximum", "position", "twice", "post"])
+@pytest.mark.parametrize("extra", ["none", "relu", "tanh", "shift", "stream", "norm", "maximum", "position", "twice", "post"])
 @torch.no_grad()
 def test_only_streams_of_linear_layers_and_norms_are_rotated(extra):
     model, x = tiny.randomize(Branches(extra)), torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -112,6 +113,7 @@ def test_only_streams_of_linear_layers_and_norms_are_rotated(extra):
             rotated(captured)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_rotated_model_is_quantized_stored_compensated_and_exported(tmp_path):
     captured, images = tiny.captured(tiny.vit), tiny.images(8)
