@@ -1,4 +1,4 @@
-"""What methods recover of plain PTQ's loss, at which cost, with paired intervals over images and seeds.
+"""Share of plain PTQ's loss that each method recovers, and its cost, with paired intervals over images and seeds.
 
 A method is free if it leaves no module of its own in the deployed network. QwT, for example, leaves a layer beside each
 block, which takes time in every engine.
@@ -53,7 +53,7 @@ class Measured:
 
     @property
     def cell(self) -> tuple[str, str, str]:
-        """What must be equal in methods that are compared."""
+        """Model, precision and group, which are equal in methods that are compared."""
         return self.model, self.precision, self.group
 
     @property
@@ -110,7 +110,7 @@ class Line(NamedTuple):
 
 
 def lines(measured: Iterable[Measured], fp32: Mapping[str, float]) -> list[Line]:
-    """Compare every method with the plain PTQ and with the QwT of its cell, of which the first count.
+    """Compare every method with plain PTQ and with QwT of the same cell; if there are several, with the first.
 
     Args:
         measured: the methods; those of cells without plain PTQ are left out.
@@ -143,8 +143,8 @@ def interval(differences: np.ndarray) -> Interval:
     """Return the mean of paired differences with its interval.
 
     Images and seeds are drawn independently of each other, because all seeds share the images (a crossed design). Every
-    drawn image and seed brings the difference that was measured on it, so both methods stay paired. A figure that is no
-    mean over images leaves a few seeds only, of which a bootstrap makes too narrow an interval: Student's is taken.
+    drawn image and seed brings the difference that was measured on it, so both methods stay paired. If a figure is no
+    mean over images, only a few seeds vary. A bootstrap over so few is too narrow, so Student's interval is used.
 
     Args:
         differences: (seeds, images); a dimension of length 1 is not resampled.

@@ -11,6 +11,7 @@ from torch import nn
 
 import qwt2
 from qwt2.errors import Qwt2Error
+from qwt2.folding.layers import IntegerLinear
 from qwt2.quantization.layers import QuantizedMatmul, QuantizedModule
 from qwt2.quantization.request import matches
 from tests.support import tiny_models as tiny
@@ -155,16 +156,16 @@ def test_a_folded_module_that_differs_stays_in_float_and_is_listed(monkeypatch, 
     from qwt2.folding import fold as folding
 
     def wrong(factor, layer):
-        integer = right(layer)
+        integer = IntegerLinear(layer)
         if integer.weight.shape == (16, 64):  # blocks.0.mlp.fc1 and blocks.1.mlp.fc1
             integer.weight_scale *= factor
         return integer
 
-    right, qmodel = folding.fold_layer, quantize()
+    qmodel = quantize()
     qwt2.compensate(qmodel, tiny.batches())
     sound = qwt2.fold(qmodel)
     for factor in (1.1, math.nan):
-        monkeypatch.setattr(folding, "fold_layer", partial(wrong, factor))
+        monkeypatch.setattr(folding, "IntegerLinear", partial(wrong, factor))
         with pytest.warns(UserWarning, match="fc1 stays in float: its folded form differs by .* output steps"):
             folded = qwt2.fold(qmodel)
         layers = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
