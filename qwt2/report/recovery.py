@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwt2.extras import extra
-from qwt2.report import detection, findings
 from qwt2.report.compensations import FREE, REFERENCES, heading, label
+from qwt2.report.metrics import HARD_LOSS, HEADLINE, METRICS
 from qwt2.report.results import Method, Results
 
 with extra("report"):
     from scipy.stats import bootstrap, ttest_1samp
 
-HARD_LOSS = {"classification": findings.HARD_LOSS, "detection": detection.HARD_LOSS}  # points of the main figure
 PUBLISHED = "published"  # the group of PTQ methods that follow a paper's own code
 CONFIDENCE = 0.95
 _RESAMPLES = 1000
@@ -215,10 +214,16 @@ def headline(found: Sequence[Line]) -> list[str]:
     if not parts:
         return []
     return [
-        f"At no cost in the engine, where plain PTQ loses {HARD_LOSS['classification']:.0f} points of top-1 or "
-        f"{HARD_LOSS['detection']:.0f} of box AP or more, {'; '.join(parts)} "
+        f"At no cost in the engine, where plain PTQ loses {hard_loss(found)} or more, {'; '.join(parts)} "
         f"(* marks {CONFIDENCE:.0%} intervals without 0)."
     ]
+
+
+def hard_loss(found: Iterable[Line]) -> str:
+    """Return the losses from which on compensation must help: "3 points of top-1 or 5 points of box AP"."""
+    tasks = {line.measured.task for line in found}
+    names = {task: METRICS[HEADLINE[task]].heading.removesuffix(" %") for task in HARD_LOSS if task in tasks}
+    return " or ".join(f"{HARD_LOSS[task]:.0f} points of {name}" for task, name in names.items())
 
 
 def _standing(found: list[Line]) -> str:
