@@ -158,7 +158,7 @@ def measured(name: str, only_capture: bool) -> dict[str, Any]:
 
 
 def captured_like(model: nn.Module, captured: GraphModel, test: Any) -> dict[str, Any]:
-    """What a model's graph holds, and how close it is to the model."""
+    """Return what a model's graph holds, and how close it is to the model."""
     same = min(map(_error_db, _floats(outputs_of(model, test)), _floats(outputs_of(captured, test))))
     return {
         "same_db": "exact" if math.isinf(same) else round(same), "layers": len(wiring.layers(captured)),

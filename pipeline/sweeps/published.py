@@ -101,14 +101,14 @@ def pairs(group: Group) -> list[Pair]:
     published = [row for row in read_published() if row.is_accuracy and (row.config, row.precision) == cell]
     compared = {FP32, *(name for row in published for name in own_methods(row.method))}
     dataset = published[0].dataset if published else ""
-    alone = [
+    only_ours = [
         Pair(dataset, *cell, metric, method, "", None, group.get(FP32, f"torch/{metric}"), None, own)
         for method in group.methods
         if method not in compared
         for metric in ACCURACIES
         if (own := group.get(method, f"torch/{metric}")) is not None
     ]
-    return [_pair(row, group) for row in published] + alone
+    return [_pair(row, group) for row in published] + only_ours
 
 
 def _pair(row: Published, group: Group) -> Pair:

@@ -1,4 +1,4 @@
-"""What compensation regains in a sweep: a table and a sentence per model and precision."""
+"""The accuracy that compensation regains in a sweep: a table and a sentence per model and precision."""
 
 from collections.abc import Iterator
 

@@ -20,7 +20,7 @@ _SIZE = torch.ops.aten.sym_size.int
 
 @dataclass(frozen=True)
 class Signature:
-    """How a model is called, and the call that its graph was captured for.
+    """The parameters of a model's call, and the call that its graph was captured for.
 
     Attributes:
         parameters: signature of the forward method.

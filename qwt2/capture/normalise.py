@@ -249,7 +249,7 @@ def name_layers(model: GraphModel) -> None:
     for node in nodes:
         key = (node.meta["module"], node.target, str(node.args[1:]), str(node.kwargs))
         if key not in made:
-            made[key] = _layer_name(model, node, alone=len(kinds[node.meta["module"]]) == 1)
+            made[key] = _layer_name(model, node, is_only=len(kinds[node.meta["module"]]) == 1)
             model.set_module(made[key], makers[node.target](model, node))
         replace(node, insert(model.graph, node, made[key], (node.args[0],), node))
     _separate_tied(model)
@@ -269,17 +269,17 @@ def _has_constant_weights(node: fx.Node) -> bool:
     return all(argument.op == "get_attr" for argument in rest)
 
 
-def _layer_name(model: GraphModel, node: fx.Node, alone: bool) -> str:
+def _layer_name(model: GraphModel, node: fx.Node, is_only: bool) -> str:
     """Return the name of the module that owns the layer's weight; else a numbered name in the module calling it.
 
     Args:
         model: the graph.
         node: the layer's operation.
-        alone: whether all layers of the calling module have the same weight.
+        is_only: whether all layers of the calling module have the same weight.
     """
     weight, module = _weight(node), node.meta["module"]
     owner = weight.target.rpartition(".")[0] if weight is not None and weight.target.endswith(".weight") else module
-    if alone and node.meta["leaf"]:
+    if is_only and node.meta["leaf"]:
         owner = module
     elif weight is None or not weight.target.endswith(".weight"):
         owner = ""

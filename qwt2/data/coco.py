@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qwt2.data import DATASETS
+from qwt2.data.configuration import DrawnFromFolder
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
 
@@ -48,24 +49,10 @@ class Scenes:
 
 @DATASETS.register("coco")
 @dataclass
-class Coco:
-    """The dataset and the keys of its configuration.
-
-    Attributes:
-        name: "coco".
-        path: folder in COCO's layout.
-        num_classes: number of categories in the annotations.
-        train_images, val_images: number of images to draw from each split; ``None`` takes all.
-        seed: seed of the draw.
-    """
+class Coco(DrawnFromFolder):
+    """The dataset ``coco`` and the keys of its configuration; ``path`` is a folder in COCO's layout."""
 
     TASK: ClassVar[str] = "detection"
-    name: str
-    path: str
-    num_classes: int
-    train_images: int | None
-    val_images: int | None
-    seed: int
 
     @staticmethod
     def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qwt2.data import DATASETS
+from qwt2.data.configuration import DrawnFromFolder
 from qwt2.data.dataset import Dataset
 from qwt2.errors import Qwt2Error
 from qwt2.io import load_arrays, read_json, save_arrays, write_json
@@ -31,24 +32,10 @@ _MAGIC = {1: 0x801, 3: 0x803}  # number of axes -> magic number of a file of byt
 
 @DATASETS.register("fashion_mnist")
 @dataclass
-class FashionMnist:
-    """The dataset and the keys of its configuration.
-
-    Attributes:
-        name: "fashion_mnist".
-        path: folder of the four IDX files.
-        num_classes: 10.
-        train_images, val_images: number of images to draw from each split; ``None`` takes all.
-        seed: seed of the draw.
-    """
+class FashionMnist(DrawnFromFolder):
+    """The dataset ``fashion_mnist`` and the keys of its configuration; ``path`` is the folder of the four IDX files."""
 
     TASK: ClassVar[str] = "classification"
-    name: str
-    path: str
-    num_classes: int
-    train_images: int | None
-    val_images: int | None
-    seed: int
 
     @staticmethod
     def write(cfg: Mapping[str, Any], folder: str | os.PathLike) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qwt2.data import DATASETS
+from qwt2.data.configuration import DrawnFromFolder
 from qwt2.data.dataset import Dataset
 from qwt2.errors import Qwt2Error
 from qwt2.extras import extra
@@ -34,25 +35,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 
 @DATASETS.register("imagefolder")
 @dataclass
-class ImageFolder:
-    """The dataset and the keys of its configuration.
+class ImageFolder(DrawnFromFolder):
+    """The dataset ``imagefolder`` and the keys of its configuration; ``path`` is a folder in ImageNet's layout.
 
     Attributes:
-        name: "imagefolder".
-        path: folder in ImageNet's layout.
-        num_classes: number of class folders.
-        train_images, val_images: number of images to draw from each split; ``None`` takes all.
-        seed: seed of the draw.
         skip_corrupt: whether to leave out images that cannot be decoded instead of raising.
     """
 
     TASK: ClassVar[str] = "classification"
-    name: str
-    path: str
-    num_classes: int
-    train_images: int | None
-    val_images: int | None
-    seed: int
     skip_corrupt: bool
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Photographs listed in a table, of which some have a class, from a folder and from installed packages.
+"""Photographs listed in a table, some of them with a class, from a folder and from installed packages.
 
 The table is a CSV file with the columns ``file``, ``label`` and ``class``. A file is relative to the dataset's folder,
 or ``package:file`` for one that an installed package carries. A label is a class number of ImageNet, and empty where
@@ -128,7 +128,7 @@ def read_table(path: Path, num_classes: int) -> dict[str, int]:
         raise Qwt2Error(f"{path} must have the columns file and label, and a row for each photograph")
     labels = {row["file"]: _label(path, row, num_classes) for row in rows}
     if set(labels.values()) == {UNLABELLED}:
-        raise Qwt2Error(f"{path} gives no photograph a label, so that there is no accuracy; label some of them")
+        raise Qwt2Error(f"{path} gives no photograph a label, so no accuracy can be measured; label some of them")
     return labels
 
 

@@ -117,6 +117,8 @@ def load_engine(path: str | os.PathLike, name: str = "onnxruntime", threads: int
         The engine, which compiles the model on its first call.
 
     Raises:
-        Qwt2Error: the file does not exist or was not exported by this library, or the engine is unknown.
+        Qwt2Error: the file does not exist or was not exported by this library, or the engine is unknown or not
+            installed.
     """
+    check_engine(name)
     return Engine(load_onnx(path), name, threads)

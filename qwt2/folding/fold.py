@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from qwt2.capture.graph import GraphModel
@@ -16,7 +15,6 @@ from qwt2.folding.check import differing_steps
 from qwt2.folding.layers import (
     IntegerAdd,
     IntegerConv2d,
-    IntegerLayer,
     IntegerLinear,
     IntegerMatmul,
     IntegerPooling,
@@ -27,6 +25,7 @@ from qwt2.quantization.layers import (
     QuantizedAdd,
     QuantizedConv2d,
     QuantizedLayer,
+    QuantizedLinear,
     QuantizedMatmul,
     QuantizedModule,
     QuantizedPooling,
@@ -54,8 +53,8 @@ def fold(qmodel: GraphModel) -> GraphModel:
     _refuse_simulation_only(qmodel)
     folded = copy.deepcopy(qmodel)
     kinds: dict[type, Callable[..., nn.Module]] = {
-        QuantizedLayer: fold_layer, QuantizedMatmul: IntegerMatmul, QuantizedAdd: IntegerAdd,
-        QuantizedPooling: IntegerPooling, LinearCompensation: WidenedCompensation,
+        QuantizedLinear: IntegerLinear, QuantizedConv2d: IntegerConv2d, QuantizedMatmul: IntegerMatmul,
+        QuantizedAdd: IntegerAdd, QuantizedPooling: IntegerPooling, LinearCompensation: WidenedCompensation,
     }  # fmt: skip
     for kind, integer in kinds.items():
         for name in folded.calls(kind):
@@ -79,19 +78,6 @@ def _in_float(module: QuantizedModule) -> QuantizedModule:
     return plain
 
 
-def fold_layer(layer: QuantizedLayer) -> IntegerLayer:
-    """Return the integer form of one layer, with alpha and beta folded in float64."""
-    bias = torch.zeros(layer.out_channels, dtype=torch.float64, device=layer.weight.device)
-    if layer.bias is not None:
-        bias = layer.bias.double()
-    if layer.alpha is not None and layer.beta is not None:
-        bias = layer.alpha.double() * bias + layer.beta.double()
-    scales = layer.integer_scales(layer.alpha, bias)
-    codes = scales.codes(layer.weight_codes)
-    kind: type[IntegerLayer] = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
-    return kind(layer, codes, scales.scale, scales.bias_codes(bias))
-
-
 def _refuse_simulation_only(qmodel: nn.Module) -> None:
     for name, module in qmodel.named_modules():
         if isinstance(module, AffineCompensation):
@@ -109,4 +95,4 @@ def _not_integer(quantizer: Quantizer, name: str) -> str:
         return "its zero point lies outside its codes"
     if name.endswith("weight_quantizer"):
         return "" if quantizer.grid.symmetric else "weight codes with a zero point"
-    return "" if quantizer.channel_axis is None else "it has one scale a channel"
+    return "" if quantizer.channel_axis is None else "it has one scale per channel"

@@ -1,11 +1,13 @@
 """Integer modules, which :func:`qwt2.fold` creates and engines run.
 
 Weights are int8 codes, and biases are int32 codes of scale s_x * s_w. Activations pass through quantize-dequantize
-pairs. In PyTorch, the modules compute the same as an integer engine up to rounding in float32. On export, the two
-custom operators below become ONNX's QuantizeLinear and DequantizeLinear.
+pairs. In PyTorch, the modules compute the same as an integer engine up to rounding in float32. On export,
+:func:`onnx_operators` turns the two custom operators into ONNX's QuantizeLinear and DequantizeLinear.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,6 @@ from qwt2.quantization.layers import (
     QuantizedAdd,
     QuantizedConv2d,
     QuantizedLayer,
-    QuantizedLinear,
     QuantizedMatmul,
     QuantizedPooling,
 )
@@ -77,6 +78,26 @@ def _(codes, scale, zero_point, axis):
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
+def onnx_operators() -> dict[Callable, Callable]:
+    """Map the two operators to their ONNX form, as ``custom_translation_table`` of ``torch.onnx.export`` takes it."""
+    from onnxscript import opset20 as op
+
+    def quantize_dequantize_onnx(x, scale, zero_point, lowest, highest, low, high):
+        values = x if low is None else op.Clip(x, low, high)
+        codes = op.QuantizeLinear(values, scale, zero_point)
+        if lowest is not None:
+            codes = op.Clip(codes, lowest, highest)
+        return op.DequantizeLinear(codes, scale, zero_point)
+
+    def dequantize_onnx(codes, scale, zero_point, axis: int):
+        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    return {
+        torch.ops.qwt2.quantize_dequantize.default: quantize_dequantize_onnx,
+        torch.ops.qwt2.dequantize.default: dequantize_onnx,
+    }
+
+
 class QuantizeDequantize(nn.Module):
     """An activation quantizer with one scale, on 8-bit codes."""
 
@@ -105,33 +126,41 @@ class QuantizeDequantize(nn.Module):
 
 
 class IntegerLayer(nn.Module):
-    """Base of the integer Linear and Conv2d.
+    """Base of the integer Linear and Conv2d, with alpha and beta folded into the stored scales and biases in float64.
 
     Args:
-        layer: the quantized layer whose activation quantizers it uses.
-        codes: int8 weight codes, in the layout that :meth:`forward` uses.
-        weight_scale: scale of the weight codes, float32 (C_out,).
-        bias_codes: bias codes of scale input scale * weight_scale, int32 (C_out,).
+        layer: the quantized layer.
     """
 
-    def __init__(self, layer: QuantizedLayer, codes: Tensor, weight_scale: Tensor, bias_codes: Tensor):
+    def __init__(self, layer: QuantizedLayer):
         super().__init__()
+        bias = torch.zeros(layer.out_channels, dtype=torch.float64, device=layer.weight.device)
+        if layer.bias is not None:
+            bias = layer.bias.double()
+        if layer.alpha is not None and layer.beta is not None:
+            bias = layer.alpha.double() * bias + layer.beta.double()
+        scales = layer.integer_scales(layer.alpha, bias)
         self.input = QuantizeDequantize(layer.input_quantizer)
-        self.register_buffer("weight", codes)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("weight_zero_point", torch.zeros_like(weight_scale, dtype=torch.int8))
-        self.register_buffer("bias", bias_codes)
-        self.register_buffer("bias_scale", self.input.scale * weight_scale)
-        self.register_buffer("bias_zero_point", torch.zeros_like(bias_codes))
+        self.register_buffer("weight", self.stored(scales.codes(layer.weight_codes)))
+        self.register_buffer("weight_scale", scales.scale)
+        self.register_buffer("weight_zero_point", torch.zeros_like(scales.scale, dtype=torch.int8))
+        self.register_buffer("bias", scales.bias_codes(bias))
+        self.register_buffer("bias_scale", self.input.scale * scales.scale)
+        self.register_buffer("bias_zero_point", torch.zeros_like(self.bias))
         output = layer.output_quantizer
         self.output = nn.Identity() if output is None else QuantizeDequantize(output)
+
+    def stored(self, codes: Tensor) -> Tensor:
+        """Return weight codes (C_out, ...) in the layout that :meth:`forward` uses."""
+        return codes
 
 
 class IntegerLinear(IntegerLayer):
     """An integer Linear; its weight is stored as (C_in, C_out) for a plain matrix product."""
 
-    def __init__(self, layer: QuantizedLinear, codes: Tensor, weight_scale: Tensor, bias_codes: Tensor):
-        super().__init__(layer, codes.t().contiguous(), weight_scale, bias_codes)
+    def stored(self, codes: Tensor) -> Tensor:
+        """See :meth:`IntegerLayer.stored`."""
+        return codes.t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output (..., C_out) for a float input (..., C_in)."""
@@ -145,8 +174,8 @@ class IntegerLinear(IntegerLayer):
 class IntegerConv2d(IntegerLayer):
     """An integer Conv2d."""
 
-    def __init__(self, layer: QuantizedConv2d, codes: Tensor, weight_scale: Tensor, bias_codes: Tensor):
-        super().__init__(layer, codes, weight_scale, bias_codes)
+    def __init__(self, layer: QuantizedConv2d):
+        super().__init__(layer)
         self.stride, self.padding = layer.stride, layer.padding
         self.dilation, self.groups = layer.dilation, layer.groups
 

@@ -17,7 +17,7 @@ from qwt2.capture.batch import Inputs, tensors
 from qwt2.capture.check import evaluation_mode
 from qwt2.capture.graph import GraphModel
 from qwt2.errors import Qwt2Error
-from qwt2.folding.layers import IntegerLayer
+from qwt2.folding.layers import IntegerLayer, onnx_operators
 from qwt2.io import quiet
 from qwt2.onnx.file import save_onnx
 from qwt2.onnx.int4 import pack_int4
@@ -63,7 +63,7 @@ def write_onnx(
             program = torch.onnx.export(
                 folded, **arguments, dynamo=True, opset_version=opset, input_names=list(tensors(example_input)),
                 output_names=list(output_names or _output_names(folded)) or None, dynamic_shapes=free,
-                custom_translation_table=_translations(), verbose=False, optimize=False,
+                custom_translation_table=onnx_operators(), verbose=False, optimize=False,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
@@ -128,25 +128,6 @@ def check_format(target: str, weight_storage: str, opset: int) -> None:
         raise Qwt2Error(f"unknown weight storage {weight_storage!r}; use one of: {', '.join(WEIGHT_STORAGE)}")
     if find_target(target).float_biases and weight_storage == "int4":
         raise Qwt2Error(f"target {target!r} needs weight storage 'int8': it multiplies int4 weights only in float")
-
-
-def _translations() -> dict:
-    from onnxscript import opset20 as op
-
-    def quantize_dequantize_onnx(x, scale, zero_point, lowest, highest, low, high):
-        values = x if low is None else op.Clip(x, low, high)
-        codes = op.QuantizeLinear(values, scale, zero_point)
-        if lowest is not None:
-            codes = op.Clip(codes, lowest, highest)
-        return op.DequantizeLinear(codes, scale, zero_point)
-
-    def dequantize_onnx(codes, scale, zero_point, axis: int):
-        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
-
-    return {
-        torch.ops.qwt2.quantize_dequantize.default: quantize_dequantize_onnx,
-        torch.ops.qwt2.dequantize.default: dequantize_onnx,
-    }
 
 
 def _first_names(folded: nn.Module) -> dict[str, str]:

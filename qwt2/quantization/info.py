@@ -17,7 +17,7 @@ from qwt2.quantization.request import Request
 
 @dataclass
 class QuantizationInfo:
-    """How a model was quantized; every quantized model has it as its attribute ``quantization``.
+    """A record of a model's quantization; every quantized model has it as its attribute ``quantization``.
 
     Attributes:
         request: the user's request.

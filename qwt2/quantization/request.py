@@ -14,7 +14,7 @@ from qwt2.quantization.precision import Precision
 
 @dataclass(frozen=True)
 class Request:
-    """How a model is to be quantized; a stored model is rebuilt from it.
+    """The settings that a model is quantized with; a stored model is rebuilt from them.
 
     Attributes:
         method: a registered PTQ method.

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from qwt2.report import metrics
 from qwt2.report.compensations import SUBJECT, label
 from qwt2.report.findings import LATENCY_RATIO, Target, target
 from qwt2.report.results import Method, Results, Row
 
 FP32_AP = {"bbox_ap": 60.0, "segm_ap": 50.0}  # percent that a default detector must reach before it is quantized
-HARD_LOSS = 5.0  # points of box AP; plain PTQ loses at least as many where compensation must help
+HARD_LOSS = metrics.HARD_LOSS["detection"]
 RECOVERED = 1 / 3  # share of that loss that compensation must recover
 ENGINE_DELTA = 0.3  # points of box AP by which an engine may differ from the simulation
 

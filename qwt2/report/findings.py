@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from qwt2.report import metrics
 from qwt2.report.compensations import SUBJECT, label
 from qwt2.report.results import Method, Results, Row
 
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 ENGINE_NAMES = {"torch": "Simulation", **ENGINES}
 FP32_TOP1 = 90.0  # percent that a default model must reach before it is quantized
-HARD_LOSS = 3.0  # points of top-1; plain PTQ loses at least as many where compensation must help
+HARD_LOSS = metrics.HARD_LOSS["classification"]
 EASY_LOSS = 0.5  # points of top-1 that plain PTQ may lose at 8 bits
 ENGINE_DELTA = 0.3  # points of top-1 by which an engine may differ from the simulation
 FOLD_STEPS, FOLD_FRACTION = 1, 1e-3  # by which folded and unfolded modules may differ: output steps, share of elements

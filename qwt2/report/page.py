@@ -136,7 +136,7 @@ def render_sweep(sweep: str, measured: Sequence[recovery.Measured], fp32: Mappin
 def _recovery_values(recovered: Sequence[recovery.Line]) -> dict[str, Any]:
     """Return what the template recovery.html reads."""
     return {
-        "recovered": recovered, "recovery_means": recovery.means(recovered), "hard_loss": recovery.HARD_LOSS,
+        "recovered": recovered, "recovery_means": recovery.means(recovered), "hard_loss": recovery.hard_loss(recovered),
         "significance": recovery.significance(recovered), "confidence": recovery.CONFIDENCE,
         "references": compensations.REFERENCES, "label": compensations.label,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What methods recover of plain PTQ's loss, at which cost, with paired intervals over images and seeds.
+"""Share of plain PTQ's loss that each method recovers, and its cost, with paired intervals over images and seeds.
 
 A method is free if it leaves no module of its own in the deployed network. QwT, for example, leaves a layer beside each
 block, which takes time in every engine.
@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwt2.extras import extra
-from qwt2.report import detection, findings
 from qwt2.report.compensations import FREE, REFERENCES, heading, label
+from qwt2.report.metrics import HARD_LOSS, HEADLINE, METRICS
 from qwt2.report.results import Method, Results
 
 with extra("report"):
     from scipy.stats import bootstrap, ttest_1samp
 
-HARD_LOSS = {"classification": findings.HARD_LOSS, "detection": detection.HARD_LOSS}  # points of the main figure
 PUBLISHED = "published"  # the group of PTQ methods that follow a paper's own code
 CONFIDENCE = 0.95
 _RESAMPLES = 1000
@@ -53,7 +52,7 @@ class Measured:
 
     @property
     def cell(self) -> tuple[str, str, str]:
-        """What must be equal in methods that are compared."""
+        """Model, precision and group, which are equal in methods that are compared."""
         return self.model, self.precision, self.group
 
     @property
@@ -110,7 +109,7 @@ class Line(NamedTuple):
 
 
 def lines(measured: Iterable[Measured], fp32: Mapping[str, float]) -> list[Line]:
-    """Compare every method with the plain PTQ and with the QwT of its cell, of which the first count.
+    """Compare every method with plain PTQ and with QwT of the same cell; if there are several, with the first.
 
     Args:
         measured: the methods; those of cells without plain PTQ are left out.
@@ -143,8 +142,8 @@ def interval(differences: np.ndarray) -> Interval:
     """Return the mean of paired differences with its interval.
 
     Images and seeds are drawn independently of each other, because all seeds share the images (a crossed design). Every
-    drawn image and seed brings the difference that was measured on it, so both methods stay paired. A figure that is no
-    mean over images leaves a few seeds only, of which a bootstrap makes too narrow an interval: Student's is taken.
+    drawn image and seed brings the difference that was measured on it, so both methods stay paired. If a figure is no
+    mean over images, only a few seeds vary. A bootstrap over so few is too narrow, so Student's interval is used.
 
     Args:
         differences: (seeds, images); a dimension of length 1 is not resampled.
@@ -215,10 +214,16 @@ def headline(found: Sequence[Line]) -> list[str]:
     if not parts:
         return []
     return [
-        f"At no cost in the engine, where plain PTQ loses {HARD_LOSS['classification']:.0f} points of top-1 or "
-        f"{HARD_LOSS['detection']:.0f} of box AP or more, {'; '.join(parts)} "
+        f"At no cost in the engine, where plain PTQ loses {hard_loss(found)} or more, {'; '.join(parts)} "
         f"(* marks {CONFIDENCE:.0%} intervals without 0)."
     ]
+
+
+def hard_loss(found: Iterable[Line]) -> str:
+    """Return the losses from which on compensation must help: "3 points of top-1 or 5 points of box AP"."""
+    tasks = {line.measured.task for line in found}
+    names = {task: METRICS[HEADLINE[task]].heading.removesuffix(" %") for task in HARD_LOSS if task in tasks}
+    return " or ".join(f"{HARD_LOSS[task]:.0f} points of {name}" for task, name in names.items())
 
 
 def _standing(found: list[Line]) -> str:

@@ -1,4 +1,4 @@
-"""What each module's quantization costs at the network's output, as a table and a chart."""
+"""The error that quantizing each module causes at the network's output, as a table and a chart."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def corrupt(folder: Path) -> None:
         ("mine:make", ["--output", "model.bin"], "--output model.bin must end with .onnx"),
         ("mine:make", ["--output", "no/where.onnx"], "is no folder; make it first, or correct --output"),
         ("mine:make", ["--weight-bits", "9"], "weight_bits is 9; use a whole number from 2 to 8"),
-        ("mine:make", ["--image-size", "32", "--method", "adaround"], "unknown PTQ method 'adaround'"),
+        ("mine:make", ["--image-size", "32", "--method", "nope"], "unknown PTQ method 'nope'"),
         ("mine:make", ["--image-size", "32", "--compensation", "lora"], "unknown compensation method 'lora'"),
         ("mine:make", ["--image-size", "32", "--engines", "tensorflow"], "unknown engine 'tensorflow'"),
     ],

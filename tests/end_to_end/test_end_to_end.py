@@ -17,16 +17,18 @@ from qwt2.report.results import read_rows
 pytestmark = pytest.mark.e2e
 
 MODELS = ("vit_micro", "resnet_micro")
-# Python imports it first: it notes every file that the process, or a fork of it, opens.
+# Python imports it first: it notes every file that a stage, or a fork of it, opens, in a file named after the stage.
 TRACER = """
 import os, sys
-file = os.open(os.environ["OPENED"], os.O_WRONLY | os.O_APPEND)
+stage = next((word for word in sys.orig_argv if word.startswith("pipeline.stages.")), None)
+file = stage and os.open(os.path.join(os.path.dirname(__file__), stage), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 def note(event, arguments):
     if event == "open" and isinstance(arguments[0], str):
         os.write(file, os.path.abspath(arguments[0]).encode() + b"\\n")
 
-sys.addaudithook(note)
+if stage:
+    sys.addaudithook(note)
 """
 
 
@@ -47,11 +49,17 @@ def stages_run(output: str) -> set[str]:
 
 @pytest.mark.timeout(840)
 def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
-    first = run(clone, "dvc", "repro")
+    tracer = clone / "tracer"
+    tracer.mkdir()
+    (tracer / "sitecustomize.py").write_text(TRACER)
+    traced = tiny_chain.environment(clone) | {"PYTHONPATH": f"{tracer}:{clone}"}
+    first = run(clone, "dvc", "repro", env=traced)
     cells = {f"{m}-w3a3" for m in MODELS}
     assert {f"{s}@{c}" for s in ("quantize", "evaluate") for c in cells} < stages_run(first.stdout)
     check_summary(clone)
     check_page(clone)
+    for stage in ("data", "baseline", "quantize", "evaluate", "report"):
+        check_sources(clone, stage)
 
     assert stages_run(run(clone, "dvc", "repro").stdout) == set()
 
@@ -82,22 +90,14 @@ def test_repro_builds_everything_and_reruns_only_what_reads_a_change(clone):
     # A stage that runs again, with one worker or several, writes the same results.
     folder = clone / "out/quantize/vit_micro-w3a3"
     before = hashes(folder)
-    check_sources(clone, "quantize", "vit_micro-w3a3")
+    run(clone, sys.executable, "-m", "pipeline.stages.quantize", "vit_micro-w3a3")
     assert before == hashes(folder) and before
-    for stage, cell in (("data", ""), ("baseline", "vit_micro"), ("evaluate", "vit_micro-w3a3"), ("report", "")):
-        check_sources(clone, stage, cell)
 
 
-def check_sources(clone: Path, stage: str, cell: str) -> None:
-    """Run a stage, and see that the hash of its code covers every file of the project that it opens."""
-    tracer, opened = clone / "tracer", clone / "tracer/opened"
-    tracer.mkdir(exist_ok=True)
-    (tracer / "sitecustomize.py").write_text(TRACER)
-    opened.write_text("")
-    environment = tiny_chain.environment(clone)
-    environment |= {"PYTHONPATH": f"{tracer}:{clone}", "OPENED": str(opened)}
-    run(clone, sys.executable, "-m", f"pipeline.stages.{stage}", *[cell] * bool(cell), env=environment)
-    found = {Path(source_from_cache(name) if name.endswith(".pyc") else name) for name in opened.read_text().splitlines()}
+def check_sources(clone: Path, stage: str) -> None:
+    """See that the hash of a stage's code covers every file of the project that the stage has opened."""
+    opened = (clone / f"tracer/pipeline.stages.{stage}").read_text().splitlines()
+    found = {Path(source_from_cache(name) if name.endswith(".pyc") else name) for name in opened}
     files = {path.relative_to(clone).as_posix() for path in found if path.is_relative_to(clone)}
     code = {name for name in files if name.startswith(("pipeline/", "qwt2/"))}
     assert f"pipeline/stages/{stage}.py" in code

@@ -634,6 +634,7 @@ def test_wiring_of_a_transformer():
     assert find_blocks(graph) == ["blocks.0", "blocks.1"]
 
 
+@pytest.mark.slow
 def test_wiring_of_swin_finds_patch_merging_and_shifted_windows():
     graph = captured(BUILDERS["swin"])
     norms = wiring.norm_consumers(graph)

@@ -553,7 +553,7 @@ class TestErrors:
             ("qwt", {"kernel_size": "3"}, "odd"),
             ("qwt", {"damping": -1.0}, "damping"),
             ("qwt", {"channels_per_group": 0}, "channels_per_group"),
-            ("affine", {}, "cwac, cwac_paper, qwt, qwt_global, refit"),
+            ("affine", {}, ", ".join(COMPENSATIONS.names())),
         ],
     )
     def test_bad_settings_are_refused_with_the_valid_ones(self, method, options, valid):

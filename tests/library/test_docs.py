@@ -116,6 +116,7 @@ def user_package(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_shell_lines_name_what_exists(command):
     """Commands may take hours: what is checked is that they would start."""
@@ -220,6 +221,7 @@ def test_code_that_the_method_page_names_exists():
     assert absent <= {"q", "f", "qwt2", "block_q"}
 
 
+@pytest.mark.slow
 def test_the_pages_build_without_a_warning_and_load_nothing_from_elsewhere(tmp_path):
     done = run(sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

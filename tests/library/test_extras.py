@@ -52,6 +52,7 @@ def test_an_engine_that_is_not_installed(hide, engine):
         check_engine(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "tvm"])
 def test_a_model_on_an_engine_that_is_not_installed(hide, engine):
     _, path = tiny_models.exported("vit", 8, None)

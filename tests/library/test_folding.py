@@ -12,7 +12,6 @@ from torch import nn
 import qwt2
 from qwt2.compensation.blocks import compensated_blocks
 from qwt2.evaluation.mismatch import Mismatch, fold_mismatch
-from qwt2.folding.fold import fold_layer
 from qwt2.folding.layers import IntegerConv2d, IntegerLayer, IntegerLinear, IntegerMatmul
 from qwt2.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedModule
 from qwt2.quantization.observers import Grid
@@ -55,6 +54,10 @@ def layers(draw):
         beta = draw(st.lists(st.sampled_from(BETAS), min_size=count, max_size=count))
         layer.set_compensation(torch.tensor(alpha), torch.tensor(beta))
     return layer, x
+
+
+def integer(layer) -> IntegerLayer:
+    return IntegerConv2d(layer) if isinstance(layer, QuantizedConv2d) else IntegerLinear(layer)
 
 
 def on_grid(x: torch.Tensor, quantizer: UniformQuantizer) -> torch.Tensor:
@@ -104,7 +107,7 @@ class TestFoldLayer:
     @given(layers())
     def test_equals_the_float64_evaluation(self, case):
         layer, x = case
-        folded = fold_layer(layer)
+        folded = integer(layer)
         exact = Exact(layer, x, folded)
         error = (folded(x).double() - exact.y).abs()
         assert bool((error <= exact.bound).all()), float((error / exact.bound).max())
@@ -114,7 +117,7 @@ class TestFoldLayer:
     @given(layers())
     def test_equals_the_simulation(self, case):
         layer, x = case
-        folded = fold_layer(layer)
+        folded = integer(layer)
         exact = Exact(layer, x, folded)
         # Both round: each is within its bound of the exact value.
         assert bool(((layer(x) - folded(x)).abs() <= 2 * exact.bound).all())
@@ -123,7 +126,7 @@ class TestFoldLayer:
     @given(layers())
     def test_codes_stay_inside_their_types(self, case):
         layer, x = case
-        folded = fold_layer(layer)
+        folded = integer(layer)
         assert folded.weight.dtype == torch.int8 and folded.bias.dtype == torch.int32
         assert int(folded.weight.to(torch.int32).abs().max()) <= 127
         # The accumulator, bias included, fits into int32 for up to 2^30 / (127 * 255) = 33,000 products.
@@ -137,7 +140,7 @@ class TestFoldLayer:
     def test_leaves_the_layer_as_it_was(self, case):
         layer, x = case
         before, y = copy.deepcopy(layer.state_dict()), layer(x)
-        fold_layer(layer)(x)
+        integer(layer)(x)
         after = layer.state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
         assert torch.equal(layer(x), y)
@@ -150,39 +153,39 @@ class TestFoldLayer:
         if alpha is not None:
             factor = alpha
             layer.set_compensation(torch.full((5,), alpha), torch.zeros(5))
-        folded = fold_layer(layer)
+        folded = integer(layer)
         weight = folded.weight.t() * folded.weight_scale[:, None]
         assert torch.equal(weight, factor * layer.weight_quantizer(layer.weight))
 
     @pytest.mark.parametrize("bits", range(2, 9))
     def test_other_factors_change_the_scale_alone(self, bits):
         layer, _ = linear(weight_bits=bits)
-        plain = fold_layer(layer)
+        plain = integer(layer)
         alpha = torch.tensor([1.1, -1.1, 0.3, 1e-3, 123.0])
         layer.set_compensation(alpha, torch.zeros(5))
-        folded = fold_layer(layer)
+        folded = integer(layer)
         assert torch.equal(folded.weight, plain.weight * alpha.sign().to(torch.int8))
         torch.testing.assert_close(folded.weight_scale, plain.weight_scale * alpha.abs(), rtol=2e-7, atol=0)
 
     def test_alpha_zero_leaves_beta(self):
         layer, x = linear()
         layer.set_compensation(torch.zeros(5), torch.tensor([0.0, 1.0, -2.0, 1e6, 1e-3]))
-        folded = fold_layer(layer)
+        folded = integer(layer)
         assert not folded.weight.any()
         torch.testing.assert_close(folded(x), layer.beta.expand(4, 5), rtol=1e-6, atol=1e-9)
 
     def test_low_bit_codes_leave_room_for_a_fine_bias(self):
         """A 2-bit layer's own bias grid would be 32 times as coarse as needed."""
         layer, x = linear(weight_bits=2)
-        folded = fold_layer(layer)
+        folded = integer(layer)
         assert float(folded.bias_scale.max()) <= float(layer.input_quantizer.scale * layer.weight_quantizer.scale.max()) / 32 * 1.001
 
     def test_output_quantizer_is_kept(self):
         layer, x = linear()
         layer.output_quantizer = UniformQuantizer(Grid(8), "minmax")
         expected = layer.calibrate_on(x)
-        torch.testing.assert_close(fold_layer(layer)(x), expected, rtol=0, atol=1.01 * float(layer.output_quantizer.scale))
-        assert fold_layer(layer)(100 * x).max() <= expected.max() + layer.output_quantizer.scale
+        torch.testing.assert_close(integer(layer)(x), expected, rtol=0, atol=1.01 * float(layer.output_quantizer.scale))
+        assert integer(layer)(100 * x).max() <= expected.max() + layer.output_quantizer.scale
 
 
 def linear(weight_bits: int = 8, bias: bool = False) -> tuple[QuantizedLinear, torch.Tensor]:
@@ -313,7 +316,7 @@ class TestRefusals:
         qmodel = tiny.quantized("vit")
         quantizer = qmodel.blocks[0].mlp.fc2.input_quantizer
         quantizer.set_parameters(quantizer.scale.expand(64), quantizer.zero_point.expand(64), -1)
-        self.refused(qmodel, "blocks.0.mlp.fc2.input_quantizer", "one scale a channel")
+        self.refused(qmodel, "blocks.0.mlp.fc2.input_quantizer", "one scale per channel")
 
     def test_block_compensation(self):
         qmodel = tiny.quantized("vit")

@@ -68,13 +68,20 @@ def test_the_loaded_model_is_the_int8_model_byte_for_byte(name, bits, method, tm
 def test_files_are_about_half_as_large(bits, flip, tmp_path):
     folded = linear(bits, flip=flip)
     wide = write_onnx(folded, tmp_path / "int8.onnx", tiny.images(2))
-    narrow = write_onnx(folded, tmp_path / "int4.onnx", tiny.images(2), weight_storage="int4")
+    narrow = save_onnx(in_int4(wide), tmp_path / "int4.onnx")
     assert 0.5 <= narrow.stat().st_size / wide.stat().st_size < 0.53
     assert load_onnx(narrow).SerializeToString(deterministic=True) == wide.read_bytes()
     weights = [t for t in onnx.load(narrow).graph.initializer if t.name.endswith(".weight")]
     assert len(weights) == 3 and {t.data_type for t in weights} == {TensorProto.INT4}
     if flip and bits == 4:  # -8 flipped to +8 does occur, and INT4 has no +8
         assert any(numpy_helper.to_array(t).max() == 8 << 3 for t in load_onnx(narrow).graph.initializer if t.name.endswith(".weight"))
+
+
+def test_a_file_is_written_in_int4_as_if_packed_afterwards(tmp_path):
+    folded = linear(3, flip=True)
+    wide = write_onnx(folded, tmp_path / "int8.onnx", tiny.images(2))
+    narrow = write_onnx(folded, tmp_path / "int4.onnx", tiny.images(2), weight_storage="int4")
+    assert narrow.read_bytes() == save_onnx(in_int4(wide), tmp_path / "packed.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

@@ -77,7 +77,7 @@ def test_transparent_parts_become_white(tmp_path):
         ([*ROWS, ("g.png", "")], r"g\.png does not exist; data\.path must name the folder"),
         ([("a.png", "5"), ("b.png", "")], r"a\.png has the label '5', but labels are class numbers from 0 to 4"),
         ([("a.png", "cat"), ("b.png", "")], r"a\.png has the label 'cat', but labels are class numbers"),
-        ([("a.png", ""), ("b.png", "")], r"table\.csv gives no photograph a label, so that there is no accuracy"),
+        ([("a.png", ""), ("b.png", "")], r"table\.csv gives no photograph a label, so no accuracy can be measured"),
         ([("a.png", "1"), ("b.png", "")], r"data\.train_images is 2, but only 1 photographs have no class"),
         ([], r"table\.csv must have the columns file and label, and a row for each photograph"),
         ([("no_package:x.png", ""), ("a.png", "1")], r"no_package is not installed.*pip install 'qwt2\[real\]'"),

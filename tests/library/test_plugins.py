@@ -129,6 +129,7 @@ def test_a_compensation_of_another_package(install):
         qwt2.compensate(model, batches(), "mean_error", target="local")
 
 
+@pytest.mark.slow
 def test_an_engine_of_another_package(install, tmp_path):
     install("my-zeros", ENGINE, "qwt2.engines", "zeros")
     folded = qwt2.fold(qwt2.quantize(vit(), batches(), "minmax"))

@@ -11,6 +11,7 @@ from torch import nn
 
 import qwt2
 from qwt2.errors import Qwt2Error
+from qwt2.folding.layers import IntegerLinear
 from qwt2.quantization.layers import QuantizedMatmul, QuantizedModule
 from qwt2.quantization.request import matches
 from tests.support import tiny_models as tiny
@@ -18,8 +19,12 @@ from tests.support import tiny_models as tiny
 W4A4 = qwt2.Precision(4, 4)
 
 
+def captured(name):
+    return tiny.captured(tiny.BUILDERS[name])
+
+
 def quantize(name="vit", **options):
-    return qwt2.quantize(tiny.BUILDERS[name](), tiny.batches(), **options)
+    return qwt2.quantize(captured(name), tiny.batches(), **options)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +88,11 @@ def test_patterns_that_match_nothing_are_refused_with_near_names(options, messag
         quantize(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_costs_are_what_each_module_alone_costs(name):
     """Against the network with one quantized module at a time: first order is close where the error is small."""
-    model, batches = tiny.BUILDERS[name](), tiny.batches()
+    model, batches = captured(name), tiny.batches()
     precision = qwt2.Precision(6, 6)
     costs = qwt2.sensitivity(model, batches, precision=precision)
     qmodel = qwt2.quantize(model, batches, precision=precision)
@@ -107,7 +113,7 @@ def test_costs_are_what_each_module_alone_costs(name):
 def test_costs_take_at_most_ten_forward_passes():
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, batches = tiny.BUILDERS["vit"](), tiny.batches()
+    model, batches = captured("vit"), tiny.batches()
     qmodel = qwt2.quantize(model, batches)
     from qwt2.quantization.sensitivity import _output_errors, _pieces
 
@@ -120,8 +126,9 @@ def test_costs_take_at_most_ten_forward_passes():
     assert whole.get_total_flops() <= 10 * one.get_total_flops()
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_spent_on_what_costs_most():
-    model, batches = tiny.BUILDERS["vit"](), tiny.batches()
+    model, batches = captured("vit"), tiny.batches()
     low = qwt2.allocate(model, batches, precision=W4A4, weight_bytes=10**9)
     count = low.weight_bytes // 1  # all modules at 8 bits: a byte per weight
     some = qwt2.allocate(model, batches, precision=W4A4, weight_bytes=int(0.75 * count))
@@ -134,8 +141,9 @@ def test_a_budget_is_kept_and_spent_on_what_costs_most():
         qwt2.allocate(model, batches, weight_bytes=10)
 
 
+@pytest.mark.slow
 def test_a_target_is_reached_with_the_fewest_moves():
-    model, batches = tiny.BUILDERS["resnet"](), tiny.batches()
+    model, batches = captured("resnet"), tiny.batches()
     found = qwt2.allocate(model, batches, "percentile", W4A4, sqnr_db=15.0)
     images = torch.cat(batches)
     with torch.no_grad():
@@ -150,21 +158,22 @@ def test_a_target_is_reached_with_the_fewest_moves():
         qwt2.allocate(model, batches, sqnr_db=10.0, agreement=90.0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_folded_module_that_differs_stays_in_float_and_is_listed(monkeypatch, tmp_path):
     from qwt2.folding import fold as folding
 
     def wrong(factor, layer):
-        integer = right(layer)
+        integer = IntegerLinear(layer)
         if integer.weight.shape == (16, 64):  # blocks.0.mlp.fc1 and blocks.1.mlp.fc1
             integer.weight_scale *= factor
         return integer
 
-    right, qmodel = folding.fold_layer, quantize()
+    qmodel = quantize()
     qwt2.compensate(qmodel, tiny.batches())
     sound = qwt2.fold(qmodel)
     for factor in (1.1, math.nan):
-        monkeypatch.setattr(folding, "fold_layer", partial(wrong, factor))
+        monkeypatch.setattr(folding, "IntegerLinear", partial(wrong, factor))
         with pytest.warns(UserWarning, match="fc1 stays in float: its folded form differs by .* output steps"):
             folded = qwt2.fold(qmodel)
         layers = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
@@ -197,6 +206,7 @@ class Shifted(nn.Module):
         return self.fc(self.norm2(self.second(x)).relu().mean((2, 3)))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_layer_that_loses_precision_with_its_batchnorm_folded_stays_in_float(tmp_path):
     assert not qwt2.quantize(Shifted(0), tiny.batches(), "percentile").quantization.float_modules
@@ -216,6 +226,7 @@ def test_a_layer_that_loses_precision_with_its_batchnorm_folded_stays_in_float(t
     assert (found - folded(x)).norm() < 0.02 * folded(x).norm()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_modules_that_are_wrong_for_another_reason_stay_in_float_and_others_are_refused(monkeypatch):
     with monkeypatch.context() as patch:

@@ -41,6 +41,7 @@ def test_same_seed_gives_the_same_network_whatever_was_drawn_before(dataset):
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
+@pytest.mark.slow
 def test_a_transformer_learns_its_training_images(dataset):
     model = train(build_model(VIT), dataset, CFG | {"steps": 240, "learning_rate": 3e-3, "warmup_steps": 20})
     assert not model.training

@@ -204,6 +204,7 @@ def test_pages_under_another_name_are_refused(address):
         assert code == status
 
 
+@pytest.mark.slow
 def test_every_script_is_our_own(address):
     page = urllib.request.urlopen(address).read().decode()
     assert "http://" not in page and "https://" not in page

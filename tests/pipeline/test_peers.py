@@ -47,6 +47,7 @@ def test_a_tool_that_fails_with_every_setting_is_named(comparison):
         comparison.keep_best("openvino", "nncf", [Setting("broken", failing)])
 
 
+@pytest.mark.slow
 def test_quantize_static_runs_with_every_calibration_method(tmp_path, monkeypatch):
     model, batch = vit(), images(8)
     export_onnx(model, tmp_path / "fp32.onnx", batch[:1])

@@ -8,6 +8,7 @@ from pipeline.common.folders import CELLS, SCORES
 from pipeline.sweeps import page, sweep
 from qwt2.io import save_arrays, write_json
 from qwt2.report import charts, recovery
+from qwt2.report.metrics import ACCURACY, HARD_LOSS
 from qwt2.report.recovery import Interval, Measured, interval, lines
 
 
@@ -82,6 +83,13 @@ def test_the_first_sentence_says_where_free_methods_lose():
     assert "CWAC is ahead of QwT in 0 of 1 cells (vit-w2a3 -1.0*)" in text
     assert "behind in 1 of 2 comparisons, significantly in CWAC of QwT vit-w8a8 -0.5*" in text
     assert recovery.headline(lines(hard[:1], {"vit": 96.0})) == []
+
+
+def test_every_task_says_from_which_loss_on_compensation_must_help():
+    assert HARD_LOSS.keys() == ACCURACY.keys()
+    found = [measured(name, {0: mean}, task="retrieval") for name, mean in (("", 80), ("qwt", 85), ("cwac", 90))]
+    [text] = recovery.headline(lines(found, {"vit": 96.0}))
+    assert f"plain PTQ loses {HARD_LOSS['retrieval']:.0f} points of recall@1 or more, CWAC is ahead" in text
 
 
 def test_what_did_not_help_is_what_is_not_surely_above_ptq():

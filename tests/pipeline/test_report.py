@@ -356,6 +356,7 @@ def test_stage_writes_both_files_or_says_in_one_sentence_why_not(out):
     assert {path.name: path.read_bytes() for path in results.iterdir()} == written
 
 
+@pytest.mark.slow
 def test_stage_needs_no_torch():
     code = "import sys, pipeline.stages.report, pipeline.comparison.readme; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
