@@ -12,8 +12,9 @@ inputs have noise of 1 % of their standard deviation, which would be 40 dB in a 
 
 Other tools get the same images, where the model is small enough (:mod:`benchmarks.zoo_peers`).
 
-`python -m benchmarks.zoo [NAME ...]` continues what this machine has, small models first. With `--capture`, models
-are only captured and compared with their graphs, which takes seconds each.
+`.venv-peers/bin/python -m benchmarks.zoo [NAME ...]` continues what this machine has, small models first. With
+`--capture`, models are only captured and compared with their graphs, which takes seconds each. `--largest 500` takes
+the smallest member of every family. The environment is that of `make benchmarks`.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def main() -> None:
     models = read_dicts(LIST)
     for model in tqdm(models, desc="models"):
         name, small = model["model"], int(model["parameters"]) <= arguments.largest * 1e6
-        left = name not in rows or (rows[name]["outcome"] == CAPTURED and not arguments.capture)
+        left = name not in rows or is_left(rows[name]["outcome"], small, arguments.capture)
         if name in arguments.names or (not arguments.names and left):
             row: dict[str, Any] = dict(model)
             row |= in_a_process(LIMIT_SECONDS, measured, name, arguments.capture) if small else NOT_TAKEN
@@ -98,6 +99,11 @@ def main() -> None:
         for tool in [tool for tool in TOOLS if light and not rows[name][tool]]:
             rows[name] |= by_a_tool(tool, name)
             write_csv(output, list(rows.values()))
+
+
+def is_left(outcome: str, small: bool, only_capture: bool) -> bool:
+    """Return whether a model with a row is still to be taken: it was only captured, or was too large at that time."""
+    return (outcome == CAPTURED and not only_capture) or (outcome == NOT_TAKEN["outcome"] and small)
 
 
 def by_a_tool(tool: str, name: str) -> dict[str, Any]:

@@ -118,42 +118,43 @@ def _expand_one(model: GraphModel, node: fx.Node) -> None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given: Any = dict(zip(names, node.args)) | dict(node.kwargs)
     query, key, value, mask = (given.get(name) for name in names[:4])
-    graph, heads, width = node.graph, query.meta["shape"][:-2], query.meta["shape"][-1]
-    rows, columns = query.meta["shape"][-2], key.meta["shape"][-2]
-    if given.get("enable_gqa") and key.meta["shape"][-3] != query.meta["shape"][-3]:
-        times = query.meta["shape"][-3] // key.meta["shape"][-3]
+    *heads, rows, width = query.meta["shape"]
+    columns = key.meta["shape"][-2]
+    scores_shape = (*heads, rows, columns)
+
+    def op(target: Callable, *args: Any, like: fx.Node = node, shape: tuple | None = None, **kwargs: Any) -> fx.Node:
+        return insert(node.graph, node, target, args, like, shape, kwargs)
+
+    if given.get("enable_gqa") and key.meta["shape"][-3] != heads[-1]:
+        times = heads[-1] // key.meta["shape"][-3]
         key, value = (
-            insert(graph, node, aten.repeat_interleave.self_int, (x, times, -3), node, (*heads, *x.meta["shape"][-2:]))
+            op(aten.repeat_interleave.self_int, x, times, -3, shape=(*heads, *x.meta["shape"][-2:]))
             for x in (key, value)
         )
     # Scaling the query is cheaper than scaling the scores, and the scale folds into the query's projection.
-    scale = given.get("scale")
-    query = insert(
-        graph, node, aten.mul.Tensor, (query, width**-0.5 if scale is None else scale), node, query.meta["shape"]
-    )
-    flipped = (*key.meta["shape"][:-2], width, columns)
-    key = insert(graph, node, aten.transpose.int, (key, -2, -1), node, flipped)
-    scores_shape = (*heads, rows, columns)
-    scores = insert(graph, node, aten.matmul.default, (query, key), node, scores_shape)
+    scale = width**-0.5 if given.get("scale") is None else given["scale"]
+    query = op(aten.mul.Tensor, query, scale, shape=query.meta["shape"])
+    key = op(aten.transpose.int, key, -2, -1, shape=(*key.meta["shape"][:-2], width, columns))
+    scores = op(aten.matmul.default, query, key, shape=scores_shape)
     if given.get("is_causal"):
-        ones = insert(graph, node, aten.ones.default, ([rows, columns],), node, (rows, columns), {"dtype": torch.bool})
+        ones = op(aten.ones.default, [rows, columns], shape=(rows, columns), dtype=torch.bool)
         ones.meta["dtype"] = torch.bool
-        mask = insert(graph, node, aten.tril.default, (ones,), ones)
+        mask = op(aten.tril.default, ones, like=ones)
     blocked, fill = None, float("-inf")
     if mask is not None and _may_block_rows(model, mask):  # the weights of a fully masked row are 0, not NaN
         fill = torch.finfo(torch.float32).min
     if mask is not None and mask.meta["dtype"] == torch.bool:
-        blocked = insert(graph, node, aten.logical_not.default, (mask,), mask)
+        blocked = op(aten.logical_not.default, mask, like=mask)
     elif mask is not None:
-        scores = insert(graph, node, aten.add.Tensor, (scores, mask), node, scores_shape)
-        blocked = None if fill == float("-inf") else insert(graph, node, aten.eq.Scalar, (mask, float("-inf")), mask)
+        scores = op(aten.add.Tensor, scores, mask, shape=scores_shape)
+        blocked = None if fill == float("-inf") else op(aten.eq.Scalar, mask, float("-inf"), like=mask)
     if blocked is not None:
         blocked.meta["dtype"] = torch.bool
-        scores = insert(graph, node, aten.masked_fill.Scalar, (scores, blocked, fill), node, scores_shape)
-    weights = insert(graph, node, aten.softmax.int, (scores, -1), node, scores_shape)
+        scores = op(aten.masked_fill.Scalar, scores, blocked, fill, shape=scores_shape)
+    weights = op(aten.softmax.int, scores, -1, shape=scores_shape)
     if fill != float("-inf"):
-        weights = insert(graph, node, aten.masked_fill.Scalar, (weights, blocked, 0.0), node, scores_shape)
-    replace(node, insert(graph, node, aten.matmul.default, (weights, value), node))
+        weights = op(aten.masked_fill.Scalar, weights, blocked, 0.0, shape=scores_shape)
+    replace(node, op(aten.matmul.default, weights, value))
 
 
 def _may_block_rows(model: GraphModel, mask: fx.Node) -> bool:

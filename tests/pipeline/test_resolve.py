@@ -129,6 +129,7 @@ def test_stage_writes_its_files_and_removes_those_of_former_cells(conf):
     }
 
 
+@pytest.mark.slow
 def test_resolving_imports_no_torch():
     import subprocess
     import sys

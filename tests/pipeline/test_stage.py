@@ -97,6 +97,7 @@ def test_stages_run_from_the_command_line_name_what_is_missing(tmp_path):
         assert done.stderr.startswith("error: out/resolved/") and "run `dvc repro`" in done.stderr
 
 
+@pytest.mark.slow
 def test_threads_limit_torch():
     code = "from pipeline.common.stage import set_threads; set_threads(1); import torch; print(torch.get_num_threads())"
     done = subprocess.run(
