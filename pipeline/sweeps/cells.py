@@ -183,7 +183,7 @@ def _remove(cell: Cell, stages: Iterable[str]) -> None:
 def data_folder(cfg: dict[str, Any]) -> Path:
     """Return the folder of the cell's dataset: DVC's if DVC built it, otherwise one that all cells share."""
     stored = _made_with("data", config_path("data"))
-    if cfg["datasets"].items() <= stored.get("datasets", {}).items() and _is_whole("data", "data"):
+    if cfg["datasets"].items() <= stored.get("datasets", {}).items() and is_whole("data", "data"):
         return OUT / "data"
     return _shared("data", make_data, cfg, Cell("", Path(), Path()))
 
@@ -192,7 +192,7 @@ def baseline_folder(cfg: dict[str, Any]) -> Path:
     """Return the folder of the cell's full-precision model: DVC's if DVC built it, otherwise one that cells share."""
     model = cfg["model"]["name"]
     config = yaml.safe_load(select(cfg, "baseline"))
-    if _made_with(f"baseline@{model}", config_path("baseline", model)) == config and _is_whole(
+    if _made_with(f"baseline@{model}", config_path("baseline", model)) == config and is_whole(
         f"baseline@{model}", f"baseline/{model}"
     ):
         return OUT / "baseline" / model
@@ -204,7 +204,7 @@ def _made_with(stage: str, path: Path) -> dict[str, Any]:
     return dvcfiles.locked_stages().get(stage, {}).get("params", {}).get(path.as_posix(), {})
 
 
-def _is_whole(stage: str, out: str) -> bool:
+def is_whole(stage: str, out: str) -> bool:
     """Return whether the output of a DVC stage is still what the stage wrote."""
     return dvcfiles.md5(OUT / out) == dvcfiles.locked_stages()[stage]["outs"][0]["md5"]
 

@@ -1,5 +1,7 @@
 """The page of a sweep: what its methods recover, with the cells of several calibration seeds brought together."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ _COLUMNS = ("experiment", "model", "precision", "ptq", "ptq.rotate", "compensati
 
 def write_page(sweep: str) -> Path | None:
     """Write a sweep's page, and return its file; ``None`` if no cell is finished."""
-    cells = [Finished(job, cell) for job in jobs(sweep) if (cell := _finished(job))]
+    cells = finished(sweep)
     if not cells:
         return None
     path = SWEEPS / sweep / PAGE
@@ -32,9 +34,10 @@ def write_page(sweep: str) -> Path | None:
     return path
 
 
-def _finished(job: dict[str, Any]) -> dict[str, Any] | None:
-    cell = read_record(CELLS / str(job["cell"]))
-    return cell if cell and cell["status"] == "finished" else None
+def finished(sweep: str) -> list[Finished]:
+    """Return the finished cells of a sweep."""
+    found = [(job, read_record(CELLS / str(job["cell"]))) for job in jobs(sweep)]
+    return [Finished(job, cell) for job, cell in found if cell and cell["status"] == "finished"]
 
 
 class Finished:

@@ -78,7 +78,7 @@ def sensitivity(
     batches = list(model_inputs(model, calibration))
     qmodel = quantize(model, batches, method, precision, target, **options)
     macs = wiring.multiply_accumulates(qmodel, first(batches[0], 1))
-    errors = _output_errors(qmodel, _pieces(batches, images))
+    errors = output_errors(qmodel, small_batches(batches, images))
     info = qmodel.quantization
     found = []
     for name, kind in info.modules.items():
@@ -89,7 +89,7 @@ def sensitivity(
     return sorted(found, key=lambda cost: -cost.error)
 
 
-def _pieces(batches: list[Inputs], images: int) -> list[Inputs]:
+def small_batches(batches: list[Inputs], images: int) -> list[Inputs]:
     """Split the first ``images`` images into small batches."""
     pieces: list[Inputs] = []
     for batch in batches:
@@ -100,7 +100,7 @@ def _pieces(batches: list[Inputs], images: int) -> list[Inputs]:
     return pieces
 
 
-def _output_errors(qmodel: GraphModel, pieces: list[Inputs]) -> dict[str, float]:
+def output_errors(qmodel: GraphModel, pieces: list[Inputs]) -> dict[str, float]:
     """Return, per module, the power of its error at the outputs divided by the power of the outputs' spread."""
     generator = torch.Generator().manual_seed(0)
     errors: dict[str, float] = {}

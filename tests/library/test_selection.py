@@ -115,14 +115,14 @@ def test_costs_take_at_most_ten_forward_passes():
 
     model, batches = captured("vit"), tiny.batches()
     qmodel = qwt2.quantize(model, batches)
-    from qwt2.quantization.sensitivity import _output_errors, _pieces
+    from qwt2.quantization.sensitivity import output_errors, small_batches
 
-    pieces = _pieces(batches, 16)
+    pieces = small_batches(batches, 16)
     with FlopCounterMode(display=False) as one, torch.no_grad(), qwt2.full_precision(qmodel):
         for piece in pieces:
             qmodel(piece)
     with FlopCounterMode(display=False) as whole:
-        _output_errors(qmodel, pieces)
+        output_errors(qmodel, pieces)
     assert whole.get_total_flops() <= 10 * one.get_total_flops()
 
 

@@ -298,7 +298,7 @@ def test_what_dvc_built_is_reused(tmp_path, monkeypatch):
     Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"baseline@vit_micro": entry}}))
     assert cells.baseline_folder(cfg) == folder
     (folder / "metrics.json").write_text("{} ")  # not what DVC built any more
-    assert not cells._is_whole("baseline@vit_micro", "baseline/vit_micro")
+    assert not cells.is_whole("baseline@vit_micro", "baseline/vit_micro")
     Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  baseline@vit_micro:\n    outs:\n    - pa")
     with pytest.raises(Qwt2Error, match="dvc.lock is damaged"):
         cells.baseline_folder(cfg)

@@ -142,7 +142,7 @@ def test_a_sweep_s_cells_are_brought_together_by_seed_and_compared_with_its_firs
                 overrides = {"ptq": ptq, "compensation": "cwac", "compensation.gate": gate, "seed": str(seed)}
                 write_cell(number, overrides, ptq, {ptq: plain, f"{ptq}+cwac": plain + (4.0 if gate == "none" else 5.0)})
                 number += 1
-    cells = [page.Finished(job, cell) for job in sweep.jobs("s") if (cell := page._finished(job))]
+    cells = page.finished("s")
     found = {line.measured.name: line for line in lines(page.measured(cells), {"vit": 96.0})}
     assert {name: line.gain and line.gain.mean for name, line in found.items()} == {
         "PTQ": None, "PTQ + CWAC, gate=none": 4.0, "PTQ + CWAC, gate=stream": 5.0,
