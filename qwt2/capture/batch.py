@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,40 +20,27 @@ from qwt2.errors import Qwt2Error
 Inputs = Tensor | dict[str, Tensor]
 
 
-def as_inputs(batch: Any) -> Inputs:
-    """Return the network's inputs of a batch: the batch itself, or the first element of a tuple or list.
-
-    Raises:
-        Qwt2Error: if the batch holds no tensor, or no images.
-    """
-    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    for tensor in tensors(inputs).values():
-        if not isinstance(tensor, Tensor) or tensor.dim() == 0:
-            raise Qwt2Error(
-                f"a calibration batch is a {type(batch).__name__}; give tensors (N, ...), tuples starting with one, or "
-                "dictionaries of them"
-            )
-        if tensor.shape[0] == 0:
-            raise Qwt2Error("a calibration batch is empty; give batches with at least one image")
-    return inputs
-
-
 def model_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
     """Yield the inputs of each batch.
 
-    Dictionary entries that the model does not take (labels) are left out, with a warning that names them.
+    Of a tuple or list, these are the leading elements that the model's forward method needs: one, or one per parameter
+    without a default. Dictionary entries that the model does not take (labels) are left out, with a warning that names
+    them.
 
     Raises:
-        Qwt2Error: if the model takes none of a dictionary's entries.
+        Qwt2Error: if a batch holds no tensor or no images, the model takes none of a dictionary's entries, or the model
+            is TorchScript.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Qwt2Error("the model is TorchScript, which cannot be captured; give the nn.Module that it was made from")
     parameters = inspect.signature(model.forward).parameters
     said: set[str] = set()
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     for batch in batches:
-        inputs = as_inputs(batch)
+        inputs = _leading(batch, parameters)
         if isinstance(inputs, dict) and not takes_any:
             unknown = sorted(inputs.keys() - parameters.keys())
-            if len(unknown) == len(inputs):
+            if inputs and len(unknown) == len(inputs):
                 raise Qwt2Error(
                     "a calibration batch is a dict; give tensors (N, ...), or names that "
                     f"{type(model).__name__}.forward takes, which {unknown[0]!r} is not"
@@ -65,12 +52,43 @@ def model_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
                     stacklevel=3,
                 )
             inputs = {name: tensor for name, tensor in inputs.items() if name in parameters}
+        _check_tensors(inputs)
         yield inputs
 
 
+def _leading(batch: Any, parameters: Mapping[str, inspect.Parameter]) -> Any:
+    """Return a batch without what follows the model's inputs, such as labels; mappings become dictionaries."""
+    if isinstance(batch, (tuple, list)) and batch:
+        needed = [
+            name for name, parameter in parameters.items()
+            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
+        ]  # fmt: skip
+        if 1 < len(needed) <= len(batch):
+            return dict(zip(needed, batch))
+        batch = batch[0]
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _check_tensors(inputs: Any) -> None:
+    for name, tensor in tensors(inputs).items():
+        if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+            kind = "tensor without axes" if isinstance(tensor, Tensor) else type(tensor).__name__
+            what = f"batch's entry {name!r}" if isinstance(inputs, dict) else "batch"
+            raise Qwt2Error(
+                f"a calibration {what} is a {kind}; give tensors (N, ...), tuples starting with one, or "
+                "dictionaries of them"
+            )
+        if tensor.shape[0] == 0:
+            raise Qwt2Error("a calibration batch is empty; give batches with at least one image")
+    if isinstance(inputs, dict) and not inputs:
+        raise Qwt2Error("a calibration batch is an empty dict; give the tensors that the model takes, by name")
+
+
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Run ``model``, with named tensors as keyword arguments."""
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    """Run ``model`` on copies, because it may write into its inputs; named tensors are keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**{name: tensor.clone() for name, tensor in inputs.items()})
+    return model(inputs.clone())
 
 
 def tensors(inputs: Any) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import io
 import logging
 import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from qwt2.capture.graph import GraphModel, OtherSizes, Signature
 from qwt2.capture.normalise import normalise
 from qwt2.errors import Qwt2Error
 
+_ATTRIBUTES = {*vars(GraphModel), "edits", "graph", "other_sizes", "quantization", "signature", "title"}
+_UNKNOWN_OUTPUT = re.compile(r"Found <class '(.+?)'> in output, which is not a known type")
 _REPEATED = re.compile(r"@\d+")
 
 
@@ -61,11 +64,10 @@ def _captured(model: nn.Module, example: Inputs) -> GraphModel:
 def _try(model: nn.Module, example: Inputs) -> None:
     try:
         call(model, example)
-    except RuntimeError as error:
+    except Exception as error:  # the model's code may raise anything
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors(example).items()}
         raise Qwt2Error(
-            f"{type(model).__name__} cannot run on {shapes} ({str(error).splitlines()[0]}); "
-            "give images as it takes them"
+            f"{type(model).__name__} cannot run on {shapes} ({_first_line(error)}); give images as it takes them"
         ) from error
 
 
@@ -74,8 +76,7 @@ def _program(model: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> torch.
     args, kwargs = torch.utils._pytree.tree_map(
         lambda x: x.expand(2, *x.shape[1:]) if len(x) == 1 else x.clone(), (args, kwargs)
     )
-    batch = torch.export.Dim("batch")
-    free = tuple({0: batch} for _ in args) or {name: {0: batch} for name in kwargs}
+    free = free_axes(model, args, kwargs)
     with _silence(), _traceable():
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=free, strict=False)
@@ -85,6 +86,13 @@ def _program(model: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> torch.
                 f"{type(model).__name__} cannot be captured: {_reason(error)}; torch.export must be able to trace its "
                 "forward, which excludes branches on the values of tensors"
             ) from error
+
+
+def free_axes(model: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the first axis of every input as dynamic, in torch.export's form: by parameter of the forward method."""
+    batch = torch.export.Dim("batch")
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return torch.utils._pytree.tree_map(lambda x: {0: batch}, dict(bound))
 
 
 def _length(x: Any) -> int | torch.SymInt:
@@ -101,20 +109,27 @@ def _reason(error: Exception) -> str:
     line, trace = "", error.__traceback__
     if "Constraints violated (batch)" in str(error):
         return "its code takes the number of images for a constant (int(x.shape[0]), or a reshape to a number of rows)"
+    if unknown := _UNKNOWN_OUTPUT.search(str(error)):
+        name = unknown[1].rpartition(".")[2]
+        return f"it returns a {name}, unknown to PyTorch; call torch.export.register_dataclass({name}) once"
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         if "/torch/" not in file and "qwt2/capture" not in file:
             line = f" at {file}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200] + line
+    return _first_line(error) + line
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Silence the warnings and log messages of torch.export."""
+    """Silence torch.export's warnings, log messages, and the graph that it prints when it fails."""
     logger = logging.getLogger("torch")
     level = logger.level
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
         try:
@@ -131,7 +146,10 @@ def _traceable() -> Iterator[None]:
     whole process. Captures therefore wait for each other, and other threads see a different ``len`` only on traced
     tensors.
     """
+    from torch._dynamo import trace_rules
+
     transformer = torch.nn.modules.transformer
+    trace_rules.is_builtin_callable(len)  # torch keeps the set of Python's functions from the first such question
     with _ONE_CAPTURE:
         fast, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
         torch.backends.mha.set_fastpath_enabled(False)
@@ -167,11 +185,16 @@ def _graph_model(model: nn.Module, program: torch.export.ExportedProgram, signat
             if target is None or not node.users:
                 continue
             tensor = program.state_dict[target] if target in program.state_dict else program.constants[target]
-            name = first_names.get(id(tensor), target)
+            name = _apart_from_methods(first_names.get(id(tensor), target))
             name = f"{name}_stored" if name in taken else name
             used[name] = _own(tensor)
             values[node] = graph.get_attr(name)
             values[node].meta = _meta(node, "")
+        elif node.op == "get_attr":  # a graph of its own, which torch.cond or a loop runs
+            raise Qwt2Error(
+                f"{type(model).__name__} runs torch.cond or another operator of control flow, which integer engines "
+                "lack; run one branch in evaluation mode, or compute both and choose with torch.where"
+            )
         elif node.op == "output":
             outputs = [
                 arg for arg, spec in zip(node.args[0], program.graph_signature.output_specs)
@@ -181,8 +204,17 @@ def _graph_model(model: nn.Module, program: torch.export.ExportedProgram, signat
         else:
             values[node] = graph.node_copy(node, values.__getitem__)
             module = _module_path(model, modules, node)
-            values[node].meta = _meta(node, module) | {"call": _call_of(node), "leaf": _is_leaf(model, module)}
+            values[node].meta = _meta(node, _apart_from_methods(module)) | {
+                "call": _call_of(node),
+                "leaf": _is_leaf(model, module),
+            }
     return GraphModel(graph, used, signature, type(model).__name__)
+
+
+def _apart_from_methods(name: str) -> str:
+    """Return a name of the model, with "_" behind its first part if that is an attribute of every graph ("output")."""
+    first, dot, rest = name.partition(".")
+    return f"{first}_{dot}{rest}" if first in _ATTRIBUTES else name
 
 
 def _interface_names(signature: Signature) -> set[str]:

@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from qwt2.capture.convolutions import as_convolution
 from qwt2.capture.einsum import as_product
 from qwt2.capture.graph import Container, GraphModel, Pooling, Product, Sum, insert, replace
+from qwt2.errors import Qwt2Error
 
 L = TypeVar("L", bound=nn.Module)
 aten = torch.ops.aten
@@ -76,6 +77,67 @@ def _is_identity(node: fx.Node) -> bool:
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         return all(isinstance(width, int) and width == 0 for width in node.args[1])
     return node.target is aten.expand.default and _is_static(node) and node.meta["shape"] == source.meta["shape"]
+
+
+def expand_circular_padding(model: GraphModel) -> None:
+    """Replace circular padding by concatenations: it is not in ONNX before opset 19, and OpenVINO cannot read it."""
+    for node in _functions(model, aten.pad.default):
+        if len(node.args) > 2 and node.args[2] == "circular":
+            x, widths = node.args[:2]
+            for number, (before, after) in enumerate(zip(widths[::2], widths[1::2]), 1):
+                x = _wrapped(node, x, len(node.meta["shape"]) - number, before, after)
+            replace(node, x)
+
+
+def _wrapped(node: fx.Node, x: fx.Node, axis: int, before: int, after: int) -> fx.Node:
+    """Return ``x`` with its last ``before`` values in front of it and its first ``after`` values behind it."""
+    size = x.meta["shape"][axis]
+
+    def shape(length: int | None) -> tuple:
+        return (*x.meta["shape"][:axis], length, *x.meta["shape"][axis + 1 :])
+
+    def part(start: int, end: int, length: int) -> fx.Node:
+        return insert(node.graph, node, aten.slice.Tensor, (x, axis, start, end), x, shape(length))
+
+    front = [part(-before, _TO_END, before)] if before else []
+    parts = [*front, x, *([part(0, after, after)] if after else [])]
+    whole = shape(size and size + before + after)
+    return insert(node.graph, node, aten.cat.default, (parts, axis), x, whole) if len(parts) > 1 else x
+
+
+def expand_embedding_bags(model: GraphModel) -> None:
+    """Replace EmbeddingBag by an embedding and its sum, mean or maximum: ONNX Runtime crashes on the exported form.
+
+    Raises:
+        Qwt2Error: if bags have different lengths, weights or padding.
+    """
+    for node in _functions(model, aten.embedding_bag.padding_idx):
+        weight, indices, offsets, _, mode, _, weights, _, padding = node.args
+        ids = indices.args[0] if indices.target is aten.reshape.default else None
+        shape: Any = () if ids is None else ids.meta["shape"]
+        equal = len(shape) == 2 and offsets.target is aten.arange.start_step and offsets.args[2] == shape[1]
+        if not equal or weights is not None or padding is not None:
+            raise Qwt2Error(
+                f"{node.meta['module'] or 'the model'} is an EmbeddingBag with offsets, weights or padding, which "
+                "engines cannot run; use nn.Embedding, and add what it returns"
+            )
+        width = weight.meta["shape"][1]
+        rows = insert(model.graph, node, aten.embedding.default, (weight, ids), node, (*shape, width))
+        rows.meta["dtype"] = weight.meta["dtype"]
+        reduce = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)[mode]
+        y = insert(model.graph, node, reduce, (rows, [1]), rows, (shape[0], width))
+        for reader in list(node.users):  # getitem; only the first value is an EmbeddingBag's output
+            replace(reader, y)
+
+
+def unify_bounds(model: GraphModel) -> None:
+    """Make both bounds of a clamp floating numbers: the exporter cannot translate ``clamp(-1, 0.5)``."""
+    for node in _functions(model, aten.clamp.default, aten.hardtanh.default):
+        if node.meta["dtype"] is not None and node.meta["dtype"].is_floating_point:
+            node.args = (
+                node.args[0],
+                *(float(bound) if isinstance(bound, int) else bound for bound in node.args[1:]),
+            )
 
 
 def _is_static(node: fx.Node) -> bool:
@@ -202,12 +264,16 @@ def weights_to_linear(model: GraphModel) -> None:
     """Replace a product with a constant matrix, and a bias added right after it, by ``linear``."""
     for node in _functions(model, aten.matmul.default):
         x, weight = node.args
-        if _is_tensor(x) and weight.op == "get_attr" and x.op != "get_attr" and len(weight.meta["shape"]) == 2:
+        if _is_activation(x) and _is_matrix(weight):
             new = model.add_constant(node, model.get_tensor(weight.target).t())
             bias, last = _added_bias(node)
             replace(last, insert(node.graph, last, aten.linear.default, (x, new, bias), node))
             if last is not node:
                 model.graph.erase_node(node)
+
+
+def _is_matrix(weight: fx.Node) -> bool:
+    return weight.op == "get_attr" and len(weight.meta["shape"]) == 2 and weight.meta["dtype"] == torch.float32
 
 
 def _added_bias(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
@@ -267,7 +333,8 @@ def _has_constant_weights(node: fx.Node) -> bool:
     rest = [argument for argument in node.args[1:] if isinstance(argument, fx.Node)]
     if node.target is aten.layer_norm.default and len(node.args[1]) != 1:
         return False
-    return all(argument.op == "get_attr" for argument in rest)
+    # Code under autocast computes in bfloat16; layers of other types than float32 stay as they are.
+    return all(argument.op == "get_attr" and argument.meta["dtype"] == torch.float32 for argument in rest)
 
 
 def _layer_name(model: GraphModel, node: fx.Node, is_only: bool) -> str:
@@ -424,6 +491,9 @@ def fold_batchnorms(model: GraphModel, kept: Collection[str] = ()) -> None:
         if len(norms) < len(calls) or len({str(norm.args[1:]) for norm in norms}) > 1:
             continue
         weight, bias, mean, variance = _tensors(model, *norms[0].args[1:5])
+        assert mean is not None and variance is not None  # this operation always has them
+        weight = torch.ones_like(mean) if weight is None else weight
+        bias = torch.zeros_like(mean) if bias is None else bias
         fuse: Callable[..., Any] = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
         layer.weight, layer.bias = fuse(layer.weight, layer.bias, mean, variance, norms[0].args[6], weight, bias)
         layer.requires_grad_(False)
@@ -513,6 +583,9 @@ def _is_activation(value: Any) -> bool:
 PASSES = (
     drop_assertions,
     drop_identities,
+    expand_circular_padding,
+    expand_embedding_bags,
+    unify_bounds,
     compute_constants,
     expand_attention,
     expand_products,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,9 @@ from qwt2.onnx.file import load_onnx, with_batch_size
 from qwt2.registry import Registry
 
 ENGINES: Registry = Registry("engine", __name__, "qwt2.engines")
+
+
+_REASON = 500  # characters of an engine's own message that are passed on
 
 
 class Session(Protocol):
@@ -53,10 +57,26 @@ class Engine:
         self._sessions: dict[int, Session] = {}
 
     def session(self, batch_size: int) -> Session:
-        """Return the model compiled for one batch size."""
+        """Return the model compiled for one batch size.
+
+        Raises:
+            Qwt2Error: if the engine cannot run the model.
+        """
         if batch_size not in self._sessions:
-            self._sessions[batch_size] = self.compile(with_batch_size(self.model, batch_size), self.threads)
+            with self._refusing():
+                self._sessions[batch_size] = self.compile(with_batch_size(self.model, batch_size), self.threads)
         return self._sessions[batch_size]
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn what an engine raises (each has exceptions of its own, of many lines) into one sentence."""
+        try:
+            yield
+        except (Qwt2Error, MemoryError):
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:_REASON]
+            raise Qwt2Error(f"{self.name} cannot run the model ({reason}); choose another engine") from error
 
     def operations(self) -> list[Operation]:
         """Return the nodes that run for the first batch size that was used, or for one image if none was."""
@@ -89,7 +109,9 @@ class Engine:
                     f"{self.name} got a {array.dtype} array of shape {array.shape}; "
                     f"the model takes {kind} (N, {', '.join(map(str, expected))})"
                 )
-        outputs = self.session(len(next(iter(feeds.values()))))(feeds)
+        session = self.session(len(next(iter(feeds.values()))))
+        with self._refusing():
+            outputs = session(feeds)
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_unflatten
+from torch import fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qwt2.capture.batch import Inputs, tensors
 from qwt2.capture.check import evaluation_mode
+from qwt2.capture.export import free_axes
 from qwt2.capture.graph import GraphModel
 from qwt2.errors import Qwt2Error
 from qwt2.folding.layers import IntegerLayer, onnx_operators
@@ -30,6 +33,7 @@ from qwt2.quantization.targets import TARGETS, find_target
 # ONNX Runtime 1.32 moves quantizers past other operations; from opset 21 on, it gives them the wrong type there.
 OPSETS = (18, 19, 20)
 WEIGHT_STORAGE = ("int8", "int4")
+_COPY = torch.ops.aten.clone.default
 # The exporter reports its progress on the console and through warnings; a library must not.
 _LOGGERS = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter", "torch.fx.experimental.symbolic_shapes")
 
@@ -57,11 +61,12 @@ def write_onnx(
     info = getattr(folded, "quantization", None)
     target = "portable" if info is None else info.target
     check_format(target, weight_storage, opset)
-    arguments, free = _example(example_input)
+    arguments, free = _example(folded, example_input)
+    written = _with_tensor_outputs(folded) if isinstance(folded, GraphModel) else folded
     with evaluation_mode(folded), quiet(*_LOGGERS), torch.no_grad(), _without_collection():
         try:
             program = torch.onnx.export(
-                folded, **arguments, dynamo=True, opset_version=opset, input_names=list(tensors(example_input)),
+                written, **arguments, dynamo=True, opset_version=opset, input_names=list(tensors(example_input)),
                 output_names=list(output_names or _output_names(folded)) or None, dynamic_shapes=free,
                 custom_translation_table=onnx_operators(), verbose=False, optimize=False,
             )  # fmt: skip
@@ -83,22 +88,47 @@ def write_onnx(
     return save_onnx(model, path)
 
 
-def _example(inputs: Inputs) -> tuple[dict[str, Any], Any]:
+def _example(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], Any]:
     """Return the exporter's arguments for a model with these inputs, and its dynamic axes: the first of each input."""
     # A batch of one would be specialized to a constant.
     grown = {name: x.expand(2, *x.shape[1:]) if len(x) == 1 else x for name, x in tensors(inputs).items()}
-    batch = torch.export.Dim("batch")
-    if isinstance(inputs, dict):
-        return {"args": (), "kwargs": grown}, {name: {0: batch} for name in grown}
-    return {"args": tuple(grown.values())}, ({0: batch},)
+    args, kwargs = ((), grown) if isinstance(inputs, dict) else (tuple(grown.values()), {})
+    return {"args": args, "kwargs": kwargs}, free_axes(model, args, kwargs)
+
+
+def _with_tensor_outputs(model: GraphModel) -> GraphModel:
+    """Return the model with outputs that a file can hold: only tensors, and no tensor twice."""
+    outputs, kept = model.output.args[0], _tensor_outputs(model)
+    if len(set(kept)) == len(outputs):
+        return model
+    written = copy.copy(model)  # it shares the modules
+    values: dict[fx.Node, fx.Node] = {}
+    written.graph = fx.Graph()
+    written.graph.graph_copy(model.graph, values)
+    unique = [
+        values[node] if node not in kept[:number] else written.graph.call_function(_COPY, (values[node],))
+        for number, node in enumerate(kept)
+    ]
+    written.graph.output(unique)
+    written.prune()
+    spec = tree_flatten(tuple(kept) if len(kept) > 1 else 0)[1]
+    written.set_signature(replace(model.signature, out_spec=spec))
+    return written
+
+
+def _tensor_outputs(model: GraphModel) -> list[fx.Node]:
+    return [node for node in model.output.args[0] if isinstance(node, fx.Node) and node.meta["shape"] is not None]
 
 
 def _output_names(model: nn.Module) -> list[str]:
-    """Return the names of a captured model's outputs; an empty list where they have no names."""
-    if not isinstance(model, GraphModel) or len(model.output.args[0]) == 1:
+    """Return the names of a captured model's outputs that are tensors; an empty list where they have no names."""
+    if not isinstance(model, GraphModel) or len(_tensor_outputs(model)) == 1:
         return ["logits"]
-    names = tree_unflatten(list(range(len(model.output.args[0]))), model.signature.out_spec)
-    return list(names) if isinstance(names, Mapping) and all(isinstance(v, int) for v in names.values()) else []
+    outputs = model.output.args[0]
+    names = tree_unflatten(list(range(len(outputs))), model.signature.out_spec)
+    if not isinstance(names, Mapping) or not all(isinstance(number, int) for number in names.values()):
+        return []
+    return [name for name, number in names.items() if outputs[number] in _tensor_outputs(model)]
 
 
 @contextmanager

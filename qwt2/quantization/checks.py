@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from qwt2.capture.batch import Inputs, after, first, image_count, joined, model_inputs, shapes, tensors
 from qwt2.errors import Qwt2Error
@@ -16,9 +17,12 @@ def check_weights(model: nn.Module) -> None:
     """Refuse weights that cannot be quantized as they are.
 
     Raises:
-        Qwt2Error: if a parameter has another floating type than float32, or is not finite; it is named.
+        Qwt2Error: if a parameter has no size yet, is of another floating type than float32, or is not finite; it is
+            named.
     """
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise Qwt2Error(f"{name} has no size yet; run the model once on a batch before quantizing")
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise Qwt2Error(f"{name} is {parameter.dtype}; convert the model with model.float() before quantizing")
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():

@@ -1,6 +1,7 @@
 """The README's five lines on plain networks: function kept, modules of every engine within a step of the simulation."""
 
 import copy
+import dataclasses
 from functools import cache
 
 import numpy as np
@@ -204,3 +205,142 @@ def test_parameters_may_have_the_names_of_inputs_and_outputs(tmp_path):
     assert found.keys() == expected.keys()
     for name, y in expected.items():
         assert (torch.from_numpy(found[name]) - y).norm() < 0.02 * y.norm()
+
+
+class Written(nn.Module):
+    """Layers and a function that calls them."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module) if isinstance(module, nn.Module) else self.register_buffer(name, module)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def tokens(count: int = 8, width: int = 16) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def agree_on_engines(model, x, path, method="minmax", names=("onnxruntime", "openvino")) -> dict:
+    """Quantize, fold and export; compare one and several images on engines; return what stayed in float."""
+    randomized = user_models.randomize(model)
+    qmodel = qwt2.quantize(randomized, x.split(len(x) // 2), method)
+    expected = [y for y in tree_flatten(randomized(x.clone()))[0] if isinstance(y, torch.Tensor)]
+    with full_precision(qmodel):
+        found = [y for y in tree_flatten(qmodel(x))[0] if isinstance(y, torch.Tensor)]
+    for exact, y in zip(expected, found, strict=True):
+        torch.testing.assert_close(y, exact, rtol=1e-5, atol=2e-5)
+    file = qwt2.export_onnx(qwt2.fold(qmodel), path / "model.onnx", x[:1])
+    for name in names:
+        for images in (x[:1], x):
+            outputs = load_engine(file, name)(images.numpy())
+            simulated = [y for y in tree_flatten(qmodel(images))[0] if isinstance(y, torch.Tensor)]
+            for y, exact in zip(outputs.values() if isinstance(outputs, dict) else [outputs], simulated, strict=True):
+                assert y.shape == exact.shape and sqnr_db(y, exact.numpy()) > 35
+    return qmodel.quantization.float_modules
+
+
+def constants() -> dict:
+    return {"a": nn.Linear(16, 8), "b": nn.Linear(8, 4), "scale": torch.rand(8) + 0.2, "offset": torch.randn(8)}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: s.b(s.a(x) * 0.5), lambda s, x: s.b(s.a(x).relu() * s.scale + s.offset), lambda s, x: s.b(-s.a(x)),
+        lambda s, x: s.b((s.a(x) - s.offset) / 2), lambda s, x: s.b((1 - s.a(x)) * s.scale),
+        lambda s, x: s.b(s.a(x) * s.offset.sigmoid() * s.a(x).sigmoid()),
+    ],
+)  # fmt: skip
+def test_scalings_behind_linears_of_few_rows_on_every_engine(function, tmp_path):
+    """OpenVINO computes Linear, multiplication and quantizer wrongly in one kernel for fewer than 16 rows."""
+    agree_on_engines(Written(function, **constants()), tokens(), tmp_path)
+
+
+def test_batchnorm_behind_an_activation_of_few_rows(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.BatchNorm1d(12), nn.Linear(12, 4))
+    agree_on_engines(model, tokens(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model, x",
+    [
+        # BatchNorm without parameters behind a Linear
+        (nn.Sequential(nn.Linear(16, 12), nn.BatchNorm1d(12, affine=False), nn.ReLU(), nn.Linear(12, 4)), tokens()),
+        # bounds of two Python types
+        (Written(lambda s, x: s.b(s.a(x).clamp(-1, 0.5)), **constants()), tokens()),
+        # a buffer called like an operation
+        (Written(lambda s, x: s.b(s.a(x - x.mean(0, keepdim=True)[:0].sum(0) - s.mean)), a=nn.Linear(16, 8), b=nn.Linear(8, 4), mean=torch.ones(16)), tokens()),
+        # submodules called like attributes of every captured graph
+        (Written(lambda s, x: s.output(s.inputs(x).relu()), inputs=nn.Linear(16, 8), output=nn.Linear(8, 4)), tokens()),
+        # writes into the input
+        (Written(lambda s, x: s.b(s.a(x.sub_(0.5).mul_(2))), **constants()), tokens()),
+        # numbers, None, and one tensor twice among the outputs
+        (Written(lambda s, x: {"y": [y := s.b(s.a(x)), (y, None)], "n": 3, "count": x.shape[0]}, **constants()), tokens()),
+        (nn.Sequential(nn.Conv1d(16, 8, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(40, 4)), torch.randn(8, 16, 5)),
+        (nn.Sequential(nn.EmbeddingBag(9, 16, mode="mean"), nn.Linear(16, 8)), torch.arange(24).reshape(8, 3) % 9),
+        (nn.DataParallel(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))), tokens()),
+    ],
+    ids=["batchnorm", "clamp", "buffer", "attributes", "in_place", "outputs", "circular", "bag", "wrapper"],
+)  # fmt: skip
+def test_constructs_of_users_code_agree_on_engines(model, x, tmp_path):
+    assert agree_on_engines(model, x, tmp_path) == {}
+
+
+def test_layers_under_autocast_stay_in_float_and_are_listed():
+    def forward(s, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = s.a(x)
+        return s.b(y.float())
+
+    model = user_models.randomize(Written(forward, **constants()))
+    info = qwt2.quantize(model, [tokens()], "minmax").quantization
+    assert info.layers == ["b"] and info.float_modules == {"": "linear stays in float"}
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 4), nn.Linear(6, 4)
+
+    def forward(self, image, meta):
+        return self.a(image) + self.b(meta)
+
+
+@torch.no_grad()
+def test_batches_of_tuples_mappings_and_dictionaries_with_strings():
+    from collections import UserDict
+
+    model, x, meta = TwoInputs().eval(), tokens(4), torch.randn(4, 6)
+    named = {"image": x, "meta": meta}
+    for batch in ((x, meta), [x, meta, torch.zeros(4)], UserDict(named), named):
+        assert sqnr_db(qwt2.quantize(model, [batch])(**named).numpy(), model(x, meta).numpy()) > 30
+    with pytest.warns(UserWarning, match="path"):
+        qwt2.quantize(model, [named | {"path": ["a.png"] * 4}])
+    with pytest.raises(qwt2.Qwt2Error, match="entry 'meta' is a list"):
+        qwt2.quantize(model, [{"image": x, "meta": [meta]}])
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (torch.jit.script(nn.Linear(16, 4)), "the model is TorchScript"), (nn.LazyLinear(4), "weight has no size yet"),
+        (Written(lambda s, x: torch.cond(x.sum() > 0, s.a, s.c, (x,)), a=nn.Linear(16, 4), c=nn.Linear(16, 4)), "Written runs torch.cond"),
+        (Written(lambda s, x: Output(s.a(x)), a=nn.Linear(16, 4)), r"Written cannot be captured: it returns a Output, unknown to PyTorch; call torch.export.register"),
+        (Written(lambda s, x: s.a(x[:, "no"]), a=nn.Linear(16, 4)), "Written cannot run on"),
+    ],
+    ids=["torchscript", "lazy", "cond", "dataclass", "type_error"],
+)  # fmt: skip
+def test_what_is_not_a_graph_is_refused_in_one_sentence_and_nothing_is_printed(model, message, capfd):
+    with pytest.raises(qwt2.Qwt2Error, match=message) as error:
+        qwt2.quantize(model, [tokens()])
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 
+from qwt2.onnx.passes.few_rows import reshape_before_scaling
 from qwt2.onnx.passes.layout import (
     activate_before_reshapes,
     drop_identities,
@@ -20,7 +21,7 @@ from qwt2.onnx.passes.layout import (
     scale_before_heads,
     store_clip_bounds,
 )
-from qwt2.onnx.passes.names import drop_unread, strip_notes, use_first_names
+from qwt2.onnx.passes.names import drop_unread, separate_names, strip_notes, use_first_names
 from qwt2.onnx.passes.padding import fold_pads
 from qwt2.onnx.passes.projections import split_projections
 from qwt2.onnx.passes.quantizers import (
@@ -45,6 +46,7 @@ PASSES: list[tuple[Pass, Collection[str]]] = [
     (strip_notes, _ALL),
     (drop_later_attributes, _ALL),
     (use_first_names, _ALL),
+    (separate_names, _ALL),
     (drop_identities, _ALL),
     (fold_pads, _ALL),
     (store_clip_bounds, _ALL),
@@ -60,6 +62,7 @@ PASSES: list[tuple[Pass, Collection[str]]] = [
     (quantize_before_pooling, _ALL),
     (fuse_additions, _ALL),
     (share_quantizers, _ALL),
+    (reshape_before_scaling, _INTEGER_BIASES),
     (fold_zero_points, _INTEGER_BIASES),
     (clip_values, _FLOAT_BIASES),
     (make_biases_float, _FLOAT_BIASES),

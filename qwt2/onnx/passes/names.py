@@ -35,6 +35,14 @@ def use_first_names(graph: ir.Graph) -> None:
             graph.initializers[name].name = first
 
 
+def separate_names(graph: ir.Graph) -> None:
+    """Rename computed values that are called like a stored tensor, such as a buffer "mean" and the mean of an input."""
+    for node in graph:
+        for value in node.outputs:
+            while value.name in graph.initializers:
+                value.name = f"{value.name}/computed"
+
+
 def drop_unread(graph: ir.Graph) -> None:
     """Remove nodes and stored tensors that nothing reads any more after the other passes."""
     RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
