@@ -518,6 +518,58 @@ def _only_norm(node: fx.Node, is_linear: bool) -> fx.Node | None:
     return reader if constant and used and len(node.meta["shape"]) == axes else None
 
 
+def fold_scales(model: GraphModel, kept: Collection[str] = ()) -> None:
+    """Fold a multiplication by a constant per channel, as of LayerScale, into the layer whose only reader it is.
+
+    Args:
+        model: the graph.
+        kept: names of the layers that are left as they are.
+    """
+    for name, calls in model.calls((nn.Linear, nn.Conv2d)).items():
+        if name in kept or len(calls) > 1:
+            continue
+        layer = model.get_submodule(name)
+        if (found := _only_scale(model, calls[0], isinstance(layer, nn.Linear), layer.weight.shape[0])) is None:
+            continue
+        product, x, factors = found
+        layer.weight = nn.Parameter(layer.weight * factors.reshape(-1, *[1] * (layer.weight.dim() - 1)), False)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias * factors, False)
+        replace(product, x)
+
+
+def _only_scale(
+    model: GraphModel, call: fx.Node, is_linear: bool, channels: int
+) -> tuple[fx.Node, fx.Node, Tensor] | None:
+    """Return the multiplication behind a layer, its operand that is not constant, and the factors (channels,).
+
+    Axes may be permuted between the layer and the multiplication.
+    """
+    node, rank = call, len(call.meta["shape"])
+    axis = rank - 1 if is_linear else 1
+    while len(node.users) == 1:
+        [user] = node.users
+        if user.target is aten.mul.Tensor and not user.kwargs:
+            factors = _factors(model, user, node, axis - rank, channels)
+            return None if factors is None else (user, node, factors)
+        if user.target is not aten.permute.default:
+            return None
+        axis, node = [dim % rank for dim in user.args[1]].index(axis), user
+    return None
+
+
+def _factors(model: GraphModel, product: fx.Node, x: fx.Node, axis: int, channels: int) -> Tensor | None:
+    """Return the other operand of a product with x, (channels,), if it is a constant that only varies along an axis."""
+    other = product.args[1] if product.args[0] is x else product.args[0]
+    if other is x or not isinstance(other, fx.Node) or other.op != "get_attr":
+        return None
+    factors = model.get_tensor(other.target)
+    shape = [1] * max(factors.dim() + axis, 0) + [channels] + [1] * (-1 - axis)
+    fits = list(factors.shape) in (shape, [1] * factors.dim()) and factors.dim() <= len(x.meta["shape"])
+    fits = fits and factors.dtype == x.meta["dtype"]
+    return factors.detach().flatten().expand(channels) if fits else None
+
+
 def group_calls(model: GraphModel) -> None:
     """Move the calls of one module next to each other where they are independent (a head on several levels)."""
     order: list[fx.Node] = []

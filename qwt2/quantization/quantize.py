@@ -18,7 +18,7 @@ from qwt2.capture.blocks import check_blocks, find_blocks, is_inside
 from qwt2.capture.check import check_captured, differing_modules, outputs_of, same_outputs
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel, Product
-from qwt2.capture.normalise import fold_batchnorms
+from qwt2.capture.normalise import fold_batchnorms, fold_scales
 from qwt2.capture.rotation import rotated
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.checks import check_images, check_weights, observed_inputs
@@ -181,6 +181,7 @@ def prepare(captured: GraphModel, example: Inputs, request: Request, unfaithful:
     qmodel = copy.deepcopy(captured)
     if layout.recipe.fold_batchnorm:
         qmodel.edit(fold_batchnorms, unfaithful)
+        qmodel.edit(fold_scales, unfaithful)
     info = _plan(qmodel, example, layout, QuantizationInfo(request, unfaithful=list(unfaithful)))
     info.structure = structure(captured)
     for name, module in _quantized_modules(qmodel, layout, info).items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qwt2.errors import Qwt2Error
-from qwt2.quantization.observers import QUANTILE_LIMIT, Grid, observe, quantiles
+from qwt2.quantization.observers import QUANTILE_LIMIT, Grid, observe, quantiles, sample
 
 SQRT2 = math.sqrt(2.0)
 
@@ -183,6 +183,7 @@ def without_ties(x: Tensor, scale: Tensor) -> Tensor:
     of the new step. ONNX rounds x / scale to even; engines that multiply by 1 / scale, or add the zero point before
     they round, round many of these values the other way.
     """
+    x = sample(x.reshape(1, -1))
     for _ in range(4):
         remainder = (x / scale).frac_().abs_().sub_(0.5).abs_()
         if (remainder < _TIE).float().mean() <= _TIES:

@@ -21,7 +21,8 @@ class Recipe:
         integer_zero_points: round the zero points that re-parameterisation leaves fractional.
         log_softmax: quantize attention probabilities on the log-sqrt2 grid, else on a uniform one.
         log_floor: lower bound of x / scale in the log-sqrt2 quantizer.
-        fold_batchnorm: fold BatchNorms into the layers before them, before quantization.
+        fold_batchnorm: fold BatchNorms, and multiplications by a constant per channel such as LayerScale, into the
+            layers before them, before quantization.
         conv_input_bits: bits of every convolution's input, regardless of the precision; ``None`` uses the precision.
         placement: placement of quantizers in simulations of a paper's own code; it replaces the target.
     """

@@ -27,10 +27,11 @@ from qwt2.quantization.streams import Joint, branch_end, joint
 
 # Called with the number of finished modules and the number of all modules.
 Progress = Callable[[int, int], None]
-# Number of images that ranges are chosen from, as in RepQ-ViT and QwT.
+# Number of images that ranges are chosen from, as in RepQ-ViT and QwT, and that a gate looks at.
 OBSERVED = 32
-# Factor by which the stored values may grow when the walk moves to a new position.
-GROWTH = 2.0
+# Factor by which the stored values may grow when the walk moves to a new position. In front of a transformer's MLP, two
+# values of the stream's width are alive, and behind its first layer five.
+GROWTH = 2.5
 
 
 class Walk:
@@ -86,14 +87,21 @@ class Walk:
                 if visit.module.alpha is not None:  # else its output is as before
                     visit.choose_output_range()
 
+    def images(self, batches: Iterable[int] | None = None) -> int:
+        """Return the number of images in some batches, or in all."""
+        numbers = range(len(self.batches)) if batches is None else batches
+        return sum(image_count(self.batches[index]) for index in numbers)
+
     @cached_property
     def observed(self) -> list[int]:
-        """Numbers of the batches that ranges are chosen from again: the first ones, with :data:`OBSERVED` images.
+        """Numbers of the batches that ranges are chosen from again; every process runs these."""
+        return self.first(range(len(self.batches)))
 
-        Every process runs these.
-        """
-        images = [0, *accumulate(map(image_count, self.batches))]
-        return [index for index in range(len(self.batches)) if images[index] < OBSERVED]
+    def first(self, batches: Iterable[int]) -> list[int]:
+        """Return the first of some batches' numbers, in order, with :data:`OBSERVED` images if there are as many."""
+        numbers = sorted(batches)
+        images = accumulate((image_count(self.batches[index]) for index in numbers), initial=0)
+        return [index for index, before in zip(numbers, images) if before < OBSERVED]
 
     @cached_property
     def routes(self) -> list[Route]:
@@ -111,6 +119,16 @@ class Walk:
     def reference(self) -> Path:
         """The full-precision network."""
         return Path(self, in_full_precision, self._store("reference"))
+
+    @cached_property
+    def _streams(self) -> ActivationStore:
+        return self._store("streams")
+
+    def exact_stream(self, index: int, end: fx.Node) -> Tensor:
+        """Return the full-precision stream behind a branch in a batch; all layers of the branch share it."""
+        if index not in self._streams or self._streams[index][0] != end.name:
+            self._streams[index] = end.name, self.reference.value(index, end)
+        return self._streams[index][1]
 
 
 def in_full_precision(module: nn.Module, *args: Any) -> Any:
@@ -215,24 +233,25 @@ class Visit:
     def stream_error(self, batches: Iterable[int]) -> tuple[float, float] | None:
         """Return the power of the residual stream behind the branch that a layer lies in, and that of its error.
 
-        The walk must just have visited the layer. It does not move on.
+        The walk must just have visited the layer. It does not move on. At most :data:`OBSERVED` images are run, up to
+        the end of a batch.
 
         Args:
-            batches: numbers of the batches to run.
+            batches: numbers of the batches that may be run.
 
         Returns:
             The sum of squares of the full-precision stream, and of the quantized stream's error, with the layer's
             present compensation; ``None`` if no stream follows, or if the layer runs several times.
         """
-        ends = {index: self.walk.routes[index].branch_end(self.name) for index in sorted(batches)}
+        ends = {index: self.walk.routes[index].branch_end(self.name) for index in self.walk.first(batches)}
         sums = [0.0, 0.0]
         for index, end in ends.items():
             if end is None or self.is_repeated:
                 return None
             if index in self.walk.share:
-                exact = self.walk.reference.value(index, end).double()
-                sums[0] += float(exact.square().sum())
-                sums[1] += float((self.walk.quantized.value(index, end) - exact).square().sum())
+                exact = self.walk.exact_stream(index, end)
+                sums[0] += power(exact)
+                sums[1] += power(self.walk.quantized.value(index, end) - exact)
         signal, error = self.walk.processes.added(sums)
         return float(signal), float(error)
 
@@ -315,6 +334,11 @@ def operand(model: GraphModel, found: Joint, shortcut: Tensor) -> Tensor:
     quantizers = addition.quantizers() if isinstance(addition, QuantizedModule) else {}
     quantizer = quantizers.get(("a_quantizer", "b_quantizer")[found.side])
     return shortcut if quantizer is None else quantizer(shortcut)
+
+
+def power(x: Tensor) -> float:
+    """Return the sum of squares."""
+    return float(x.flatten().dot(x.flatten()))
 
 
 def _kept(value: Any, where: list, kept: Any = None) -> Any:

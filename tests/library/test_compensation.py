@@ -259,10 +259,12 @@ class TestCWAC:
 
     def test_local_target_stores_no_reference_activations(self, monkeypatch):
         stored = stores_used(monkeypatch)
-        qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", target="local")
+        qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", target="local", gate="module")
         assert stored == {"quantized"}
-        qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", target="global")
+        qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", target="global", gate="module")
         assert stored == {"quantized", "reference"}
+        qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", target="global")
+        assert stored == {"quantized", "reference", "streams"}
 
 
 def stores_used(monkeypatch) -> set[str]:
@@ -436,7 +438,7 @@ class TestOffloading:
         assert_same_state(in_memory, on_disk)
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("limit, expected", [(0, 4), (10**9, 0)])
+    @pytest.mark.parametrize("limit, expected", [(0, 5), (10**9, 0)])
     def test_what_exceeds_the_limit_really_goes_to_disk(self, limit, expected, tmp_path, monkeypatch):
         own, seen = ActivationStore.__setitem__, []
 
@@ -446,7 +448,7 @@ class TestOffloading:
 
         monkeypatch.setattr(ActivationStore, "__setitem__", put)
         qwt2.compensate(quantized("mlp"), tiny.batches(8), "cwac", offload_dir=str(tmp_path), memory_limit=limit)
-        assert max(seen) == expected  # two batches in two networks
+        assert max(seen) == expected  # two batches in two networks, and the held-out one's stream
 
     @pytest.mark.parametrize("limit", [0, 20_000, 10**9])
     def test_results_do_not_depend_on_the_limit(self, limit, tmp_path):

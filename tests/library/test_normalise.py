@@ -17,6 +17,7 @@ from qwt2.capture.normalise import (
     expand_attention,
     expand_products,
     fold_batchnorms,
+    fold_scales,
     group_calls,
 )
 from tests.support.graphs import Calling, assert_same, kinds, operations, pass_after_pass, raw
@@ -460,6 +461,34 @@ class Block(nn.Module):
 def test_batchnorms_are_folded_where_they_alone_read_a_layer(forward, left):
     model = Block(forward, bn2=nn.BatchNorm2d(3), fc=nn.Linear(3, 3))
     assert folded(model, random(5, 3, 3, 3))[1] == left
+
+
+@pytest.mark.parametrize(
+    "forward, left",
+    [
+        (lambda s, x: x + s.conv(x) * s.scale.reshape(1, -1, 1, 1), 0),
+        (lambda s, x: x + s.scale.reshape(-1, 1, 1) * s.other(x), 0),  # of either side, and without a bias
+        (lambda s, x: s.scale * s.fc(x), 0),
+        (lambda s, x: s.scale.reshape(-1, 1, 1) * s.fc(x).permute(0, 3, 1, 2), 0),  # ConvNeXt's order
+        (lambda s, x: s.one * s.conv(x), 0),
+        (lambda s, x: s.bn(s.conv(x)) * s.scale.reshape(-1, 1, 1), 0),  # behind a folded BatchNorm
+        (lambda s, x: s.conv(x) * s.scale, 1),  # varies along the width
+        (lambda s, x: s.fc(x).permute(0, 3, 1, 2) * s.scale, 1),
+        (lambda s, x: (y := s.conv(x)) * s.scale.reshape(-1, 1, 1) + y, 1),  # a second reader
+        (lambda s, x: s.conv(x).relu() * s.scale.reshape(-1, 1, 1), 1),  # something between
+        (lambda s, x: s.conv(x) * s.scale.reshape(-1, 1, 1) + s.conv(x + 1), 1),  # the other call has none
+        (lambda s, x: s.conv(x) * s.scale.double().reshape(-1, 1, 1), 1),  # makes another type
+        (lambda s, x: s.conv(x) * s.conv(x + 1), 1),  # no constant
+    ],
+)  # fmt: skip
+def test_constant_scales_are_folded_where_they_alone_read_a_layer(forward, left):
+    model = Block(forward, fc=nn.Linear(3, 3))
+    model.scale, model.one = parameter(3), nn.Parameter(torch.tensor(1.5), requires_grad=False)
+    graph = pass_after_pass(randomize(model), random(5, 3, 3, 3))
+    graph.edit(fold_batchnorms)
+    graph.edit(fold_scales)
+    assert_same(graph, model, random(5, 3, 3, 3))
+    assert operations(graph).count("mul") == left
 
 
 @pytest.mark.parametrize("settings", [{"affine": False}, {"eps": 0.1}])

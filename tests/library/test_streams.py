@@ -4,11 +4,13 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import qwt2
 from qwt2.compensation.methods import COMPENSATIONS
-from qwt2.compensation.methods.cwac import held_out_batches
+from qwt2.compensation.methods.cwac import CHANCE, held_out_batches, shrunk
+from qwt2.compensation.moments import Moments
 from qwt2.engines import load_engine
 from qwt2.quantization.info import quantized_layers
 from qwt2.quantization.layers import QuantizedAdd, QuantizedLayer
@@ -33,6 +35,17 @@ def test_the_ends_of_branches_are_found():
     assert all(not name.endswith("conv2") for name in quantized_layers(tiny.quantized("resnet", 4, 4)) if name not in ends)
     swin = joints(tiny.quantized("swin", 4, 4))
     assert any(known.moves for known in swin.values())  # windows are put back in their places
+
+
+def test_a_layer_scale_does_not_hide_the_end_of_a_branch():
+    """It is folded into the layer before it, so that what the stream lacks is the layer's target."""
+    model = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5, init_values=0.1
+    )
+    qmodel = qwt2.quantize(tiny.randomize(model), tiny.batches(), "repq")
+    assert list(joints(qmodel)) == ["blocks.0.attn.proj", "blocks.0.mlp.fc2"]
+    with qwt2.full_precision(qmodel), torch.no_grad():
+        torch.testing.assert_close(qmodel(tiny.images()), model(tiny.images()), rtol=1e-4, atol=1e-5)
 
 
 class Given(torch.nn.Module):
@@ -121,6 +134,45 @@ def test_ranges_fit_the_compensated_network(name, method):
         scale, zero_point = observe("minmax", x.reshape(1, -1), layer.input_quantizer.grid)
         torch.testing.assert_close(layer.input_quantizer.scale, scale[0], rtol=5e-3, atol=0)  # ties widen it
         assert float((layer.input_quantizer.zero_point - zero_point[0]).abs()) <= 1
+
+
+class TestShrinkage:
+    """Parameters of y_f = a y_q + b + noise, from n images of one value each."""
+
+    def test_leaves_nothing_where_there_is_nothing_to_gain(self):
+        """Least squares on few images makes new images worse; what is kept of it does not."""
+        harm = {"kept": 0.0, "all": 0.0}
+        for seed in range(200):
+            alpha, beta, moments = self.fitted(8, a=1.0, b=0.0, seed=seed)
+            for name, (slope, shift) in {"all": (alpha, beta), "kept": shrunk(alpha, beta, moments, 8)}.items():
+                harm[name] += float((slope - 1).square().mean() + shift.square().mean())  # of new values, variance 1
+        assert harm["kept"] < 0.25 * harm["all"]
+
+    def test_keeps_what_many_images_agree_on(self):
+        alpha, beta, moments = self.fitted(5000, a=0.8, b=0.5, seed=0)
+        slope, shift = shrunk(alpha, beta, moments, 5000)
+        torch.testing.assert_close(slope, alpha, rtol=1e-2, atol=0)
+        torch.testing.assert_close(shift, beta, rtol=1e-2, atol=0)
+
+    def test_shares_follow_their_closed_form(self):
+        n = 24
+        alpha, beta, moments = self.fitted(n, a=0.5, b=0.7, seed=1)
+        y_q, y_f = self.values(n, 0.5, 0.7, 1)
+        error, gap = (y_f - y_q).var(0, unbiased=False).sum(), (y_f - y_q).mean(0)
+        left = (y_f - alpha * y_q).var(0, unbiased=False).sum()
+        slope, shift = shrunk(alpha, beta, moments, n)
+        torch.testing.assert_close(slope, 1 + (1 - CHANCE * left / (n * (error - left))) * (alpha - 1))
+        kept = 1 - CHANCE * error / (n * gap.square().sum())
+        torch.testing.assert_close(slope * y_q.mean(0) + shift, y_q.mean(0) + kept * gap)
+
+    def values(self, n, a, b, seed):
+        y_q, noise = torch.randn(2, n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        return y_q, a * y_q + b + 0.3 * noise
+
+    def fitted(self, n, a, b, seed):
+        moments = Moments.of(*self.values(n, a, b, seed), 1)
+        alpha = moments.cov / moments.var_q
+        return alpha, moments.mean_f - alpha * moments.mean_q, moments
 
 
 class TestRefit:

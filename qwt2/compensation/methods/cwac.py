@@ -28,12 +28,14 @@ from qwt2.quantization.recipe import Recipe
 from qwt2.quantization.walk import Visit, Walk
 
 # Estimators of alpha for channels that are not constant; beta = mean(y_f) - alpha * mean(y_q). QwT-v2: least squares.
-# "branch" is "moment" inside a residual branch and "least_squares" at its end.
+# "branch" is "moment" inside a residual branch and "least_squares" at its end, less what chance explains.
 ESTIMATORS: dict[str, Callable[[Moments], Tensor]] = {
     "least_squares": lambda m: m.cov / m.var_q,
     "moment": lambda m: (m.var_f / m.var_q).sqrt(),
     "bias_only": lambda m: torch.ones_like(m.var_q),
 }
+# Gain by chance that is allowed for, in units of the expected one. Channels share their chances, which then vary more.
+CHANCE = 2
 CHOICES = {
     "target": ("stream", "global", "local"),
     "order": ("sequential", "one_pass"),
@@ -59,7 +61,8 @@ class CWAC:
             every block's output by an extra operation that cannot be folded.
         estimator: "branch", "least_squares" (the paper), "moment" or "bias_only". Least squares shrinks a noisy output,
             and inside a branch every later module would see less signal. "branch" therefore takes "moment" inside a
-            residual branch, and "least_squares" at its end and outside.
+            residual branch, and "least_squares" at its end and outside, and pulls both towards no compensation as
+            far as few images would give parameters by chance (:func:`shrunk`).
         gate: keep a compensation only if it lowers the squared error on held-out calibration batches: "stream" decides
             per module by the residual stream behind its branch (by the module's output where there is none), "module"
             by the module's output, "channel" by each channel of it, and "none" keeps all.
@@ -117,7 +120,7 @@ class CWAC:
         remove_compensation(walk)
         fits = []
         for place in PLACES[self.granularity](walk, self.ranges):  # in execution order
-            fits.append(self._fit(place, len(walk.batches)))
+            fits.append(self._fit(place, walk))
             if self.order == "sequential":
                 fits[-1].apply()
         if self.order == "one_pass":
@@ -125,20 +128,27 @@ class CWAC:
                 fit.apply()
         return [fit.report() for fit in fits]
 
-    def _fit(self, place: Place, batches: int) -> _Fit:
-        held = held_out_batches(batches, self.holdout) if self.gate != "none" else set()
+    def _fit(self, place: Place, walk: Walk) -> _Fit:
+        held = held_out_batches(len(walk.batches), self.holdout) if self.gate != "none" else set()
         parts: dict[bool, Moments] = {}
         for index, y_q, y_f in place.outputs(self.target):
             moments, key = Moments.of(y_q, y_f, place.channel_axis), index in held
             parts[key] = parts[key] + moments if key in parts else moments
-        parts = place.visit.walk.processes.merged(parts)
+        parts = walk.processes.merged(parts)
         if not all(moments.is_finite for moments in parts.values()):
             raise Qwt2Error(f"{place.name} gives NaN or infinity on the calibration images; check its weights")
-        estimator = estimator_at(place.is_inside_branch) if self.estimator == "branch" else self.estimator
-        # The gate judges parameters that were fitted without the held-out images; the final ones use all images.
         every = parts[False] + parts[True] if held else parts[False]
-        fit = _Fit(place, every, *affine(every, estimator))
-        return self._gated(fit, held, parts[True], affine(parts[False], estimator)) if held else fit
+        fit = _Fit(place, every, *self._parameters(place, every, walk.images()))
+        if not held:
+            return fit
+        # The gate judges parameters that were fitted without the held-out images; the final ones use all images.
+        trial = self._parameters(place, parts[False], walk.images() - walk.images(held))
+        return self._gated(fit, held, parts[True], trial)
+
+    def _parameters(self, place: Place, moments: Moments, images: int) -> tuple[Tensor, Tensor]:
+        if self.estimator != "branch":
+            return affine(moments, self.estimator)
+        return shrunk(*affine(moments, estimator_at(place.is_inside_branch)), moments, images)
 
     def _gated(self, fit: _Fit, held: set[int], held_out: Moments, trial: tuple[Tensor, Tensor]) -> _Fit:
         """Return the fit without parameters that do not help on held-out batches.
@@ -181,6 +191,34 @@ def affine(moments: Moments, estimator: str = "least_squares") -> tuple[Tensor, 
     """Return alpha and beta, float64 (C,), that map the quantized to the full-precision output (QwT-v2, section 3)."""
     alpha = torch.where(moments.varies, ESTIMATORS[estimator](moments), torch.ones_like(moments.var_q))
     return alpha, moments.mean_f - alpha * moments.mean_q
+
+
+def shrunk(alpha: Tensor, beta: Tensor, moments: Moments, images: int) -> tuple[Tensor, Tensor]:
+    """Pull a layer's parameters towards no compensation by the share of their gain that chance explains.
+
+    A parameter fitted on n values lowers an unpredictable error by about 1 / n of it. With the layer's error E before
+    and R after a fit, the share that is kept is 1 - c R / (n (E - R)) with c = :data:`CHANCE`, and never negative
+    (Stein's estimator, James and Stein 1961): once for alpha - 1, from centred values, and once for the shift of the
+    mean. Positions within an image are more alike than images, so n is the geometric mean of both counts.
+
+    Args:
+        alpha, beta: the parameters, (C,).
+        moments: of the layer's output and its target.
+        images: number of images behind the moments.
+    """
+    m = moments
+    count = math.sqrt(images * m.count)
+    gap, shift = m.mean_f - m.mean_q, alpha * m.mean_q + beta - m.mean_q
+    error = (m.var_q - 2 * m.cov + m.var_f).sum()
+    left = torch.where(m.varies, m.var_f - m.cov.square() / m.var_q, m.var_f).sum()
+    alpha = 1 + _kept(error, left, count) * (alpha - 1)
+    shift = _kept(error + gap.square().sum(), error, count) * shift
+    return alpha, (1 - alpha) * m.mean_q + shift
+
+
+def _kept(error: Tensor, left: Tensor, count: float) -> float:
+    gain = float(error - left)
+    return max(0.0, 1 - CHANCE * float(left) / (count * gain)) if gain > 0 else 0.0
 
 
 class LayerPlace:

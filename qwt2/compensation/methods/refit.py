@@ -27,6 +27,7 @@ from qwt2.compensation.methods.cwac import (
     estimator_at,
     held_out_batches,
     remove_compensation,
+    shrunk,
 )
 from qwt2.compensation.moments import Moments
 from qwt2.compensation.report import ModuleReport
@@ -48,7 +49,9 @@ class Refit:
         target: "stream", "global" or "local", as in :class:`qwt2.compensation.methods.cwac.CWAC`.
         ridges: strengths of the pull towards the original weight, as shares of the Gram matrix's mean diagonal. The one
             with the least error on held-out images is taken, per layer; two further candidates keep the original weight
-            with the rounding by feedback, or with the PTQ method's own codes.
+            with the rounding by feedback, or with the PTQ method's own codes. These are left only for a gain of more
+            than 2 / n of their error on n held-out images, since less may be chance. So much must scale and offset
+            gain as well.
         ranges: as in :class:`qwt2.compensation.methods.cwac.CWAC`.
         holdout: share of the calibration batches held out to choose among the candidates, at least one batch.
         rows_per_input: number of rows (images times positions) per input of an output that the regressions take, about.
@@ -66,7 +69,7 @@ class Refit:
     ridges: Sequence[float] = (0.05, 0.3, 1.0)
     ranges: str | None = "mse"
     holdout: float = 0.25
-    rows_per_input: int = 256
+    rows_per_input: int = 64
 
     def __post_init__(self) -> None:
         if self.target not in ("stream", "global", "local"):
@@ -100,24 +103,28 @@ class Refit:
         if len(walk.batches) < 2:
             raise Qwt2Error("refit holds out whole batches; give at least two calibration batches")
         remove_compensation(walk)
-        return [self._fit(visit, len(walk.batches)) for visit in walk.layer_visits(self.ranges)]
+        held = held_out_batches(len(walk.batches), self.holdout)
+        return [self._fit(visit, held) for visit in walk.layer_visits(self.ranges)]
 
-    def _fit(self, visit: Visit, batches: int) -> ModuleReport:
+    def _fit(self, visit: Visit, held: set[int]) -> ModuleReport:
         layer = visit.module
-        fitted, held_out = self._sums(visit, held_out_batches(batches, self.holdout))
+        fitted, held_out = self._sums(visit, held)
         every = fitted + held_out
         before = moments(every, weight_rows(layer, layer.quantized_weight))
         choices = candidates(layer, fitted, self.ridges)
-        errors = [
-            float(moments(held_out, c.weight).squared_error(*affine(moments(fitted, c.weight), "least_squares")).sum())
-            for c in choices
-        ]
-        best = min(range(len(choices)), key=errors.__getitem__)
-        ridge = choices[best].ridge
+        images = visit.walk.images(), visit.walk.images(held)
+        errors = [held_out_error(c.weight, fitted, held_out, images[0] - images[1]) for c in choices]
+        plain = float(moments(held_out, choices[0].weight).squared_error().sum())
+        best, certain = min(range(len(choices)), key=errors.__getitem__), 1 - 2 / images[1]
+        ridge = choices[best].ridge if errors[best] < certain * min(errors[0], plain) else None
+        is_affine = ridge is not None or errors[0] < certain * plain
         chosen = choices[0] if ridge is None else _rounded(layer, every, [ridge])[0]
         chosen.apply(layer)
         after = moments(every, chosen.weight)
-        alpha, beta = affine(after, estimator_at(visit.is_inside_branch))
+        parameters = affine(after, estimator_at(visit.is_inside_branch))
+        alpha, beta = shrunk(*parameters, after, images[0])
+        if not is_affine:
+            alpha, beta = torch.ones_like(alpha), torch.zeros_like(beta)
         bias = torch.zeros_like(beta) if layer.bias is None else layer.bias.double()
         layer.set_compensation(alpha.float(), (beta + bias - alpha * bias).float())
         return _report(visit.name, before, after, alpha, beta, ridge)
@@ -198,6 +205,19 @@ def refitted(weight: Tensor, sums: Regression, ridge: float) -> Tensor:
         return weight
     lack = sums.cross - sums.gram @ weight.transpose(1, 2)
     return weight + torch.cholesky_solve(lack, cholesky(sums.gram, ridge)).transpose(1, 2)
+
+
+def held_out_error(weight: Tensor, fitted: Regression, held_out: Regression, images: int) -> float:
+    """Return a weight's mean squared error on held-out images, compensated as other images would have it.
+
+    Args:
+        weight: (groups, outputs, d).
+        fitted: sums of the other images.
+        held_out: sums of the held-out images.
+        images: number of the other images.
+    """
+    others = moments(fitted, weight)
+    return float(moments(held_out, weight).squared_error(*shrunk(*affine(others), others, images)).sum())
 
 
 def moments(sums: Regression, weight: Tensor) -> Moments:
