@@ -134,7 +134,10 @@ class Comparison:
         return self.measured(engine, {"fp32": self.float_file, **own, **dict(self.others(engine))})
 
     def others(self, engine: str) -> Iterator[tuple[str, Path]]:
-        """Yield the file of another tool with each of its settings, under the tool's name with the setting."""
+        """Yield the file of another tool with each setting that does not fail, under the tool's name and the setting's.
+
+        Entropy, for example, fails on masks that reach float32's lowest value.
+        """
         tool, suffix, settings = {
             "onnxruntime": ("quantize_static", ".onnx", quantize_static_settings(self.float_file, self.calibration)),
             "openvino": (
@@ -143,7 +146,12 @@ class Comparison:
         }[engine]  # fmt: skip
         for number, setting in enumerate(settings):
             path = self.folder / f"{tool}-{number}{suffix}"
-            setting.write(path)
+            try:
+                setting.write(path)
+            except Exception as error:  # of any kind: the other settings go on
+                reason = str(error).partition("\n")[0]
+                tqdm.write(f"{tool} ({setting.name}) fails on {self.cfg['model']['name']}: {reason}")
+                continue
             yield f"{tool} ({setting.name})", path
 
     def methods(self) -> list[str]:
