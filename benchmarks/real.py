@@ -1,9 +1,9 @@
 """Gather the figures of real networks on real data, and compare them at 8 bits with NNCF and quantize_static.
 
-The cells are those of ``experiment=real`` and ``experiment=fashion``, which run first (``make real``), and at W8A8 also
-with files for OpenVINO. The other tools get the same network, calibration inputs and validation set, and their files
-are measured in turn with those of the cells. Each runs with several of its settings, because none is the best for every
-network.
+The cells are those of the experiments ``real``, ``fashion`` and ``encoder``, which run first (``make real``), and at
+W8A8 also with files for OpenVINO. The other tools get the same network, calibration inputs and validation set, and
+their files are measured in turn with those of the cells. Each runs with several of its settings, because none is the
+best for every network.
 
 ``python -m benchmarks.real MODEL ...`` takes only these models, and keeps the other rows of this machine's files.
 """
@@ -38,7 +38,7 @@ from qwt2.evaluation.latency import measure_latency
 from qwt2.io import write_csv
 from qwt2.report.metrics import METRICS
 
-EXPERIMENTS = ("real", "fashion")
+EXPERIMENTS = ("real", "fashion", "encoder")
 # Engine -> overrides of the cells whose files are compared on it; OpenVINO's files are made for it (`make real`).
 COMPARED = {
     "onnxruntime": ["precision=w8a8"],
@@ -134,7 +134,10 @@ class Comparison:
         return self.measured(engine, {"fp32": self.float_file, **own, **dict(self.others(engine))})
 
     def others(self, engine: str) -> Iterator[tuple[str, Path]]:
-        """Yield the file of another tool with each of its settings, under the tool's name with the setting."""
+        """Yield the file of another tool with each setting that does not fail, under the tool's name and the setting's.
+
+        Entropy, for example, fails on masks that reach float32's lowest value.
+        """
         tool, suffix, settings = {
             "onnxruntime": ("quantize_static", ".onnx", quantize_static_settings(self.float_file, self.calibration)),
             "openvino": (
@@ -143,7 +146,12 @@ class Comparison:
         }[engine]  # fmt: skip
         for number, setting in enumerate(settings):
             path = self.folder / f"{tool}-{number}{suffix}"
-            setting.write(path)
+            try:
+                setting.write(path)
+            except Exception as error:  # of any kind: the other settings go on
+                reason = str(error).partition("\n")[0]
+                tqdm.write(f"{tool} ({setting.name}) fails on {self.cfg['model']['name']}: {reason}")
+                continue
             yield f"{tool} ({setting.name})", path
 
     def methods(self) -> list[str]:

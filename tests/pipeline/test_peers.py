@@ -6,6 +6,7 @@ import pytest
 import torch
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from benchmarks import real
 from benchmarks.peer_tools import Setting, quantize_static_settings, single_feeds, write_float
 from benchmarks.peers import Comparison
 from qwt2 import export_onnx, load_engine
@@ -75,3 +76,12 @@ def test_quantize_static_gets_a_file_without_batchnorms(tmp_path):
 def test_calibration_inputs_are_given_one_by_one():
     feeds = single_feeds([{"ids": torch.tensor([[1, 2], [3, 4]])}, {"ids": torch.tensor([[5, 6]])}])
     assert [feed["ids"].tolist() for feed in feeds] == [[[1, 2]], [[3, 4]], [[5, 6]]]
+
+
+def test_settings_that_fail_on_a_real_network_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+    made = real.Comparison.__new__(real.Comparison)
+    made.cfg, made.folder, made.float_file, made.calibration = {"model": {"name": "lite"}}, tmp_path, tmp_path, []
+    made.network, made.example, made.is_transformer = None, None, False
+    monkeypatch.setattr(real, "quantize_static_settings", lambda *_: [Setting("broken", failing), Setting("fine", writing(0.1))])
+    assert dict(made.others("onnxruntime")) == {"quantize_static (fine)": tmp_path / "quantize_static-1.onnx"}
+    assert "quantize_static (broken) fails on lite: no such operator\n" in capsys.readouterr().out
