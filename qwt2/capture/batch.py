@@ -72,7 +72,7 @@ def _leading(batch: Any, parameters: Mapping[str, inspect.Parameter]) -> Any:
 def _check_tensors(inputs: Any) -> None:
     for name, tensor in tensors(inputs).items():
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:
-            kind = "tensor without axes" if isinstance(tensor, Tensor) else type(tensor).__name__
+            kind = "Tensor without axes" if isinstance(tensor, Tensor) else type(tensor).__name__
             what = f"batch's entry {name!r}" if isinstance(inputs, dict) else "batch"
             raise Qwt2Error(
                 f"a calibration {what} is a {kind}; give tensors (N, ...), tuples starting with one, or "
