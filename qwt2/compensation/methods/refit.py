@@ -50,8 +50,8 @@ class Refit:
         ridges: strengths of the pull towards the original weight, as shares of the Gram matrix's mean diagonal. The one
             with the least error on held-out images is taken, per layer; two further candidates keep the original weight
             with the rounding by feedback, or with the PTQ method's own codes. These are left only for a gain of more
-            than 2 / n of their error on n held-out images, since less may be chance. So much must scale and offset
-            gain as well.
+            than 2 / n of their error on n held-out images, since less may be chance. Scale and offset must lower the
+            error on held-out images, too.
         ranges: as in :class:`qwt2.compensation.methods.cwac.CWAC`.
         holdout: share of the calibration batches held out to choose among the candidates, at least one batch.
         rows_per_input: number of rows (images times positions) per input of an output that the regressions take, about.
@@ -117,7 +117,7 @@ class Refit:
         plain = float(moments(held_out, choices[0].weight).squared_error().sum())
         best, certain = min(range(len(choices)), key=errors.__getitem__), 1 - 2 / images[1]
         ridge = choices[best].ridge if errors[best] < certain * min(errors[0], plain) else None
-        is_affine = ridge is not None or errors[0] < certain * plain
+        is_affine = ridge is not None or errors[0] < plain
         chosen = choices[0] if ridge is None else _rounded(layer, every, [ridge])[0]
         chosen.apply(layer)
         after = moments(every, chosen.weight)
