@@ -27,13 +27,13 @@ def ensure_operators() -> str:
         "mmcv" if its own operators are compiled, else "torchvision".
 
     Raises:
-        Qwt2Error: torchvision is missing; the message names the extra that installs it.
+        Qwt2Error: torchvision, mmcv or mmengine is missing; the message names the extra that installs it.
     """
     if isinstance(sys.modules.get(_EXTENSION), _Bridge):
         return "torchvision"
-    if importlib.util.find_spec(_EXTENSION) is not None:
-        return "mmcv"
     with extra("detection"):
+        if importlib.util.find_spec(_EXTENSION) is not None:  # imports mmcv, which needs mmengine
+            return "mmcv"
         import torchvision  # noqa: F401  # registers the operators
 
     sys.modules[_EXTENSION] = _Bridge(_EXTENSION)

@@ -159,8 +159,7 @@ def test_several_experiments_are_compared_with_the_first_one_s_method_and_rotati
         label = f"{ptq}_rotated" if more else ptq
         overrides = {"experiment": name, "ptq": ptq, "compensation": "cwac", "seed": "0"} | more
         write_cell(number, overrides, ptq, {label: 80.0 + number, f"{label}+cwac": 85.0 + number})
-    cells = [page.Finished(job, cell) for job in sweep.jobs("s") if (cell := page._finished(job))]
-    found = page.measured(cells)
+    found = page.measured(page.finished("s"))
     assert [line.name for line in found] == ["PTQ", "PTQ + CWAC", "gptq", "gptq + CWAC", "repq_rotated", "repq_rotated + CWAC"]
     assert {line.group for line in found} == {""}
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 
+from qwt2.onnx.passes.detours import part_reductions, widen_rotary_tables
 from qwt2.onnx.passes.few_rows import reshape_before_scaling
 from qwt2.onnx.passes.layout import (
     activate_before_reshapes,
@@ -63,6 +64,8 @@ PASSES: list[tuple[Pass, Collection[str]]] = [
     (fuse_additions, _ALL),
     (share_quantizers, _ALL),
     (reshape_before_scaling, _INTEGER_BIASES),
+    (part_reductions, _INTEGER_BIASES),
+    (widen_rotary_tables, _INTEGER_BIASES),
     (fold_zero_points, _INTEGER_BIASES),
     (clip_values, _FLOAT_BIASES),
     (make_biases_float, _FLOAT_BIASES),
