@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from pipeline.tasks.detection import part_exporters
 from qwt2 import Precision, compensate, fold, load_engine, load_quantized, quantize, save_quantized
-from qwt2.capture.batch import call, first
+from qwt2.capture.batch import call, first, image_count
 from qwt2.capture.export import capture
 from qwt2.capture.graph import GraphModel
 from qwt2.detection.models import build_detector, detector_config
@@ -163,7 +163,8 @@ def test_cwac_fits_every_quantized_module_on_the_full_precision_networks_output(
     name = "detector.rpn_head.rpn_conv"
     assert layers[name].alpha is not None
     uncompensated, target = runs_of(chain, name)
-    alpha, beta = closed_form(uncompensated, target)
+    images = sum(image_count(batch) for batch in chain.batches)
+    alpha, beta = kept_by_chance(*closed_form(uncompensated, target), uncompensated, target, images)
     torch.testing.assert_close(layers[name].alpha.double(), alpha, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(layers[name].beta.double(), beta, rtol=1e-3, atol=1e-3)
 
@@ -195,6 +196,25 @@ def closed_form(y_q: torch.Tensor, y_f: torch.Tensor) -> tuple[torch.Tensor, tor
     mean_q, mean_f = y_q.mean(1), y_f.mean(1)
     alpha = ((y_q - mean_q[:, None]) * (y_f - mean_f[:, None])).mean(1) / y_q.var(1, unbiased=False)
     return alpha, mean_f - alpha * mean_q
+
+
+def kept_by_chance(
+    alpha: torch.Tensor, beta: torch.Tensor, y_q: torch.Tensor, y_f: torch.Tensor, images: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The share 1 - 2 R / (n (E - R)) of alpha - 1 and of the means' shift, with errors E before and R after them.
+
+    n is the geometric mean of the numbers of images and of values per channel.
+    """
+    n = (images * y_q.shape[1]) ** 0.5
+    centred_q, centred_f = y_q - y_q.mean(1, keepdim=True), y_f - y_f.mean(1, keepdim=True)
+    before = (centred_q - centred_f).square().mean(1).sum()
+    fitted = (alpha[:, None] * centred_q - centred_f).square().mean(1).sum()
+    shift = alpha * y_q.mean(1) + beta - y_q.mean(1)
+    gap = (y_f - y_q).mean(1).square().sum()
+    kept_alpha = (1 - 2 * fitted / (n * (before - fitted))).clamp(min=0)
+    kept_shift = (1 - 2 * before / (n * gap)).clamp(min=0)
+    alpha = 1 + kept_alpha * (alpha - 1)
+    return alpha, (1 - alpha) * y_q.mean(1) + kept_shift * shift
 
 
 def test_compensation_brings_the_outputs_closer(chain):
@@ -279,6 +299,10 @@ def between_codes(folded: nn.Module, records: dict[str, np.ndarray]) -> dict[str
     """Records of slightly larger inputs. RoIAlign averages values on a grid, and many averages lie exactly between two
     codes of the head's coarser grid, which engines that multiply by the inverse of a scale round the other way."""
     moved = {name: array * np.float32(1.0003) for name, array in records.items() if not name.endswith(".result")}
+    for name, array in moved.items():
+        module, role = name.rsplit(".", 1)
+        scale = getattr(folded.get_submodule(module), role).scale.numpy()
+        moved[name] = array + np.float32(1e-3) * scale * (np.abs(array / scale % 1 - 0.5) < 1e-4)
     for name in [name.removesuffix(".result") for name in records if name.endswith(".result")]:
         arguments = [torch.from_numpy(moved[f"{name}.{role}"]) for role in ("input", "a", "b") if f"{name}.{role}" in moved]
         with torch.no_grad():
