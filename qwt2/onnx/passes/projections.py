@@ -93,8 +93,8 @@ class _Projection:
         order = [axis - (axis > counted) for axis in self.order[1:]]
         weight = copy_node(self.weight, [parts[value] for value in self.weight.inputs], own)
         bias = copy_node(self.bias, [parts[value] for value in self.bias.inputs], own)
-        for dequantize in (weight, bias):
-            dequantize.outputs[0].shape = dequantize.inputs[0].shape
+        for whole, dequantize in ((self.weight, weight), (self.bias, bias)):
+            dequantize.outputs[0].type, dequantize.outputs[0].shape = whole.outputs[0].type, dequantize.inputs[0].shape
         layer = copy_node(self.gemm, [self.gemm.inputs[0], *weight.outputs, *bias.outputs], own)
         shape = make("Concat", lengths, own(last.inputs[1].name), axis=0)
         reshape = copy_node(last, [*layer.outputs, *shape.outputs], own)
