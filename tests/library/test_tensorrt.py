@@ -155,10 +155,10 @@ def test_each_rule_names_the_node_that_breaks_it(change, node, reason):
     assert any(line.startswith(f"{node}: ") and re.search(reason, line) for line in found), found
 
 
-def test_the_engine_refuses_other_files_before_it_needs_tensorrt():
+def test_the_session_refuses_other_files_before_it_needs_tensorrt():
     _, path = tiny.exported("vit", 8, None)
     with pytest.raises(Qwt2Error, match="TensorRT cannot run this file: .*target='tensorrt'"):
-        qwt2.load_engine(path, "tensorrt")(tiny.images(1).numpy())
+        ENGINES.get("tensorrt")(load_onnx(path), 1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="tensorrt is installed")
