@@ -153,6 +153,10 @@ def check_python(arguments: list[str]) -> None:
     if arguments[1].endswith(".verdict"):
         assert run(sys.executable, *arguments[:2], "--help").stdout.count(arguments[2]) > 1
         return
+    if arguments[1].startswith("benchmarks."):  # these need packages of another environment
+        assert (ROOT / f"{arguments[1].replace('.', '/')}.py").is_file()
+        assert all((ROOT / "conf" / "model" / f"{model}.yaml").is_file() for model in arguments[2:])
+        return
     assert arguments[1].endswith(".experiment")
     overrides = [override.split(",")[0] for override in arguments[2:] if override != "-m"]
     done = run(sys.executable, *arguments[:2], "--cfg", "job", *overrides)
@@ -174,7 +178,8 @@ def check_activate(arguments: list[str]) -> None:
 
 
 CHECKS = {
-    "make": check_make, "pip": check_pip, "qwt2": check_qwt2, "python": check_python, "dvc": check_dvc, ".": check_activate,
+    "make": check_make, "pip": check_pip, "qwt2": check_qwt2, "torchrun": check_torchrun, "python": check_python,
+    ".venv-real/bin/python": check_python, "dvc": check_dvc, ".": check_activate,
 }  # fmt: skip
 
 
