@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", 0))  # of torchrun
+    """Return this process's number among those of torchrun; other launchers set RANK, too."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def run(arguments: argparse.Namespace) -> None:

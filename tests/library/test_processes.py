@@ -1,5 +1,6 @@
 """Several processes find what one process finds."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,9 @@ def test_two_processes_find_what_one_finds(folder, task):
 def test_all_processes_refuse_what_they_cannot_share(folder, task):
     for rank in range(2):
         assert (folder / f"{task}-{rank}").read_text().startswith(REFUSED[task])
+
+
+def test_the_command_speaks_in_a_process_that_another_launcher_numbered(tmp_path):
+    command = [sys.executable, "-m", "qwt2", "vit", "--images", str(tmp_path / "no"), "--output", str(tmp_path / "a.onnx")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"RANK": "1"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "is no folder" in done.stderr
