@@ -104,7 +104,8 @@ def _accuracy(row: dict[str, str]) -> str:
 def costs_table(rows: list[dict[str, str]]) -> str:
     """Return Markdown: a row per step, and how many times that the implementation which stores everything takes."""
     stored = {row["method"]: row for row in rows if row["implementation"] == "stored"}
-    headings = ["Step", "Seconds", "CPU seconds", "MB added", "stored ÷ this, CPU seconds", "stored ÷ this, MB"]
+    headings = ["Step", "Seconds", "CPU seconds", "Float passes", "MB added"]
+    headings += ["stored ÷ this, CPU seconds", "stored ÷ this, MB"]
     lines = []
     for row in (row for row in rows if row["implementation"] == "qwt2"):
         other = stored.get(row["method"])
@@ -112,7 +113,7 @@ def costs_table(rows: list[dict[str, str]]) -> str:
             MISSING if other is None else f"{float(other[key]) / float(row[key]):.1f}"
             for key in ("cpu_seconds", "added_mb")
         ]
-        lines.append([row["method"], row["seconds"], row["cpu_seconds"], row["added_mb"], *times])
+        lines.append([row["method"], row["seconds"], row["cpu_seconds"], row["float_passes"], row["added_mb"], *times])
     first = rows[0]
     facts = (
         f"{first['model']}, {first['precision']}, {first['images']} images; {first['cpu']}, {first['threads']} threads"

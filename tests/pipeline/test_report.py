@@ -493,17 +493,18 @@ def test_costs_go_between_their_own_markers(tmp_path):
     assert path.read_text() == empty  # nothing measured, nothing written
     facts = "deit,W4A4,512,2,CPU"
     (tmp_path / "calibration-cost-x.csv").write_text(
-        "method,implementation,seconds,cpu_seconds,added_mb,model,precision,images,threads,cpu\n"
-        f"quantize,qwt2,1.5,3.0,200,{facts}\ncwac,qwt2,10.0,20.0,400,{facts}\ncwac,stored,70.0,90.0,1200,{facts}\n"
+        "method,implementation,seconds,cpu_seconds,float_passes,added_mb,model,precision,images,threads,cpu\n"
+        f"quantize,qwt2,1.5,3.0,0.3,200,{facts}\n"
+        f"cwac,qwt2,10.0,20.0,2.0,400,{facts}\ncwac,stored,70.0,90.0,9.0,1200,{facts}\n"
     )
     benchmark_tables.replace_benchmarks(path, tmp_path)
     assert path.read_text().splitlines()[2:8] == [
         "deit, W4A4, 512 images; CPU, 2 threads",
         "",
-        "| Step | Seconds | CPU seconds | MB added | stored ÷ this, CPU seconds | stored ÷ this, MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| quantize | 1.5 | 3.0 | 200 | – | – |",
-        "| cwac | 10.0 | 20.0 | 400 | 4.5 | 3.0 |",
+        "| Step | Seconds | CPU seconds | Float passes | MB added | stored ÷ this, CPU seconds | stored ÷ this, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| quantize | 1.5 | 3.0 | 0.3 | 200 | – | – |",
+        "| cwac | 10.0 | 20.0 | 2.0 | 400 | 4.5 | 3.0 |",
     ]
 
 
