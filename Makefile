@@ -10,7 +10,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3.11
 
-.PHONY: quick repro repro-classification test test-fast lint docs readme lock benchmarks real real-cells fashion-cells encoder-cells dashboard publish experiments verify determinism kills clean
+.PHONY: quick repro repro-classification test test-fast lint docs readme lock benchmarks real real-cells fashion-cells encoder-cells free-accuracy dashboard publish experiments verify determinism kills clean
 
 # In a minute or two: what compensation regains on a small network, on both engines.
 quick: $(STAMP)
@@ -69,6 +69,14 @@ debian = test -d $(1) || { test "$$(id -u)" = 0 && apt-get -qq update && \
 	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y $(2) > /dev/null; } || \
 	{ echo "error: there is no folder $(1); install Debian's package $(2) as root, or give its folder as $(3)=" >&2; \
 	exit 1; }
+
+# What compensations recover at no cost, on five calibration seeds: an hour or two. ARGS takes overrides.
+FREE := model=vit_micro,swin_micro,resnet_micro hydra/launcher=local
+free-accuracy: $(STAMP)
+	python -m pipeline.sweeps.experiment experiment=free_accuracy,free_accuracy_ptq sweep=free_accuracy $(FREE) $(ARGS)
+	python -m pipeline.sweeps.experiment experiment=free_accuracy_rotated hydra/launcher=local
+	python -m pipeline.comparison.free_accuracy free_accuracy free_accuracy_rotated
+	python -m pipeline.comparison.readme
 
 # Serve a page on this machine that compares all runs.
 dashboard: $(STAMP)

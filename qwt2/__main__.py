@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--weight-bits", type=int, default=8)
     p.add_argument("--activation-bits", type=int, default=8)
     p.add_argument("--rotate", action="store_true", help="rotate the residual stream first (pre-norm transformers)")
-    p.add_argument("--compensation", default="cwac", help="cwac, qwt or none")
+    p.add_argument(
+        "--compensation", default="cwac", help="cwac, refit (closer, takes longer), cwac_paper, qwt, qwt_global or none"
+    )
     p.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="modules or patterns that stay in float")
     p.add_argument("--sensitivity", action="store_true", help="write what each module costs, .sensitivity.csv and .svg")
     p.add_argument(

@@ -29,9 +29,13 @@ def write_page(sweep: str) -> Path | None:
     if not cells:
         return None
     path = SWEEPS / sweep / PAGE
-    fp32 = {cell.model: float(cell.scores["fp32"].mean()) for cell in cells}
-    write_text(path, render_sweep(sweep, measured(cells), fp32))
+    write_text(path, render_sweep(sweep, measured(cells), fp32(cells)))
     return path
+
+
+def fp32(cells: list[Finished]) -> dict[str, float]:
+    """Return model -> the main figure of the full-precision network, in percent."""
+    return {cell.model: float(cell.scores["fp32"].mean()) for cell in cells}
 
 
 def finished(sweep: str) -> list[Finished]:

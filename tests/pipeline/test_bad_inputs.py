@@ -115,6 +115,7 @@ OTHERS = {
     "pipeline.stages.quantize vit_micro-w3a3": "out/resolved/quantize@vit_micro-w3a3.yaml does not exist; run `dvc repro`",
     "pipeline.stages.baseline no_such_model": "baseline@no_such_model.yaml does not exist",
     "pipeline.sweeps.params model=vit_huge": "options of group 'model' are",
+    "pipeline.comparison.free_accuracy nope": r"sweep 'nope' has no finished cell; run it first \(make free-accuracy\)",
     "pipeline.comparison.readme": "results/summary.csv does not exist",
     "pipeline.comparison.verdict": "git does not have results/summary.csv of HEAD .*; give a revision or a file with --against",
     "pipeline.comparison.verdict --against conf/config.yaml": "config.yaml must have the columns task,dataset",

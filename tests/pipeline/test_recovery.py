@@ -5,8 +5,10 @@ import pytest
 from scipy import stats
 
 from pipeline.common.folders import CELLS, SCORES
+from pipeline.comparison import free_accuracy
+from pipeline.comparison.benchmark_tables import read_dicts
 from pipeline.sweeps import page, sweep
-from qwt2.io import save_arrays, write_json
+from qwt2.io import save_arrays, write_csv, write_json
 from qwt2.report import charts, recovery
 from qwt2.report.metrics import ACCURACY, HARD_LOSS
 from qwt2.report.recovery import Interval, Measured, interval, lines
@@ -173,3 +175,29 @@ def test_other_settings_make_groups_and_the_page_names_them(tmp_path, monkeypatc
     text = page.write_page("s").read_text()
     assert text.count("calibration.images=16") >= 2 and "PTQ + QwT (calibration.images=64)" in text
     assert "adds latency" in text and "vit-w2a3 (calibration.images=16), PTQ + QwT: +0.0" in text
+
+
+def test_the_file_of_a_sweep_keeps_what_its_page_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(free_accuracy, "FILE", tmp_path / "free.csv")
+    page = tmp_path / "page.md"
+    assert "make free-accuracy" in free_accuracy.free_accuracy_page(page)
+    before = lines(
+        [
+            measured("", {0: 80, 1: 84}),
+            measured("qwt", {0: 85, 1: 87}, free=False),
+            measured("cwac", {0: 86.25, 1: 88}),
+            measured("refit", {0: 79, 1: 80}),
+        ],
+        {"vit": 96.0},
+    )
+    write_csv(free_accuracy.FILE, [free_accuracy.row_of(line) | {"cpu": "CPU", "torch": "2"} for line in before])
+    after = [free_accuracy.line_of(row) for row in read_dicts(free_accuracy.FILE)]
+    for text in (recovery.headline, recovery.significance, recovery.not_helpful):
+        assert text(after) == text(before)
+    assert [line.measured.mean for line in after] == pytest.approx([82, 86, 87.125, 79.5])
+    for kept, record in zip(recovery.means(after), recovery.means(before), strict=True):
+        assert kept == pytest.approx(record, abs=1e-4)
+    text = free_accuracy.free_accuracy_page(page)
+    assert (tmp_path / "report" / "free-accuracy.svg").read_text().startswith("<svg")
+    assert "| vit-w2a3 | cwac | 87.1 | 37% | **+5.1 " in text
+    assert "- vit-w2a3, refit: -2.5" in text.partition("## What did not help")[2]
