@@ -1,18 +1,41 @@
-"""Fixtures of all tests: one browser per process, and the last lines of a run, which list skipped tests and why."""
+"""Fixtures of all tests, and the last lines of a run, which list skipped tests and why."""
 
+import gc
 from collections import defaultdict
+from functools import partialmethod
 
 import pytest
-
-from benchmarks.browser import CHROMIUM, MISSING, chromium
 
 
 @pytest.fixture(scope="session")
 def chromium_browser():
+    """Yield one browser per process."""
+    from benchmarks.browser import CHROMIUM, MISSING, chromium  # takes seconds, and pytest's own process needs none
+
     if CHROMIUM is None:
         pytest.skip(MISSING)
     with chromium() as browser:
         yield browser
+
+
+@pytest.fixture
+def short_learning(monkeypatch):
+    """Make the learned method that ``quantize`` creates take a few steps instead of thousands."""
+    from qwt2.quantization.methods.brecq import BRECQ
+
+    few = partialmethod(BRECQ.__init__, iterations=30, learning_rate=3e-2, batch_size=8)
+    monkeypatch.setattr(BRECQ, "__init__", few)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keep the garbage collector away from all that the imports make: it would look through it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

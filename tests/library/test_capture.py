@@ -373,6 +373,7 @@ def test_subclasses_of_attention_with_a_forward_of_their_own():
     assert len(assert_quantizes(randomize(Tokens(SelfAttention(8, 2, batch_first=True)))).quantization.matmuls) == 2
 
 
+@pytest.mark.slow
 def test_a_decoder_with_learned_queries_and_a_causal_mask():
     def forward(self, x):
         target = self.queries.weight[None].expand(x.shape[0], -1, -1)

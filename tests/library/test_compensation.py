@@ -33,6 +33,8 @@ from tests.support.oracles import (
     squared_error,
 )
 
+pytestmark = pytest.mark.xdist_group("compensation")  # one worker captures the networks
+
 NETWORKS = ["vit", "swin", "resnet", "mobilenet", "dense", "pyramid", "overwriting"]
 
 

@@ -23,6 +23,8 @@ from qwt2.quantization.walk import Walk
 from tests.support import tiny_models as tiny
 from tests.support.oracles import block_triples, full_precision_copy, layer_pairs, record
 
+pytestmark = pytest.mark.xdist_group("walk")  # one worker captures the networks
+
 CHAINS = list(tiny.BUILDERS)
 
 
