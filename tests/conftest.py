@@ -1,6 +1,7 @@
 """Fixtures of all tests, and the last lines of a run, which list skipped tests and why."""
 
 import gc
+import re
 from collections import defaultdict
 from functools import partialmethod
 
@@ -45,7 +46,8 @@ def pytest_terminal_summary(terminalreporter):
     skipped = defaultdict(list)
     for report in terminalreporter.stats.get("skipped", ()):
         _, _, reason = report.longrepr
-        skipped[reason.removeprefix("Skipped: ")].append(report.nodeid)
+        test = re.sub(r"@[\w-]+$", "", report.nodeid)  # without the group that xdist adds to the name
+        skipped[reason.removeprefix("Skipped: ")].append(test)
     if skipped:
         terminalreporter.section("tests that did not run")
     for reason, tests in sorted(skipped.items()):
