@@ -841,6 +841,7 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("activation, read", [(nn.ReLU(), True), (nn.ReLU(inplace=True), True), (nn.Identity(), True), (nn.GELU(), False)])
 @pytest.mark.parametrize("reads_again", [False, True])
+@pytest.mark.slow
 def test_openvino_quantizes_what_a_pooling_alone_reads_of_a_convolution(adds, activation, read, reads_again):
     model = randomize(Pooled(adds, activation, reads_again))
     expected, graph = outputs(model, images(4)), capture(model, images(2))
