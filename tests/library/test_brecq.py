@@ -17,14 +17,6 @@ from qwt2.quantization.quantizers import UniformQuantizer
 from qwt2.quantization.spans import span_of_block
 from tests.support import tiny_models as tiny
 
-SHORT = brecq.BRECQ(iterations=30, learning_rate=3e-2, batch_size=8)
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Make the method that ``quantize`` creates learn for a few steps."""
-    monkeypatch.setattr(brecq.BRECQ, "__init__", lambda self: self.__dict__.update(vars(SHORT)))
-
 
 def logits(seed: int = 0) -> torch.Tensor:
     return 6 * torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -94,7 +86,7 @@ def learned(model, images: torch.Tensor):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "block"), [("vit", "blocks.0"), ("resnet", "layer2.0")])
 @torch.no_grad()
-def test_blocks_come_closer_than_by_rounding_to_nearest(name, block, short):
+def test_blocks_come_closer_than_by_rounding_to_nearest(name, block, short_learning):
     captured, images = tiny.captured(tiny.BUILDERS[name]), tiny.images(32)
     nearest = qwt2.quantize(captured, [images], "percentile", qwt2.Precision(3, 8), observer_images=16)
     qmodel = learned(captured, images)
@@ -121,7 +113,7 @@ class Shared(nn.Module):
 
 
 @torch.no_grad()
-def test_a_layer_that_runs_twice_is_learned_on_both_runs_and_always_in_the_same_way(short):
+def test_a_layer_that_runs_twice_is_learned_on_both_runs_and_always_in_the_same_way(short_learning):
     model = tiny.randomize(Shared())
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
     captured = capture(model, x[:2])

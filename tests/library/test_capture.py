@@ -373,6 +373,7 @@ def test_subclasses_of_attention_with_a_forward_of_their_own():
     assert len(assert_quantizes(randomize(Tokens(SelfAttention(8, 2, batch_first=True)))).quantization.matmuls) == 2
 
 
+@pytest.mark.slow
 def test_a_decoder_with_learned_queries_and_a_causal_mask():
     def forward(self, x):
         target = self.queries.weight[None].expand(x.shape[0], -1, -1)
@@ -840,6 +841,7 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("activation, read", [(nn.ReLU(), True), (nn.ReLU(inplace=True), True), (nn.Identity(), True), (nn.GELU(), False)])
 @pytest.mark.parametrize("reads_again", [False, True])
+@pytest.mark.slow
 def test_openvino_quantizes_what_a_pooling_alone_reads_of_a_convolution(adds, activation, read, reads_again):
     model = randomize(Pooled(adds, activation, reads_again))
     expected, graph = outputs(model, images(4)), capture(model, images(2))

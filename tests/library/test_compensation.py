@@ -33,6 +33,8 @@ from tests.support.oracles import (
     squared_error,
 )
 
+pytestmark = pytest.mark.xdist_group("compensation")  # one worker captures the networks
+
 NETWORKS = ["vit", "swin", "resnet", "mobilenet", "dense", "pyramid", "overwriting"]
 
 
@@ -92,6 +94,7 @@ class TestCWACAgainstWholeNetworks:
 
     @pytest.mark.parametrize("name", NETWORKS)
     @pytest.mark.parametrize("target, order", [("global", "sequential"), ("local", "sequential"), ("global", "one_pass")])
+    @pytest.mark.slow
     def test_modules(self, name, target, order):
         qmodel, batches = quantized(name), tiny.batches(8)
         twin, reference = copy.deepcopy(qmodel), full_precision_copy(qmodel)

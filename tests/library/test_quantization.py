@@ -1,7 +1,9 @@
 """`qwt2.quantize`: what it makes of models it has never seen, and what it refuses."""
 
 import copy
+import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from qwt2.errors import Qwt2Error
 from qwt2.quantization.info import quantized_layers
 from qwt2.quantization.layers import QuantizedMatmul, full_precision
 from qwt2.quantization.methods import PTQ_METHODS
-from tests.support.tiny_models import BUILDERS, captured, images, mlp, quantized, randomize
+from tests.support.tiny_models import BUILDERS, captured, images, mlp, quantized, randomize, vit
 
 ALL_BITS = [(w, a) for w in range(2, 9) for a in range(3, 9)]
 
@@ -24,8 +26,17 @@ def logits(model: nn.Module, count: int = 8) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", list(BUILDERS))
 @pytest.mark.parametrize("method", PTQ_METHODS.names())
-def test_every_layer_and_product_is_quantized(name, method):
-    model, graph = BUILDERS[name](), captured(BUILDERS[name])
+def test_every_layer_and_product_is_quantized(name, method, short_learning):
+    check_quantized_whole(BUILDERS[name], method)
+
+
+@pytest.mark.slow
+def test_learning_for_as_many_steps_as_by_default_quantizes_every_layer_and_product():
+    check_quantized_whole(functools.partial(vit, depth=1), "brecq")
+
+
+def check_quantized_whole(build: Callable[[], nn.Module], method: str) -> None:
+    model, graph = build(), captured(build)
     original = copy.deepcopy(graph.state_dict())
     qmodel = qwt2.quantize(graph, [images()], method)
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]

@@ -23,6 +23,8 @@ from qwt2.quantization.walk import Walk
 from tests.support import tiny_models as tiny
 from tests.support.oracles import block_triples, full_precision_copy, layer_pairs, record
 
+pytestmark = pytest.mark.xdist_group("walk")  # one worker captures the networks
+
 CHAINS = list(tiny.BUILDERS)
 
 
@@ -103,6 +105,7 @@ def test_outputs_of_every_layer_equal_those_of_whole_network_passes(name, target
 @pytest.mark.parametrize("target", ["global", "local"])
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet", "dense", "pyramid", "regnet"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_every_block_reads_and_gives_equals_whole_network_passes(name, target):
     qmodel, batches = quantized(name), tiny.batches(8)
     plain, reference, seen = copy.deepcopy(qmodel), full_precision_copy(qmodel), []

@@ -14,6 +14,8 @@ from pipeline.build import code_changes, code_hashes
 from pipeline.stages import resolve
 from pipeline.sweeps.cells import CHAIN
 
+pytestmark = pytest.mark.xdist_group("dag")  # one worker hashes the code
+
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RUN = {"data", "baseline", *CHAIN}
@@ -39,6 +41,14 @@ def code(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / code_hashes.LOCK, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def unchanged(code) -> dict[str, str]:
+    """The hashes before a test changes anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_hashes, "ROOT", code)
+        return hashes()
 
 
 @pytest.fixture
@@ -119,13 +129,13 @@ def test_imports_by_a_name_made_at_run_time_are_those_accounted_for():
         ("qwt2/registry.py", RUN | {"report", "trial"}),
     ],
 )
-def test_a_change_of_code_changes_the_hashes_of_the_stages_that_run_it(file, stages, sources):
-    before, content = hashes(), (sources / file).read_bytes()
+def test_a_change_of_code_changes_the_hashes_of_the_stages_that_run_it(file, stages, sources, unchanged):
+    content = (sources / file).read_bytes()
     (sources / file).write_bytes(content + (b"\nanother = 1\n" if file.endswith(".py") else b"\n"))
     after = hashes()
     (sources / file).write_bytes(content)
-    assert {stage for stage in before if before[stage] != after[stage]} == stages
-    assert hashes() == before
+    assert {stage for stage in unchanged if unchanged[stage] != after[stage]} == stages
+    assert hashes() == unchanged
 
 
 EVERY = {*RUN, "report", "trial"}
@@ -143,18 +153,18 @@ EVERY = {*RUN, "report", "trial"}
         ("qwt2/io.py", "os.replace(", "os.rename(", True),
     ],
 )
-def test_words_change_no_hash_and_pins_and_threads_change_every_one(file, old, new, changes, sources):
-    before, content = hashes(), (sources / file).read_bytes()
+def test_words_change_no_hash_and_pins_and_threads_change_every_one(file, old, new, changes, sources, unchanged):
+    content = (sources / file).read_bytes()
     assert old.encode() in content
     (sources / file).write_bytes(content.replace(old.encode(), new.encode(), 1))
     after = hashes()
     (sources / file).write_bytes(content)
-    assert {stage for stage in before if before[stage] != after[stage]} == (EVERY if changes else set())
+    assert {stage for stage in unchanged if unchanged[stage] != after[stage]} == (EVERY if changes else set())
 
 
-def test_a_stage_that_will_run_again_names_the_files_that_changed(sources, tmp_path, monkeypatch):
+def test_a_stage_that_will_run_again_names_the_files_that_changed(sources, unchanged, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ran = {stage: {"params": {"out/resolved/code.yaml": {f"code.{stage}": digest}}} for stage, digest in hashes().items()}
+    ran = {stage: {"params": {"out/resolved/code.yaml": {f"code.{stage}": digest}}} for stage, digest in unchanged.items()}
     ran["data"] = {"params": {"out/resolved/code.yaml": {"code.data": "0" * 32}}}  # made somewhere else
     Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": ran}))
     code_changes.remember()
@@ -172,13 +182,13 @@ def test_a_stage_that_will_run_again_names_the_files_that_changed(sources, tmp_p
     ]
 
 
-def test_a_new_method_is_a_change_of_code(sources):
-    before, file = hashes(), sources / "qwt2/compensation/methods/another.py"
+def test_a_new_method_is_a_change_of_code(sources, unchanged):
+    file = sources / "qwt2/compensation/methods/another.py"
     file.write_text("from qwt2.evaluation.latency import measure\n")
     after = hashes()
     running = {stage for stage in after if "qwt2/evaluation/latency.py" in code_hashes.sources([stage])}
     file.unlink()
-    assert {stage for stage in before if before[stage] != after[stage]} == {"quantize", "evaluate", "report", "trial"}
+    assert {stage for stage in unchanged if unchanged[stage] != after[stage]} == {"quantize", "evaluate", "report", "trial"}
     assert running == {"quantize", "evaluate", "report", "trial"}
 
 

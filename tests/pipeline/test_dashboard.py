@@ -23,6 +23,8 @@ from pipeline.stages import resolve
 from qwt2.errors import Qwt2Error
 from qwt2.report.results import read_layers
 
+pytestmark = pytest.mark.xdist_group("dashboard")  # one worker makes the runs
+
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = 1000
 COUNT = "Number(document.querySelector('#count').innerText.split(' ')[0])"

@@ -73,6 +73,7 @@ def test_a_cell_may_have_several_compensations_under_names_of_their_own():
     assert several["compensation"]["qwt_global"] == one["compensation"]["qwt"] | changed
 
 
+@pytest.mark.slow
 def test_the_optuna_example_names_settings_that_exist():
     params = composed(["experiment=optuna_calibration"], hydra_too=True).hydra.sweeper.params
     for key, choices in params.items():

@@ -63,6 +63,7 @@ def test_quantize_static_runs_with_every_calibration_method(tmp_path, monkeypatc
         assert np.abs(load_engine(tmp_path / "int8.onnx", "onnxruntime")(batch.numpy()) - exact).mean() < np.abs(exact).mean()
 
 
+@pytest.mark.slow
 def test_quantize_static_gets_a_file_without_batchnorms(tmp_path):
     model, batch = resnet(), images(2)
     path = write_float(model, tmp_path / "fp32.onnx", batch[:1])

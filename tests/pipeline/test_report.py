@@ -24,6 +24,8 @@ from qwt2.report import findings
 from qwt2.report.page import Conditions, render, render_model
 from qwt2.report.results import COLUMNS, Results, read_rows, write_rows
 
+pytestmark = pytest.mark.xdist_group("report")  # one worker makes the grid's results
+
 ROOT = Path(__file__).parents[2]
 BEGIN, END = markdown.marked("results", "").split("\n\n")
 CONDITIONS = Conditions({"digits": None}, [256], {"batch_size": 1, "threads": 2}, [9], [synthetic.MACHINE])
@@ -155,6 +157,7 @@ def test_links_within_the_page_lead_somewhere(built):
     assert len(identifiers) == len(set(identifiers))
 
 
+@pytest.mark.slow
 def test_same_figures_give_the_same_page(built, tmp_path):
     report(synthetic.CONFIG, built / "out", tmp_path)
     for name in ("summary.csv", "report.html"):

@@ -17,6 +17,8 @@ from qwt2.data import DATASETS, open_dataset, write_dataset
 from qwt2.errors import Qwt2Error
 from tests.support.options import options
 
+pytestmark = pytest.mark.xdist_group("resolve")  # one worker resolves the small grid
+
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ["resnet_micro", "vit_micro"]
 REPORTS = {"report", "report@classification"}
@@ -29,6 +31,17 @@ def conf(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_grid(MODELS, ["w8a8", "w4a4"])
     return tmp_path / "conf"
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory) -> dict[Path, str]:
+    """What the small grid resolves to before a test changes anything."""
+    folder = tmp_path_factory.mktemp("resolved")
+    shutil.copytree(ROOT / "conf", folder / "conf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_grid(MODELS, ["w8a8", "w4a4"])
+        return resolve()
 
 
 def write_grid(models, precisions) -> None:
@@ -50,8 +63,8 @@ def cells(*stages: str, models=MODELS, precisions=("w8a8", "w4a4")) -> set[str]:
     return {f"{stage}@{model}-{precision}" for stage in stages for model in models for precision in precisions}
 
 
-def test_every_stage_and_cell_has_a_file(conf):
-    names = {path.stem for path in resolve()}
+def test_every_stage_and_cell_has_a_file(resolved):
+    names = {path.stem for path in resolved}
     baselines = {f"baseline@{model}" for model in MODELS}
     assert names == cells("quantize", "evaluate") | baselines | REPORTS | {"data"}
 
@@ -73,28 +86,25 @@ def test_every_stage_and_cell_has_a_file(conf):
         ("ptq/percentile.yaml", "portable", "openvino", cells("quantize", models=["resnet_micro"])),
     ],
 )  # fmt: skip
-def test_a_change_reaches_exactly_the_stages_that_read_it(conf, file, old, new, readers):
-    before = resolve()
+def test_a_change_reaches_exactly_the_stages_that_read_it(conf, resolved, file, old, new, readers):
     edit(conf / file, old, new)
     after = resolve()
-    assert before.keys() == after.keys()
+    assert resolved.keys() == after.keys()
     if readers is None:  # all that compute
-        readers = {path.stem for path in before} - REPORTS - {"data"}
-    assert changed(before, after) == readers
+        readers = {path.stem for path in resolved} - REPORTS - {"data"}
+    assert changed(resolved, after) == readers
 
 
-def test_comments_change_nothing(conf):
-    before = resolve()
+def test_comments_change_nothing(conf, resolved):
     for path in conf.rglob("*.yaml"):
         path.write_text("# a remark\n" + path.read_text())
-    assert resolve() == before
+    assert resolve() == resolved
 
 
-def test_a_new_precision_or_model_leaves_the_other_cells_alone(conf):
-    before = resolve()
+def test_a_new_precision_or_model_leaves_the_other_cells_alone(conf, resolved):
     write_grid([*MODELS, "swin_micro"], ["w8a8", "w4a4", "w3a3"])
     after = resolve()
-    assert before.keys() < after.keys() and changed(before, after) == REPORTS
+    assert resolved.keys() < after.keys() and changed(resolved, after) == REPORTS
 
 
 def test_detectors_are_resolved_beside_classifiers_and_apart(conf):
@@ -138,6 +148,7 @@ def test_resolving_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["model", "precision", "ptq"])
 def test_every_option_of_every_group_composes(group):
     for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
