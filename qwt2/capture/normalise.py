@@ -5,6 +5,7 @@ Every pass changes a :class:`GraphModel` in place. The results of the graph stay
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ _COPIES = {
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial", "poisson")
 _SMALL = 2**16  # tensors of up to this many elements are always stored
+_COPIES_SHARE = 0.05  # copies of modules that run repeatedly may add this share of the model's weights
 _TO_END = 2**62  # a slice to the end has a larger integer than this as its end
 
 
@@ -570,6 +572,41 @@ def _factors(model: GraphModel, product: fx.Node, x: fx.Node, axis: int, channel
     return factors.detach().flatten().expand(channels) if fits else None
 
 
+def separate_calls(model: GraphModel) -> None:
+    """Give calls of one module that depend on each other modules of their own, as long as this adds few weights.
+
+    The smallest modules come first.
+    A convolution that is applied to its own results may see ever larger values, which no single quantizer represents.
+    Calls side by side, as of a head on several levels, stay calls of one module. So do those of recurrent networks,
+    whose copies would multiply the model's size.
+    """
+    modules = {name: model.get_submodule(name) for name in model.calls(nn.Module)}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    left = _COPIES_SHARE * sum(sizes.values())
+    for name, calls in sorted(model.calls(nn.Module).items(), key=lambda item: sizes[item[0]]):
+        groups = _side_by_side(model, calls) if len(calls) > 1 else [calls]
+        left -= sizes[name] * (len(groups) - 1)
+        if left < 0:
+            return
+        for group in groups[1:]:
+            parent, _, child = name.rpartition(".")
+            copied = model.free_name(parent, f"{child}_repeat")
+            model.set_module(copied, copy.deepcopy(modules[name]))
+            for call in group:
+                call.target = copied
+
+
+def _side_by_side(model: GraphModel, calls: list[fx.Node]) -> list[list[fx.Node]]:
+    """Return calls in groups that do not depend on each other, by how many of them lie on the way to a call."""
+    own, depth = set(calls), dict[fx.Node, int]()
+    for node in model.graph.nodes:
+        depth[node] = max((depth[source] for source in node.all_input_nodes), default=0) + (node in own)
+    groups: dict[int, list[fx.Node]] = {}
+    for call in calls:
+        groups.setdefault(depth[call], []).append(call)
+    return list(groups.values())
+
+
 def group_calls(model: GraphModel) -> None:
     """Move the calls of one module next to each other where they are independent (a head on several levels)."""
     order: list[fx.Node] = []
@@ -647,5 +684,6 @@ PASSES = (
     compute_constants,
     name_layers,
     name_operations,
+    separate_calls,
     group_calls,
 )

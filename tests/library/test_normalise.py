@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from qwt2 import quantize
 from qwt2.capture.graph import Pooling, Product, Sum
 from qwt2.capture.normalise import (
     compute_constants,
@@ -554,6 +555,43 @@ def test_calls_that_need_each_other_keep_their_order():
     graph.graph.lint()
     graph.prune()
     assert_same(graph, Calling(forward, shared=graph.shared, other=graph.other), random(5, 3, 4))
+
+
+class Repeating(nn.Module):
+    """A small layer that runs on its own results, side by side in a second branch, and beside a layer of a given width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.grow, self.last = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Linear(4, width)
+
+    def forward(self, x):
+        y = self.grow(x) + self.grow(x.flip(2))
+        for _ in range(3):
+            y = 3 * self.grow(y)
+        return self.last((y + x).mean((2, 3)))
+
+
+def test_calls_on_a_module_s_own_results_become_modules_of_their_own():
+    graph = pass_after_pass(randomize(Repeating(500)), random(5, 4, 8, 8))
+    calls = {name: len(own) for name, own in graph.calls(nn.Conv2d).items()}
+    assert calls == {"grow": 2, "grow_repeat1": 1, "grow_repeat2": 1, "grow_repeat3": 1}  # side by side: one module
+    assert len({graph.get_submodule(name).weight.data_ptr() for name in calls}) == 4
+
+
+def test_calls_stay_together_where_copies_would_make_the_model_much_larger():
+    graph = pass_after_pass(randomize(Repeating(5)), random(5, 4, 8, 8))
+    assert {name: len(own) for name, own in graph.calls(nn.Conv2d).items()} == {"grow": 5}
+
+
+def test_a_layer_that_sees_ever_larger_values_is_quantized_well_at_each_call():
+    """One range for all calls would leave the first ones without codes: they see values a thousand times smaller."""
+    model, x = randomize(Repeating(500)), random(32, 4, 8, 8)
+    model.grow.weight.data.fill_(2.0)
+    exact = model(x)
+    assert exact.std() > 100 * x.std()
+    found = quantize(model, [x], "minmax")(x)
+    error = (found - exact).square().sum() / (exact - exact.mean(0)).square().sum()
+    assert -10 * error.log10() > 30
 
 
 def test_normalising_twice_changes_nothing():
