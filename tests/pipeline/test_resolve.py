@@ -112,6 +112,12 @@ def test_detectors_are_resolved_beside_classifiers_and_apart(conf):
         stage.cells_of("detection")
 
 
+def test_experimental_models_stay_out_of_the_grid(conf):
+    write_grid(["vit_micro", "gpt_micro"], ["w4a4"])
+    with pytest.raises(Qwt2Error, match="the grid has gpt_micro, whose task language is experimental and runs in sweeps only"):
+        resolve()
+
+
 def test_a_task_takes_its_own_datasets_alone():
     with pytest.raises(Qwt2Error, match="data.name is 'digits_coco'; for classification, choose one of .*digits.*imagefolder"):
         compose.compose_cell(["data=digits_coco"])
