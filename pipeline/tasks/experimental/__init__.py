@@ -4,6 +4,6 @@ No stage's code hash covers these files (``pipeline.build.code_hashes``), becaus
 sweep's cells have the hash of their own task in addition. Each task's file imports its dataset, which registers itself.
 """
 
-from pipeline.tasks.experimental import language, zero_shot
+from pipeline.tasks.experimental import diffusion, language, zero_shot
 
-__all__ = ["language", "zero_shot"]
+__all__ = ["diffusion", "language", "zero_shot"]
