@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.tasks.experimental.captions import LENGTH, TEMPLATES, VOCABULARY, captions
 from pipeline.tasks.experimental.training import built, fit
+from qwt2.classification.training import initialize
 from qwt2.data import Dataset
 
 
@@ -64,9 +65,11 @@ class CLIP(nn.Module):
         return {name: F.normalize(vector, dim=-1) for name, vector in vectors.items()}
 
 
-def build(settings: Mapping[str, Any], seed: int = 0) -> nn.Module:
+def build(settings: Mapping[str, Any], seed: int = 0) -> CLIP:
     """Return a network with random weights, in evaluation mode."""
-    return built(lambda: CLIP(**settings), seed)
+    network: Any = built(lambda: CLIP(**settings), seed)
+    initialize(network.image, seed)  # its position embeddings, too
+    return network
 
 
 def train(network: nn.Module, dataset: Dataset, cfg: Mapping[str, Any]) -> nn.Module:
