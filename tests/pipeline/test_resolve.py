@@ -140,7 +140,15 @@ def test_resolving_imports_no_torch():
     import subprocess
     import sys
 
-    code = "import sys; from pipeline.stages.resolve import resolve; resolve(); sys.exit('torch' in sys.modules)"
+    code = """
+import sys
+from pipeline.build.compose import compose_cell
+from pipeline.stages.resolve import resolve
+resolve()
+for model in ("gpt_micro", "clip_micro", "dit_micro"):
+    compose_cell([f"model={model}"])  # its dataset is known, too
+sys.exit("torch" in sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

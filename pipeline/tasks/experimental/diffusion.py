@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import pipeline.tasks.experimental.scans  # noqa: F401 - the dataset registers itself
 from pipeline.common.stage import Cell
 from pipeline.tasks import TASKS, Figures, Task, calibration_size
 from pipeline.tasks.experimental.figures import show
