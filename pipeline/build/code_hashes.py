@@ -25,15 +25,21 @@ LOCK = "requirements.lock"
 WIRING = {"qwt2/__init__.py", "qwt2/errors.py", "pipeline/__init__.py", "pipeline/common/logs.py"}
 
 
-def fingerprint(stages: Iterable[str]) -> str:
-    """Return one hash of all the code that these stages run."""
-    text = "".join(f"{name}\0{digest}\n" for name, digest in sources(stages).items())
+def fingerprint(stages: Iterable[str], also: Iterable[str] = ()) -> str:
+    """Return one hash of all the code that these stages run, and of modules that they would not reach otherwise."""
+    text = "".join(f"{name}\0{digest}\n" for name, digest in sources(stages, also).items())
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def sources(stages: Iterable[str]) -> dict[str, str]:
-    """Return the files that can change what these stages do, sorted by name: file -> hash of its content."""
-    files = closure(file for stage in stages for file in _files(MODULES[stage])) | {ROOT / LOCK}
+def sources(stages: Iterable[str], also: Iterable[str] = ()) -> dict[str, str]:
+    """Return the files that can change what these stages do, sorted by name: file -> hash of its content.
+
+    Args:
+        stages: names of stages.
+        also: dotted names of further modules.
+    """
+    files = closure(file for name in (*(MODULES[stage] for stage in stages), *also) for file in _files(name))
+    files |= {ROOT / LOCK}
     names = {path.relative_to(ROOT).as_posix(): path for path in files}
     return {name: digest(names[name]) for name in sorted(names.keys() - WIRING)}
 

@@ -12,12 +12,13 @@ from omegaconf import DictConfig
 
 from pipeline.build.code_hashes import digest
 from pipeline.build.schema import check
-from pipeline.tasks import architecture_keys, task_of
+from pipeline.tasks import TASKS, architecture_keys, task_of
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.precision import Precision
 
 CONF = Path("conf")
+EXPERIMENTAL = "pipeline.tasks.experimental."  # tasks that run in sweeps only
 
 # The dotted keys of the composed configuration that each stage reads. `_ARCHITECTURE` stands for the model's keys that
 # build the network, without those that say where its weights come from.
@@ -94,6 +95,11 @@ def checked(composed: DictConfig) -> dict[str, Any]:
         "compensations": list(cfg["compensation"]), "exported": exported if cfg["evaluate"]["engines"] else [],
         "datasets": {cfg["data"]["name"]: cfg["data"]}, "task": task_of(cfg["model"]),
     }  # fmt: skip
+
+
+def is_experimental(task: str) -> bool:
+    """Return whether a task runs in sweeps only; no stage's code hash covers it."""
+    return TASKS.get(task).__module__.startswith(EXPERIMENTAL)
 
 
 def _source(factory: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from pipeline.build import code_changes, code_hashes
-from pipeline.build.compose import compose_cell, read_grid, select
+from pipeline.build.compose import compose_cell, is_experimental, read_grid, select
 from pipeline.common.folders import RESOLVED
 from pipeline.common.stage import config_path
 from qwt2.errors import Qwt2Error, guarded
@@ -30,7 +30,8 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
         path -> YAML text.
 
     Raises:
-        Qwt2Error: a group option, key or value does not exist; the message lists those that do.
+        Qwt2Error: a group option, key or value does not exist (the message lists those that do), or a model's task is
+            experimental.
     """
     grid = read_grid()
     overrides = overrides or []
@@ -39,6 +40,11 @@ def resolve(overrides: list[str] | None = None) -> dict[Path, str]:
     for model in grid["model"]:
         for precision in grid["precision"]:
             cfg = compose_cell([f"model={model}", f"precision={precision}", *overrides])
+            if is_experimental(cfg["task"]):
+                raise Qwt2Error(
+                    f"the grid has {model}, whose task {cfg['task']} is experimental and runs in sweeps only; take it "
+                    "out of conf/grid.yaml, and see docs/reproduce.md for its experiment"
+                )
             shared["datasets"] |= cfg["datasets"]
             shared["models"][model] = {
                 "task": cfg["task"], "dataset": cfg["data"]["name"], "calibration_images": cfg["calibration"]["images"],

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pipeline.build import code_hashes, dvcfiles
-from pipeline.build.compose import checked, select
+from pipeline.build.compose import checked, is_experimental, select
 from pipeline.common.folders import CELLS, LOCKS, OUT, OUTPUTS, SHARED, read_record
 from pipeline.common.logs import LOG, log_to
 from pipeline.common.stage import Cell, config_path, declared, locked, set_threads
@@ -25,10 +25,10 @@ from pipeline.stages.baseline import main as make_baseline
 from pipeline.stages.data import main as make_data
 from pipeline.stages.evaluate import main as evaluate
 from pipeline.stages.quantize import main as quantize
-from pipeline.tasks import task_of
+from pipeline.tasks import TASKS, task_of
 from qwt2.errors import Qwt2Error
 from qwt2.io import read_json, write_json, write_text
-from qwt2.report.metrics import HEADLINE
+from qwt2.report.metrics import ACCURACY, METRICS
 from qwt2.report.results import Row, read_rows
 
 CHAIN = {"quantize": quantize, "evaluate": evaluate}
@@ -95,7 +95,7 @@ def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
     with locked(LOCKS / folder.name):
         data, baseline = data_folder(cfg), baseline_folder(cfg)
         weights = hashlib.sha256((baseline / "model.safetensors").read_bytes()).hexdigest()
-        made_from = {"code": code_hashes.fingerprint(("data", "baseline", *CHAIN)), "baseline": weights}
+        made_from = {"code": _code(cfg, "data", "baseline", *CHAIN), "baseline": weights}
         record = read_record(folder)
         if record and _is_finished(record, made_from, keep_models):
             return record | {"status": "skipped"}
@@ -108,6 +108,11 @@ def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
         record = facts | {"fp32": read_json(baseline / "metrics.json"), "models_kept": keep_models} | outcome
         write_json(folder / "cell.json", record)
     return record
+
+
+def _code(cfg: dict[str, Any], *stages: str) -> str:
+    """Hash the code of these stages, with that of the cell's task where the stages' own hash does not cover it."""
+    return code_hashes.fingerprint(stages, [TASKS.get(cfg["task"]).__module__] if is_experimental(cfg["task"]) else [])
 
 
 def _is_finished(record: dict[str, Any], made_from: dict[str, str], keep_models: bool) -> bool:
@@ -152,14 +157,15 @@ def sentence(error: Exception) -> str:
 
 
 def figures(record: dict[str, Any]) -> dict[str, float]:
-    """Return the figures by which cells are compared: accuracy in percent, SQNR in dB, and latency ratios to PTQ."""
+    """Return the figures by which cells are compared: accuracy as its task shows it, SQNR in dB, latency over PTQ's."""
     own, ptq = record["figures"][record["method"]], record["figures"][record["method"].partition("+")[0]]
-    headline = HEADLINE[task_of(record["config"]["model"])]
-    found = {f"fp32_{headline}": record["fp32"][headline], f"ptq_{headline}": ptq[f"torch/{headline}"]}
-    measured = {name: name for name in (headline, "segm_ap", "agreement", "cosine")} | {"sqnr_db": "logits_sqnr_db"}
+    accuracy = [name for name in ACCURACY[task_of(record["config"]["model"])] if not METRICS[name].hidden]
+    found = {f"fp32_{name}": record["fp32"][name] for name in accuracy}
+    found |= {f"ptq_{name}": ptq[f"torch/{name}"] for name in accuracy}
+    measured = {name: name for name in (*accuracy, "segm_ap", "agreement", "cosine")} | {"sqnr_db": "logits_sqnr_db"}
     found |= {name: own[f"torch/{metric}"] for name, metric in measured.items() if f"torch/{metric}" in own}
     for engine in sorted({name.partition("/")[0] for name in own} - {"torch"}):
-        found[f"{engine}_{headline}"] = own[f"{engine}/{headline}"]
+        found |= {f"{engine}_{name}": own[f"{engine}/{name}"] for name in accuracy}
         found[f"{engine}_latency_ratio"] = own[f"{engine}/latency_ratio_to_ptq"]
     return found
 
@@ -211,7 +217,7 @@ def is_whole(stage: str, out: str) -> bool:
 
 def _shared(stage: str, make: Callable[[Any, Cell], None], cfg: dict[str, Any], cell: Cell) -> Path:
     config = select(cfg, stage)
-    folder = SHARED / f"{stage}-{_digest(config, code_hashes.fingerprint([stage]))}"
+    folder = SHARED / f"{stage}-{_digest(config, _code(cfg, stage))}"
     with locked(LOCKS / folder.name):
         if not (folder / OUTPUTS).is_file():
             shutil.rmtree(folder, ignore_errors=True)

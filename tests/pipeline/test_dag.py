@@ -192,6 +192,16 @@ def test_a_new_method_is_a_change_of_code(sources, unchanged):
     assert running == {"quantize", "evaluate", "report", "trial"}
 
 
+def test_experimental_tasks_are_of_no_stage_s_code_but_of_their_own_cells(sources):
+    module, file = "pipeline.tasks.experimental.language", "pipeline/tasks/experimental/gpt.py"
+    assert not [name for name in code_hashes.sources(code_hashes.MODULES) if name.startswith("pipeline/tasks/experimental/")]
+    before, content = code_hashes.fingerprint(RUN, [module]), (sources / file).read_bytes()
+    (sources / file).write_bytes(content + b"\nanother = 1\n")
+    after = code_hashes.fingerprint(RUN, [module])
+    (sources / file).write_bytes(content)
+    assert before != after and code_hashes.fingerprint(RUN, [module]) == before
+
+
 def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):
     monkeypatch.setattr(code_hashes, "ROOT", tmp_path)
     monkeypatch.setitem(code_hashes.MODULES, "one", "pipeline.stage_one")
@@ -224,7 +234,7 @@ def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):
 
 def test_rooms_import_one_way():
     rooms = ["common", "tasks", "build", "stages", "sweeps", "comparison"]
-    files = {f"pipeline.{path.parent.name}.{path.stem}": path for path in (ROOT / "pipeline").glob("*/*.py")}
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "pipeline").glob("*/**/*.py")}
     for name, path in files.items():
         imported = {found for found in code_hashes._imports(path) if found.startswith("pipeline.")}
         later = rooms[rooms.index(name.split(".")[1]) + 1 :]

@@ -122,6 +122,12 @@ def test_detectors_are_resolved_beside_classifiers_and_apart(conf):
         stage.cells_of("detection")
 
 
+def test_experimental_models_stay_out_of_the_grid(conf):
+    write_grid(["vit_micro", "gpt_micro"], ["w4a4"])
+    with pytest.raises(Qwt2Error, match="the grid has gpt_micro, whose task language is experimental and runs in sweeps only"):
+        resolve()
+
+
 def test_a_task_takes_its_own_datasets_alone():
     with pytest.raises(Qwt2Error, match="data.name is 'digits_coco'; for classification, choose one of .*digits.*imagefolder"):
         compose.compose_cell(["data=digits_coco"])
@@ -144,7 +150,15 @@ def test_resolving_imports_no_torch():
     import subprocess
     import sys
 
-    code = "import sys; from pipeline.stages.resolve import resolve; resolve(); sys.exit('torch' in sys.modules)"
+    code = """
+import sys
+from pipeline.build.compose import compose_cell
+from pipeline.stages.resolve import resolve
+resolve()
+for model in ("gpt_micro", "clip_micro", "dit_micro"):
+    compose_cell([f"model={model}"])  # its dataset is known, too
+sys.exit("torch" in sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
