@@ -1,6 +1,7 @@
-"""One sweep on several machines: an array job on SLURM, and results shared through a remote."""
+"""One sweep on several machines: an array job on SLURM, a Ray cluster of two nodes, and results shared through a remote."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ def note(event, arguments):
 if "SLURM_ARRAY_TASK_ID" in os.environ:
     sys.addaudithook(note)
 """
+REMOTE = "[core]\n    no_scm = true\n    remote = shared\n['remote \"shared\"']\n    url = {}\n"
 
 
 def clone(folder: Path) -> Path:
@@ -45,9 +47,10 @@ def clone(folder: Path) -> Path:
 
 
 def run(folder: Path, *command: str, **variables: str) -> str:
-    python = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")]), *filter(None, [variables.pop("IMPORTED_FIRST", "")])]
+    first, inherited = variables.pop("IMPORTED_FIRST", ""), os.environ.get("PYTHONPATH", "")
+    python = os.pathsep.join(filter(None, [first, str(folder), inherited]))
     path = os.pathsep.join([variables.pop("PROGRAMS", ""), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(reversed(python)), "PATH": path} | variables
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python, "PATH": path} | variables
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stdout
@@ -96,12 +99,35 @@ def test_a_second_machine_takes_what_the_first_pushed(cluster, tmp_path):
     first, _, rows = cluster
     second = clone(tmp_path / "second")
     for machine in (first, second):
-        run(machine, "dvc", "init", "--no-scm", "--quiet")
-        run(machine, "dvc", "remote", "add", "--default", "shared", str(tmp_path / "remote"))
+        (machine / ".dvc").mkdir()
+        (machine / ".dvc/config").write_text(REMOTE.format(tmp_path / "remote"))
     share = (sys.executable, "-m", "pipeline.sweeps.remote")
-    assert run(first, *share, "push").startswith("4 ") and run(first, *share, "push").startswith("0 ")  # 2 cells, data, baseline
+    assert run(first, *share, "push").startswith("4 ")  # 2 cells, data, baseline
     assert run(second, *share, "pull").startswith("4 ") and run(second, *share, "pull").startswith("0 ")
     again = sweep(second, "again", "threads=2")
     assert [row["status"] for row in again] == ["skipped", "skipped"]
     assert [row["sqnr_db"] for row in again] == [row["sqnr_db"] for row in rows]
     run(second, sys.executable, "-m", "pipeline.build.verify")
+
+
+def test_a_ray_cluster_of_two_nodes(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="needs the extra `ray`: uv pip install 'qwt2[ray]'")
+    from ray.cluster_utils import Cluster
+
+    folder = clone(tmp_path / "machine")
+    monkeypatch.chdir(tmp_path)  # nodes are started somewhere
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes.add_node(num_cpus=1)
+        rows = sweep(folder, "ray", "hydra/launcher=ray", "threads=1", RAY_ADDRESS=nodes.address)
+    finally:
+        nodes.shutdown()
+    assert [row["status"] for row in rows] == ["finished", "finished"]
+    began, ended = zip(*(period(folder / "out/cells" / row["cell"]) for row in rows))
+    assert max(began) < min(ended)  # at the same time, though each node has one CPU
+
+
+def period(cell: Path) -> tuple[float, float]:
+    """When a cell began and ended, in seconds."""
+    ended = (cell / "cell.json").stat().st_mtime
+    return ended - json.loads((cell / "cell.json").read_text())["seconds"], ended
