@@ -1,7 +1,8 @@
 """Cells outside the grid. Each goes through the whole chain in one process, and is skipped once it is finished.
 
 out/cells/<id>/      config.yaml, evaluate/, log.txt and, written last, cell.json (all that comparisons need);
-                     ``id`` is a hash of the configuration
+                     ``id`` is a hash of the configuration; until then, stored.json names the finished stages, with
+                     which a cell that was killed goes on
 out/cells/shared/    datasets and baselines that DVC has not built; outputs.json, written last, has their hashes
 """
 
@@ -10,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from qwt2.io import read_json, write_json, write_text
 from qwt2.report.metrics import ACCURACY, METRICS
 from qwt2.report.results import Row, read_rows
 
+STORED = "stored.json"
 CHAIN = {"quantize": quantize, "evaluate": evaluate}
 # Keys of conf/cell.yaml that do not change a cell's results: they say how it is run and stored.
 _FILING = ("seed", "sweep", "keep_models", "objective", "printed", "experiment")
@@ -80,7 +83,8 @@ def cell_folder(cfg: dict[str, Any]) -> Path:
 def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
     """Take a cell through the chain, unless it is finished.
 
-    A cell counts as finished as long as neither the code of its stages nor its baseline has changed.
+    A cell counts as finished as long as neither the code of its stages nor its baseline has changed. One that was
+    killed goes on behind its last finished stage.
 
     Args:
         cfg: a configuration from :func:`cell_config`.
@@ -95,11 +99,11 @@ def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
     with locked(LOCKS / folder.name):
         data, baseline = data_folder(cfg), baseline_folder(cfg)
         weights = hashlib.sha256((baseline / "model.safetensors").read_bytes()).hexdigest()
-        made_from = {"code": _code(cfg, "data", "baseline", *CHAIN), "baseline": weights}
+        made_from = {"code": present_code(cfg), "baseline": weights}
         record = read_record(folder)
         if record and _is_finished(record, made_from, keep_models):
             return record | {"status": "skipped"}
-        shutil.rmtree(folder, ignore_errors=True)
+        _keep_stored(folder, made_from)
         write_text(folder / "config.yaml", yaml.safe_dump(cfg, sort_keys=True))
         started = time.perf_counter()
         with log_to(folder / "log.txt"):
@@ -107,7 +111,13 @@ def run_cell(cfg: dict[str, Any], keep_models: bool = False) -> dict[str, Any]:
         facts = {"id": folder.name, "made_from": made_from, "seconds": time.perf_counter() - started, "config": cfg}
         record = facts | {"fp32": read_json(baseline / "metrics.json"), "models_kept": keep_models} | outcome
         write_json(folder / "cell.json", record)
+        (folder / STORED).unlink()
     return record
+
+
+def present_code(cfg: dict[str, Any]) -> str:
+    """Return the hash of the code that a cell is made by."""
+    return _code(cfg, "data", "baseline", *CHAIN)
 
 
 def _code(cfg: dict[str, Any], *stages: str) -> str:
@@ -120,11 +130,19 @@ def _is_finished(record: dict[str, Any], made_from: dict[str, str], keep_models:
     return same and record["models_kept"] >= keep_models
 
 
+def _keep_stored(folder: Path, made_from: dict[str, str]) -> None:
+    """Delete a cell's folder, except for the stages that a killed run finished with the same code and baseline."""
+    stored = read_record(folder, STORED) or {"made_from": None}
+    found = stored["stages"] if stored["made_from"] == made_from else {}
+    whole = list(takewhile(lambda stage: found.get(stage) == _hashes(folder, stage), CHAIN))
+    for path in [path for path in folder.glob("*") if path.name not in whole]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(folder / STORED, {"made_from": made_from, "stages": {stage: found[stage] for stage in whole}})
+
+
 def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, Any]:
     try:
-        for stage, run in CHAIN.items():
-            LOG.info("stage %s", stage)
-            run(declared(select(cfg, stage)), cell)
+        _run_chain(cfg, cell)
         rows = read_rows(cell.folder("evaluate") / "rows.csv")
         results = {"method": own_method(rows), "figures": by_method(rows)}
         results |= {"artifacts": _hashes(cell.out, "quantize"), "outputs": _hashes(cell.out, "evaluate")}
@@ -135,6 +153,20 @@ def _attempt(cfg: dict[str, Any], cell: Cell, keep_models: bool) -> dict[str, An
     if not keep_models:
         _remove(cell, ["quantize"])
     return {"status": "finished"} | results
+
+
+def _run_chain(cfg: dict[str, Any], cell: Cell) -> None:
+    for stage, run in CHAIN.items():
+        if stage not in read_json(cell.out / STORED)["stages"]:
+            LOG.info("stage %s", stage)
+            run(declared(select(cfg, stage)), cell)
+            _note(cell, stage)
+
+
+def _note(cell: Cell, stage: str) -> None:
+    """Note that a stage has written its folder."""
+    stored = read_json(cell.out / STORED)
+    write_json(cell.out / STORED, stored | {"stages": stored["stages"] | {stage: _hashes(cell.out, stage)}})
 
 
 def own_method(rows: Iterable[Row]) -> str:

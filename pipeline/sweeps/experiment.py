@@ -20,6 +20,7 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from submitit.core.utils import UncompletedJobError
 
 from pipeline.build.compose import CONF, one_sentence
 from pipeline.build.dvcfiles import stages
@@ -105,7 +106,7 @@ def _hydra(arguments: list[str]) -> None:
     sys.argv = [sys.argv[0], *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="cell")(run_job)()
-    except BrokenExecutor as error:  # of the launcher that runs cells in processes
+    except (BrokenExecutor, UncompletedJobError) as error:  # of the launchers that run cells in processes
         raise Qwt2Error(
             "a process that ran cells was killed (out of memory?); run again, finished cells are kept"
         ) from error

@@ -6,6 +6,7 @@
 
 import fcntl
 import hashlib
+import os
 import re
 import threading
 import time
@@ -39,6 +40,7 @@ def run_job(composed: DictConfig) -> float | None:
         The figure named by ``objective``, for sweepers that optimize; None without one, or if the cell failed.
     """
     started = time.perf_counter()
+    os.chdir(HydraConfig.get().runtime.cwd)  # a launcher may start processes elsewhere
     record: dict[str, Any] = {"cell": None, "status": "failed", "error": None}
     record |= {"model": composed.model.name, "precision": composed.precision.name, "printed": composed.printed}
     value = None

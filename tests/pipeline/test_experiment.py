@@ -92,6 +92,7 @@ def test_the_optuna_example_names_settings_that_exist():
         ("free_accuracy_learned", 5 * 5 * 5),
         ("free_accuracy_rotated", 5 * 2 * 5),
         ("calibration_size", 2 * 6 * 8 * 3),  # models x methods x sizes x seeds
+        ("paper_imagenet", 10 * 3 * 2),  # models x precisions x compensations
     ],
 )
 def test_an_experiment_is_the_product_of_its_settings(name, count):
