@@ -1,6 +1,7 @@
 """Markdown of the benchmarks' files: other tools, real networks, cost of calibration and models from outside."""
 
 import csv
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.comparison.markdown import MISSING, replace, table
@@ -67,6 +68,11 @@ def real_table(rows: list[dict[str, str]]) -> str:
         lines.append([model, precision.upper(), ENGINES[engine], _accuracy(fp32[model]), *figures])
     shown = table(["Model", "Bits", "Engine", "fp32", *map(heading, names)], lines, words=("Model", "Bits", "Engine"))
     return f"{rows[0]['cpu']} ({rows[0]['instruction_sets']}); {rows[0]['versions']}\n\n{shown}"
+
+
+def real_table_of_one_engine(rows: list[dict[str, str]]) -> str:
+    """Return Markdown: real networks at all precisions on the first engine only, for README.md."""
+    return real_table([row for row in rows if row["engine"] in ("torch", next(iter(ENGINES)))])
 
 
 def real_peers_table(rows: list[dict[str, str]]) -> str:
@@ -179,8 +185,10 @@ def _zoo_facts(rows: list[dict[str, str]]) -> str:
     return text
 
 
-# Part of the page -> the files that it shows, one per machine, and what makes the text of a file's rows.
-PARTS = {
+# Part of a page -> the files that it shows, one per machine, and what makes the text of a file's rows.
+Parts = Mapping[str, tuple[str, Callable[[list[dict[str, str]]], str]]]
+README_PARTS: Parts = {"real": ("real-grid-*.csv", real_table_of_one_engine)}
+PARTS: Parts = {
     "peers": ("peers-*.csv", peers_table),
     "real": ("real-grid-*.csv", real_table),
     "real-peers": ("real-peers-*.csv", real_peers_table),
@@ -190,13 +198,14 @@ PARTS = {
 }
 
 
-def replace_benchmarks(page: Path, folder: Path) -> None:
+def replace_benchmarks(page: Path, folder: Path, parts: Parts = PARTS) -> None:
     """Replace the tables of the benchmarks that were run.
 
     Args:
         page: the page that has the parts' markers.
         folder: the folder of the benchmarks' files.
+        parts: the parts of this page.
     """
-    for name, (pattern, text_of) in PARTS.items():
+    for name, (pattern, text_of) in parts.items():
         if texts := [text_of(read_dicts(file)) for file in sorted(folder.glob(pattern))]:
             replace(page, name, "\n\n".join(texts))
