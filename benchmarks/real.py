@@ -167,7 +167,8 @@ class Comparison:
             {
                 "task": self.cfg["task"], "model": self.cfg["model"]["name"], "engine": engine, "variant": name,
                 **self.task.engine_figures({"": models[name][0]}), "latency_ms": latencies[name].wall_ms,
-                "latency_ratio_to_ptq": latencies[name].ratio, "file_bytes": _bytes(path),
+                "latency_ratio_to_ptq": latencies[name].ratio, "latency_cpu_ms": latencies[name].cpu_ms,
+                "file_bytes": _bytes(path),
                 "calibration_inputs": len(self.calibration), "threads": THREADS,
             }
             for name, path in files.items()
