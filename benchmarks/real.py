@@ -139,7 +139,10 @@ class Comparison:
         Entropy, for example, fails on masks that reach float32's lowest value.
         """
         tool, suffix, settings = {
-            "onnxruntime": ("quantize_static", ".onnx", quantize_static_settings(self.float_file, self.calibration)),
+            "onnxruntime": (
+                "quantize_static", ".onnx",
+                quantize_static_settings(self.float_file, self.calibration, self.is_transformer),
+            ),
             "openvino": (
                 "NNCF", ".xml", nncf_settings(self.network, self.example, self.calibration, self.is_transformer)
             ),
