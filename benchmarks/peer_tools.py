@@ -57,10 +57,14 @@ def single_feeds(batches: Iterable[Inputs]) -> list[Feeds]:
     ]
 
 
-def quantize_static_settings(float_file: Path, calibration: Sequence[Feeds]) -> Iterator[Setting]:
+def quantize_static_settings(
+    float_file: Path, calibration: Sequence[Feeds], is_transformer: bool = False
+) -> Iterator[Setting]:
     """Yield settings of ONNX Runtime's tool, on prepared files, with QDQ and per channel as it recommends for CPUs.
 
     CPUs without VNNI add products of 8 bits in 16, which may overflow, so that weights get 7 bits there (reduce_range).
+    Transformers may also have their matrix products quantized only: the tool quantizes a mask's sum with the scores,
+    too, and a mask that reaches float32's lowest value leaves the scores no codes.
     """
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -68,12 +72,16 @@ def quantize_static_settings(float_file: Path, calibration: Sequence[Feeds]) -> 
     prepared = float_file.with_name("prepared.onnx")
     quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
     has_vnni = any("vnni" in name for name in machine.describe()["instruction_sets"])
-    for method in (CalibrationMethod.MinMax, CalibrationMethod.Entropy, CalibrationMethod.Percentile):
-        name = method.name + ("" if has_vnni else ", reduce_range")
-        yield Setting(name, partial(_quantize_static, prepared, calibration, method, not has_vnni))
+    methods = (CalibrationMethod.MinMax, CalibrationMethod.Entropy, CalibrationMethod.Percentile)
+    for operators, method in product((None, ["MatMul", "Gemm"]) if is_transformer else (None,), methods):
+        name = method.name + ("" if has_vnni else ", reduce_range") + (", products only" if operators else "")
+        yield Setting(name, partial(_quantize_static, prepared, calibration, method, not has_vnni, operators))
 
 
-def _quantize_static(prepared: Path, calibration: Sequence[Feeds], method: Any, reduce_range: bool, path: Path) -> None:
+def _quantize_static(
+    prepared: Path, calibration: Sequence[Feeds], method: Any, reduce_range: bool, operators: list[str] | None,
+    path: Path,
+) -> None:  # fmt: skip
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -86,6 +94,7 @@ def _quantize_static(prepared: Path, calibration: Sequence[Feeds], method: Any, 
     quantize_static(
         prepared, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=reduce_range,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
+        op_types_to_quantize=operators,
     )  # fmt: skip
 
 

@@ -139,7 +139,10 @@ class Comparison:
         Entropy, for example, fails on masks that reach float32's lowest value.
         """
         tool, suffix, settings = {
-            "onnxruntime": ("quantize_static", ".onnx", quantize_static_settings(self.float_file, self.calibration)),
+            "onnxruntime": (
+                "quantize_static", ".onnx",
+                quantize_static_settings(self.float_file, self.calibration, self.is_transformer),
+            ),
             "openvino": (
                 "NNCF", ".xml", nncf_settings(self.network, self.example, self.calibration, self.is_transformer)
             ),
@@ -167,7 +170,8 @@ class Comparison:
             {
                 "task": self.cfg["task"], "model": self.cfg["model"]["name"], "engine": engine, "variant": name,
                 **self.task.engine_figures({"": models[name][0]}), "latency_ms": latencies[name].wall_ms,
-                "latency_ratio_to_ptq": latencies[name].ratio, "file_bytes": _bytes(path),
+                "latency_ratio_to_ptq": latencies[name].ratio, "latency_cpu_ms": latencies[name].cpu_ms,
+                "file_bytes": _bytes(path),
                 "calibration_inputs": len(self.calibration), "threads": THREADS,
             }
             for name, path in files.items()

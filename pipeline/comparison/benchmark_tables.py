@@ -1,6 +1,7 @@
 """Markdown of the benchmarks' files: other tools, real networks, cost of calibration and models from outside."""
 
 import csv
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.comparison.markdown import MISSING, replace, table
@@ -69,17 +70,27 @@ def real_table(rows: list[dict[str, str]]) -> str:
     return f"{rows[0]['cpu']} ({rows[0]['instruction_sets']}); {rows[0]['versions']}\n\n{shown}"
 
 
+def real_table_of_one_engine(rows: list[dict[str, str]]) -> str:
+    """Return Markdown: real networks at all precisions on the first engine only, for README.md."""
+    return real_table([row for row in rows if row["engine"] in ("torch", next(iter(ENGINES)))])
+
+
 def real_peers_table(rows: list[dict[str, str]]) -> str:
-    """Return Markdown: real networks at 8 bits, beside the best setting of each other tool."""
-    headings = ["Engine", "Model", "File", "Accuracy", "SQNR, dB", "Latency, ms", "Latency ÷ PTQ", "MB"]
+    """Return Markdown: real networks at 8 bits, beside the best setting of each other tool.
+
+    Latency is CPU time: calls of a few milliseconds on one thread are easily interrupted by the machine's other work.
+    """
+    headings = ["Engine", "Model", "File", "Accuracy", "SQNR, dB", "Latency, CPU ms", "Latency ÷ PTQ", "MB"]
     lines = []
     for engine, model in dict.fromkeys((row["engine"], row["model"]) for row in rows):
         own = [row for row in rows if (row["engine"], row["model"]) == (engine, model)]
+        base = next(float(row["latency_cpu_ms"]) for row in own if row["variant"] == "ptq (this library)")
         for row in _best_of_each_tool(own):
             sqnr = MISSING if row["variant"] == "fp32" else f"{float(row['logits_sqnr_db']):.1f}"
-            numbers = [f"{float(row['latency_ms']):.2f}", f"{float(row['latency_ratio_to_ptq']):.2f}"]
+            latency = float(row["latency_cpu_ms"])
             size = f"{int(row['file_bytes']) / 1e6:.1f}"
-            lines.append([ENGINES[engine], model, row["variant"], _accuracy(row), sqnr, *numbers, size])
+            times = [f"{latency:.2f}", f"{latency / base:.2f}"]
+            lines.append([ENGINES[engine], model, row["variant"], _accuracy(row), sqnr, *times, size])
     return table(headings, lines, words=("Engine", "Model", "File"))
 
 
@@ -180,8 +191,10 @@ def _zoo_facts(rows: list[dict[str, str]]) -> str:
     return text
 
 
-# Part of the page -> the files that it shows, one per machine, and what makes the text of a file's rows.
-PARTS = {
+# Part of a page -> the files that it shows, one per machine, and what makes the text of a file's rows.
+Parts = Mapping[str, tuple[str, Callable[[list[dict[str, str]]], str]]]
+README_PARTS: Parts = {"real": ("real-grid-*.csv", real_table_of_one_engine)}
+PARTS: Parts = {
     "peers": ("peers-*.csv", peers_table),
     "real": ("real-grid-*.csv", real_table),
     "real-peers": ("real-peers-*.csv", real_peers_table),
@@ -191,13 +204,14 @@ PARTS = {
 }
 
 
-def replace_benchmarks(page: Path, folder: Path) -> None:
+def replace_benchmarks(page: Path, folder: Path, parts: Parts = PARTS) -> None:
     """Replace the tables of the benchmarks that were run.
 
     Args:
         page: the page that has the parts' markers.
         folder: the folder of the benchmarks' files.
+        parts: the parts of this page.
     """
-    for name, (pattern, text_of) in PARTS.items():
+    for name, (pattern, text_of) in parts.items():
         if texts := [text_of(read_dicts(file)) for file in sorted(folder.glob(pattern))]:
             replace(page, name, "\n\n".join(texts))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.common.folders import RESULTS
-from pipeline.comparison.benchmark_tables import replace_benchmarks
+from pipeline.comparison.benchmark_tables import README_PARTS, replace_benchmarks
 from pipeline.comparison.free_accuracy import free_accuracy_page
 from pipeline.comparison.grid_tables import classifiers_table, detectors_table, means_table
 from pipeline.comparison.literature import literature
@@ -27,6 +27,7 @@ def main() -> None:
     replace(TABLES, "results", classifiers_table(classifiers))
     if detectors.rows:
         replace(TABLES, "detection", detectors_table(detectors))
+    replace_benchmarks(README, RESULTS / "benchmarks", README_PARTS)
     replace_benchmarks(TABLES, RESULTS / "benchmarks")
 
 

@@ -54,7 +54,7 @@ class Finished:
     Attributes:
         overrides: what the sweep asked for.
         model, precision, ptq, seed, task: what the cell is of.
-        own: the method that the cell was run for.
+        methods: plain PTQ, and each of its compensations.
         figures: method -> ``<engine>/<metric>`` -> value.
         scores: method -> scores, (1, images).
     """
@@ -65,7 +65,8 @@ class Finished:
         self.model, self.precision = config["model"]["name"], config["precision"]["name"]
         self.ptq = ptq_label(config["ptq"], config["ptq"]["method"])
         self.task, self.seed = task_of(config["model"]), config["seeds"][0]
-        self.own, self.figures = cell["method"], cell["figures"]
+        self.figures: dict[str, dict[str, float]] = cell["figures"]
+        self.methods = [method for method in self.figures if Method.parse(method).ptq == self.ptq]
         self.scores: dict[str, np.ndarray] = load_arrays(CELLS / cell["id"] / "evaluate" / SCORES)
 
     def figure(self, method: str, metric: str) -> float:
@@ -101,7 +102,7 @@ def measured(cells: list[Finished]) -> list[Measured]:
         options = {key: cell.overrides[key] for key in varying if key in cell.overrides}
         group = _text({key: value for key, value in options.items() if not key.startswith("compensation.")})
         own = _text({key: value for key, value in options.items() if key.startswith("compensation.")})
-        for method in dict.fromkeys((cell.ptq, cell.own)):
+        for method in cell.methods:
             name = _name(method, base) + (f", {own}" if own and method != cell.ptq else "")
             seeds = found.setdefault((cell.model, cell.precision, group, name), _Seeds(cell, method))
             seeds.scores[cell.seed] = cell.scores[method][0]

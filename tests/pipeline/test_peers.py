@@ -56,8 +56,9 @@ def test_quantize_static_runs_with_every_calibration_method(tmp_path, monkeypatc
         exact = model(batch).numpy()
     for flags, suffix in ((["avx2"], ", reduce_range"), (["avx512_vnni"], "")):
         monkeypatch.setattr(machine, "describe", lambda: {"instruction_sets": flags})
-        settings = list(quantize_static_settings(tmp_path / "fp32.onnx", single_feeds([batch])))
-        assert [setting.name for setting in settings] == [f"{name}{suffix}" for name in ("MinMax", "Entropy", "Percentile")]
+        settings = list(quantize_static_settings(tmp_path / "fp32.onnx", single_feeds([batch]), is_transformer=True))
+        names = [f"{name}{suffix}" for name in ("MinMax", "Entropy", "Percentile")]
+        assert [setting.name for setting in settings] == [*names, *(f"{name}, products only" for name in names)]
     for setting in settings:
         setting.write(tmp_path / "int8.onnx")
         assert np.abs(load_engine(tmp_path / "int8.onnx", "onnxruntime")(batch.numpy()) - exact).mean() < np.abs(exact).mean()

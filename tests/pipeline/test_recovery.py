@@ -154,6 +154,16 @@ def test_a_sweep_s_cells_are_brought_together_by_seed_and_compared_with_its_firs
     assert found["PTQ"].measured.seconds == 1.0 and found["gptq + CWAC, gate=none"].measured.seconds == 3.0
 
 
+def test_every_compensation_of_a_cell_is_shown_but_no_simulated_ptq_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    top1 = {"mse": 80.0, "mse+cwac": 84.0, "mse+qwt": 82.0, "mse+refit": 88.0, "mse_published": 70.0, "mse_published+qwt": 75.0}
+    write_cell(0, {"compensation": "all", "seed": "0"}, "mse", top1)
+    found = {line.measured.name: line for line in lines(page.measured(page.finished("s")), {"vit": 96.0})}
+    assert {name: line.gain and line.gain.mean for name, line in found.items()} == {
+        "PTQ": None, "PTQ + CWAC": 4.0, "PTQ + QwT": 2.0, "PTQ + Refit": 8.0
+    }  # fmt: skip
+
+
 def test_several_experiments_are_compared_with_the_first_one_s_method_and_rotation_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = [("fast_more", "gptq", {}), ("fast", "repq", {}), ("fast_rotated", "repq", {"ptq.rotate": "true"})]

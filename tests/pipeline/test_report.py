@@ -290,14 +290,19 @@ def test_operations_in_float_and_modules_left_there_are_listed_once_for_precisio
     page = (out.parent / "report.html").read_text(encoding="utf-8")
     section = page[page.index('<section id="operations">') :]
     words = " ".join(re.sub(r"<[^>]+>", " ", section[: section.index("</section>")]).split())
-    assert words.count("vit_micro w3a3, w8a8 ONNX Runtime 25 QGemm, 1 QLinearConv 13 LayerNormalization, 6 Softmax") == 1
+    assert (
+        words.count("vit_micro w3a3, w8a8 ONNX Runtime 25 QGemm, 1 QLinearConv 13 LayerNormalization, 6 Softmax") == 1
+    )
     assert words.count("pool: GRU stays in float") == 2  # one line an engine
 
 
 def test_model_page_says_what_the_report_says():
     page = render_model(synthetic.MODEL_REPORT)
     words = " ".join(re.sub(r"<[^>]+>", " ", page[page.index("<body>") : page.index("<script>")]).split())
-    assert "repq at W4A4 on 2 images: 3 layers and 1 products in integers, 1 module left in float, a file of 23.0 MB." in words
+    assert (
+        "repq at W4A4 on 2 images: 3 layers and 1 products in integers, 1 module left in float, a file of 23.0 MB."
+        in words
+    )
     assert "CWAC raises the SQNR of 2 of 3 modules, by 1.50 dB on average and 3.50 dB at most" in words
     uncompensated = synthetic.MODEL_REPORT | {"compensation": "none", "engines": {}, "float_modules": {}}
     uncompensated["modules"] = [{k: m[k] for k in ("module", "kind", "mismatch")} for m in uncompensated["modules"]]
@@ -349,7 +354,9 @@ def test_stage_writes_both_files_or_says_in_one_sentence_why_not(out):
     results = out.parent / "results"
     written = {path.name: path.read_bytes() for path in results.iterdir()}
     assert set(written) == {"summary.csv", "report.html", "metrics.json", "top1.csv", "bbox_ap.csv"}
-    assert written["bbox_ap.csv"] == b"cell,bbox_ap\n" and written["top1.csv"].startswith(b"cell,top1\nvit_micro fp32 fp32,")
+    assert written["bbox_ap.csv"] == b"cell,bbox_ap\n" and written["top1.csv"].startswith(
+        b"cell,top1\nvit_micro fp32 fp32,"
+    )
 
     rows = out / "evaluate" / "vit_micro-w3a3" / "rows.csv"
     rows.write_text(rows.read_text().replace(",dB,", ",decibel,"))
@@ -405,7 +412,9 @@ def test_means_table_by_hand():
         for precision, method, metric, value in detector
     ]
     heading, _, *lines = grid_tables.means_table(Results(rows)).splitlines()
-    assert heading.startswith("| Models | Bits | fp32 | PTQ | PTQ + QwT | PTQ + CWAC | Latency of CWAC ÷ PTQ, ONNX Runtime |")
+    assert heading.startswith(
+        "| Models | Bits | fp32 | PTQ | PTQ + QwT | PTQ + CWAC | Latency of CWAC ÷ PTQ, ONNX Runtime |"
+    )
     assert lines == [
         "| 2 in classification: top-1 | W4A4 | 92.5 | 82.5 | – | 86.2 | – | 1.01 |",
         "| 1 in detection: box AP | W8A8 | 70.0 | 69.0 | – | – | – | – |",
@@ -425,7 +434,9 @@ def test_detection_table_by_hand():
     ]
     rows = [synthetic.figure("det", *figure)._replace(task="detection") for figure in figures]
     heading, _, *lines = grid_tables.detectors_table(Results(rows)).splitlines()
-    assert heading.startswith("| Model | Bits | fp32 | PTQ | PTQ + CWAC | CWAC recovers |")  # no column for what nobody measured
+    assert heading.startswith(
+        "| Model | Bits | fp32 | PTQ | PTQ + CWAC | CWAC recovers |"
+    )  # no column for what nobody measured
     assert lines == [
         "| det (repq) | W8A8 | 70.0 / 65.0 | 70.1 / – | – / – | – | – | – | – | – |",
         "| det (repq) | W4A4 | 70.0 / 65.0 | 60.0 / 55.5 | 64.0 / – | 40% | – | -0.1 | – | 1.00 |",
@@ -433,7 +444,10 @@ def test_detection_table_by_hand():
 
 
 def test_readme_keeps_everything_outside_its_markers(built, tmp_path):
-    path, table = tmp_path / "README.md", grid_tables.classifiers_table(Results(read_rows(built / "results/summary.csv")))
+    path, table = (
+        tmp_path / "README.md",
+        grid_tables.classifiers_table(Results(read_rows(built / "results/summary.csv"))),
+    )
     path.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\nthe end\n")
     markdown.replace(path, "results", table)
     assert path.read_text() == f"# Title\n\n{BEGIN}\n{table}\n{END}\nthe end\n"
@@ -448,7 +462,9 @@ def test_the_page_of_the_default_run_shows_its_plots(built, tmp_path):
     results = Results(read_rows(built / "results" / "summary.csv"))
     text = static_page(results, page)
     plots = re.findall(r"!\[[^]]+\]\((\S+)\)", text)
-    assert len(plots) == 2 * len(synthetic.MODELS) and {tmp_path / plot for plot in plots} == set(tmp_path.rglob("*.svg"))
+    assert len(plots) == 2 * len(synthetic.MODELS) and {tmp_path / plot for plot in plots} == set(
+        tmp_path.rglob("*.svg")
+    )
     for plot in plots:
         drawn = ElementTree.parse(tmp_path / plot)  # a code host shows it as it is: no script, nothing from elsewhere
         tags = {element.tag.rpartition("}")[2] for element in drawn.iter()}
@@ -459,9 +475,7 @@ def test_the_page_of_the_default_run_shows_its_plots(built, tmp_path):
     assert static_page(results, page) == text and all((tmp_path / plot).read_text() == drawn[plot] for plot in plots)
 
 
-@pytest.mark.parametrize(
-    "text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", BEGIN * 2 + END]
-)
+@pytest.mark.parametrize("text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", BEGIN * 2 + END])
 def test_readme_without_markers_is_left_alone(tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
@@ -479,7 +493,12 @@ def peer(variant: str, ratio: str, sqnr: str) -> dict[str, str]:
 
 
 def test_peers_table_by_hand():
-    rows = [peer("ptq", "1.0", "30.04"), peer("cwac", "1.25", "31.06"), peer("nncf", "1.5", "29"), peer("fp32", "3", "120")]
+    rows = [
+        peer("ptq", "1.0", "30.04"),
+        peer("cwac", "1.25", "31.06"),
+        peer("nncf", "1.5", "29"),
+        peer("fp32", "3", "120"),
+    ]
     facts, _, _, _, line = benchmark_tables.peers_table(rows).splitlines()
     assert facts == "CPU (avx2), 1 thread; openvino=1"
     assert line == "| OpenVINO | vit | 8 | 20.0 | 2.40 | – | 0.80 | – | – | NNCF: fast | 1.20 | 30.0 | 31.1 | 29.0 |"
@@ -550,7 +569,9 @@ def test_committed_page_of_the_default_run_shows_the_committed_results(tmp_path)
 
 def test_the_zoo_s_table_counts_what_came_through(tmp_path):
     def row(source: str, model: str, outcome: str, **figures: str) -> dict[str, str]:
-        columns = dict.fromkeys((*benchmark_tables._ZOO.values(), *benchmark_tables._ZOO_TOOLS, "reason", "cpu", "versions"), "")
+        columns = dict.fromkeys(
+            (*benchmark_tables._ZOO.values(), *benchmark_tables._ZOO_TOOLS, "reason", "cpu", "versions"), ""
+        )
         return {**columns, "source": source, "family": "f", "model": model, "outcome": outcome, **figures}
 
     whole = {"integer_macs_percent": "100.0", "blocks": "0", "cwac_passes": "4.5"}
@@ -564,7 +585,10 @@ def test_the_zoo_s_table_counts_what_came_through(tmp_path):
     text = benchmark_tables.zoo_table(rows)
     assert text.startswith("Through, of those taken: timm: 1 of 2, torchvision: 1 of 1; on average 95.0 %")
     assert "; QwT has units in 1 of 2; CWAC costs at most 3.5 float passes in 1 and 4.5 in all." in text
-    assert "Of 2 models that other tools got too, 1 come through here, 2 through NNCF and 1 through quantize_static." in text
+    assert (
+        "Of 2 models that other tools got too, 1 come through here, 2 through NNCF and 1 through quantize_static."
+        in text
+    )
     assert "| 20.5 | fails |" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
@@ -574,14 +598,13 @@ def test_the_zoo_s_table_counts_what_came_through(tmp_path):
 def real_row(variant: str, near: str, **figures: str) -> dict[str, str]:
     return {
         "task": "classification", "model": "lite", "engine": "openvino", "variant": variant, "top1": "74.34",
-        "agreement": near, "logits_sqnr_db": "20.04", "latency_ms": "2.5", "latency_ratio_to_ptq": "1.0",
-        "file_bytes": "5240000", **figures,
+        "agreement": near, "logits_sqnr_db": "20.04", "latency_cpu_ms": "2.5", "file_bytes": "5240000", **figures,
     }  # fmt: skip
 
 
 def test_of_another_tools_settings_the_table_shows_the_nearest_to_full_precision():
     rows = [
-        real_row("fp32", "100", logits_sqnr_db="inf"), real_row("ptq (this library)", "91"),
+        real_row("fp32", "100", logits_sqnr_db="inf"), real_row("ptq (this library)", "91", latency_cpu_ms="2.0"),
         real_row("cwac (this library)", "90"), real_row("NNCF (fast bias correction)", "93.2"),
         real_row("NNCF (full bias correction)", "94.25"),
         real_row("NNCF (no SmoothQuant)", "94.25", logits_sqnr_db="19"),
@@ -590,7 +613,7 @@ def test_of_another_tools_settings_the_table_shows_the_nearest_to_full_precision
     assert [line.split(" | ")[2] for line in lines] == [
         "fp32", "ptq (this library)", "cwac (this library)", "NNCF (full bias correction)"
     ]  # fmt: skip
-    assert lines[-1] == "| OpenVINO | lite | NNCF (full bias correction) | 74.3 / 94.2 | 20.0 | 2.50 | 1.00 | 5.2 |"
+    assert lines[-1] == "| OpenVINO | lite | NNCF (full bias correction) | 74.3 / 94.2 | 20.0 | 2.50 | 1.25 | 5.2 |"
 
 
 def test_real_networks_go_between_their_own_markers(tmp_path):
@@ -611,3 +634,31 @@ def test_real_networks_go_between_their_own_markers(tmp_path):
         "| mini | W8A8 | OpenVINO | 57.5 | 57.2 / 0.9946 | 56.5 / 0.9938 |",
         "| mini | W4A4 | OpenVINO | 57.5 | 1.0 / 0.5000 | – |",
     ]
+
+
+def test_the_readme_shows_real_networks_on_the_first_engine_only():
+    common = {"model": "lite", "cpu": "CPU", "instruction_sets": "avx2", "versions": "onnx=1", "task": "classification"}
+    rows = [
+        common | {"precision": precision, "method": method, "engine": engine, "top1": top1, "agreement": near}
+        for precision, method, engine, top1, near in [
+            ("fp32", "fp32", "torch", "74.34", ""), ("w8a8", "mse", "torch", "74", "90"),
+            ("w8a8", "mse", "openvino", "73", "91"), ("w8a8", "mse", "onnxruntime", "72", "92"),
+        ]
+    ]  # fmt: skip
+    table = benchmark_tables.real_table_of_one_engine(rows).splitlines()[2:]
+    assert table[2:] == ["| lite | W8A8 | ONNX Runtime | 74.3 | 72.0 / 92.0 |"]
+
+
+@pytest.mark.parametrize(
+    ("page", "parts"),
+    [("README.md", benchmark_tables.README_PARTS), ("docs/results.md", benchmark_tables.PARTS)],
+)
+def test_committed_pages_show_the_committed_benchmarks(tmp_path, page, parts):
+    folder = "results/benchmarks/"
+    listed = subprocess.run(["git", "ls-tree", "--name-only", "HEAD", folder], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        (tmp_path / Path(name).name).write_text(committed(name))
+    copy = tmp_path / "page.md"
+    copy.write_text(committed(page) or "")
+    benchmark_tables.replace_benchmarks(copy, tmp_path, parts)
+    assert copy.read_text() == (committed(page) or "")
