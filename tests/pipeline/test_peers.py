@@ -1,5 +1,7 @@
 """The comparison with other tools takes each at its best, and records every setting that it tried."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
@@ -87,3 +89,15 @@ def test_settings_that_fail_on_a_real_network_are_named_and_left_out(tmp_path, m
     monkeypatch.setattr(real, "quantize_static_settings", lambda *_: [Setting("broken", failing), Setting("fine", writing(0.1))])
     assert dict(made.others("onnxruntime")) == {"quantize_static (fine)": tmp_path / "quantize_static-1.onnx"}
     assert "quantize_static (broken) fails on lite: no such operator\n" in capsys.readouterr().out
+
+
+def test_calls_are_timed_without_the_checks_of_inputs():
+    class Checking:
+        input = SimpleNamespace(name="x")
+
+        def session(self, batch):
+            return lambda feeds: (batch, feeds)
+
+    images, texts = np.zeros((3, 2)), {"ids": np.zeros((4, 2)), "mask": np.zeros((4, 2))}
+    assert real.timed(Checking(), images)() == (3, {"x": images})
+    assert real.timed(Checking(), texts)() == (4, texts)
