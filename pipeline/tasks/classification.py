@@ -114,8 +114,10 @@ class Classification(Task):
         return self._compared(self._stored(path))
 
     def scores(self, path: Path) -> np.ndarray:
-        """Return 100 for every image that is classified correctly, and 0 for the others, float32 (images,)."""
-        return 100 * (self._stored(path).argmax(1) == self.dataset.labels("val")).astype(np.float32)
+        """Return 100 for every labelled image that is classified correctly, else 0, float32 (labelled images,)."""
+        labels = self.dataset.labels("val")
+        known = labels != UNLABELLED
+        return 100 * (self._stored(path)[known].argmax(1) == labels[known]).astype(np.float32)
 
     def engine_figures(self, engines: dict[str, Engine]) -> Figures:
         [model] = engines.values()

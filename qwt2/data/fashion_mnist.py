@@ -42,10 +42,20 @@ class FashionMnist(DrawnFromFolder):
         """Check the IDX files and store their images and labels.
 
         Raises:
-            Qwt2Error: a file is missing or damaged, the files do not belong together, or a label is no class.
+            Qwt2Error: a file is missing or damaged, the files do not belong together, a label is no class, or the
+                training images are all of one grey.
         """
         found = {split: _read_split(cfg, split) for split in FILES}
         pixels = found["train"]["images"]
+        if pixels.shape[1:] != found["val"]["images"].shape[1:]:
+            train, val = ("x".join(map(str, arrays["images"].shape[2:])) for arrays in found.values())
+            raise Qwt2Error(
+                f"{cfg['path']}: training images have {train} pixels, but t10k's {val}; give files of one set"
+            )
+        if pixels.min() == pixels.max():
+            raise Qwt2Error(
+                f"{cfg['path']}: every pixel of the training images is {pixels.min()}; copy the files again"
+            )
         moments = {"mean": round(float(pixels.mean()) / 255, 6), "std": round(float(pixels.std()) / 255, 6)}
         for number, (split, arrays) in enumerate(found.items()):
             order = np.random.default_rng([cfg["seed"], number]).permutation(len(arrays["labels"]))
@@ -86,6 +96,8 @@ def _read_split(cfg: Mapping[str, Any], split: str) -> dict[str, np.ndarray]:
         raise Qwt2Error(
             f"{images} has {len(pixels)} images, but {labels} has {len(classes)} labels; give files of one set"
         )
+    if not pixels.size:
+        raise Qwt2Error(f"{images} holds no images; install or copy it again")
     if classes.max(initial=0) >= cfg["num_classes"]:
         raise Qwt2Error(
             f"{labels} has the label {classes.max()}, but data.num_classes is {cfg['num_classes']}; "

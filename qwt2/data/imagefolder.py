@@ -138,9 +138,7 @@ def read_image(path: Path, mode: str = "RGB") -> Image.Image:
         raise Qwt2Error(f"{path} does not exist any more; prepare the data again (dvc repro --force data)") from error
     # Pillow's decoders raise any of these for a damaged file.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise Qwt2Error(
-            f"{path} cannot be decoded ({error}); repair or remove it, or set data.skip_corrupt to true"
-        ) from error
+        raise Qwt2Error(f"{path} cannot be decoded ({error}); repair or remove it") from error
 
 
 def _root(cfg: Mapping[str, Any]) -> Path:
@@ -175,8 +173,8 @@ def _undecodable(folder: Path, files: list[str], skip: bool) -> set[str]:
     for file in tqdm(files, f"check {folder.name}", unit="image", disable=None):
         try:
             read_image(folder / file)
-        except Qwt2Error:
+        except Qwt2Error as error:
             if not skip:
-                raise
+                raise Qwt2Error(f"{error}, or set data.skip_corrupt to true") from error
             corrupt.add(file)
     return corrupt

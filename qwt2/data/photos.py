@@ -118,18 +118,31 @@ def read_table(path: Path, num_classes: int) -> dict[str, int]:
         file -> its class number, or ``UNLABELLED``, in the table's order.
 
     Raises:
-        Qwt2Error: the table is missing, lacks a column, has a label that is no class, or has no label at all.
+        Qwt2Error: the table is missing or no UTF-8, lacks a column, names a file twice or none, has a label that is no
+            class, or has no label at all.
     """
-    if not path.is_file():
-        raise Qwt2Error(f"{path} does not exist; data.table must name a CSV file with the columns file and label")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(path)
     if not rows or not {"file", "label"} <= rows[0].keys():
         raise Qwt2Error(f"{path} must have the columns file and label, and a row for each photograph")
-    labels = {row["file"]: _label(path, row, num_classes) for row in rows}
+    labels: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        if not row["file"] or row["file"] in labels:
+            problem = f"names {row['file']} a second time" if row["file"] else "names no file"
+            raise Qwt2Error(f"{path}: row {number} below the headings {problem}; each photograph has one row")
+        labels[row["file"]] = _label(path, row, num_classes)
     if set(labels.values()) == {UNLABELLED}:
         raise Qwt2Error(f"{path} gives no photograph a label, so no accuracy can be measured; label some of them")
     return labels
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise Qwt2Error(f"{path} does not exist; data.table must name a CSV file with the columns file and label")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets may put a byte order mark first
+            return list(csv.DictReader(file))
+    except UnicodeDecodeError as error:
+        raise Qwt2Error(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def _label(path: Path, row: Mapping[str, str], num_classes: int) -> int:

@@ -75,12 +75,33 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"
         (_replace(IMAGES, lambda b: b + b"x"), rf"{IMAGES} has 9425 bytes, which its header does not ask for"),
         (_replace(IMAGES, lambda b: b[:7]), rf"{IMAGES} has 7 bytes, which its header does not ask for"),
         (_replace(IMAGES, lambda b: b""), rf"{IMAGES} has 0 bytes, which its header does not ask for"),
-        (_replace(IMAGES, lambda b: b"\x89PNG" + b[4:]), r"begins with 0x89504e47, but an IDX file of 3 axes of bytes with 0x00000803"),
+        (
+            _replace(IMAGES, lambda b: b"\x89PNG" + b[4:]),
+            r"begins with 0x89504e47, but an IDX file of 3 axes of bytes with 0x00000803",
+        ),
         (_replace(LABELS, lambda b: b[:-9]), rf"{LABELS} cannot be decompressed \("),
         (_replace(LABELS, lambda b: b"no gzip"), rf"{LABELS} cannot be decompressed \("),
         (_replace(LABELS, lambda b: gzip.compress(idx(np.zeros(3, np.uint8)))), r"has 12 images, but .* has 3 labels"),
-        (_replace(LABELS, lambda b: gzip.compress(idx(np.full(12, 10, np.uint8)))), r"has the label 10, but data.num_classes is 10"),
-        (lambda root: (root / LABELS).unlink(), r"has no file train-labels-idx1-ubyte, bare or as \.gz.*dataset-fashion-mnist"),
+        (
+            _replace(LABELS, lambda b: gzip.compress(idx(np.full(12, 10, np.uint8)))),
+            r"has the label 10, but data.num_classes is 10",
+        ),
+        (
+            lambda root: [
+                _replace(IMAGES, lambda b: idx(np.zeros((0, 28, 28), np.uint8)))(root),
+                _replace(LABELS, lambda b: gzip.compress(idx(np.zeros(0, np.uint8))))(root),
+            ],
+            rf"{IMAGES} holds no images",
+        ),
+        (
+            _replace(IMAGES, lambda b: idx(np.zeros((12, 32, 32), np.uint8))),
+            r"training images have 32x32 pixels, but t10k's 28x28",
+        ),
+        (_replace(IMAGES, lambda b: b[:16] + b"\x07" * (12 * 784)), r"every pixel of the training images is 7"),
+        (
+            lambda root: (root / LABELS).unlink(),
+            r"has no file train-labels-idx1-ubyte, bare or as \.gz.*dataset-fashion-mnist",
+        ),
     ],
 )
 def test_a_damaged_or_missing_file_is_named_and_nothing_is_written(cfg, root, tmp_path, damage, sentence):

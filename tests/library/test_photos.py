@@ -80,6 +80,8 @@ def test_transparent_parts_become_white(tmp_path):
         ([("a.png", ""), ("b.png", "")], r"table\.csv gives no photograph a label, so no accuracy can be measured"),
         ([("a.png", "1"), ("b.png", "")], r"data\.train_images is 2, but only 1 photographs have no class"),
         ([], r"table\.csv must have the columns file and label, and a row for each photograph"),
+        ([*ROWS, ("a.png", "4")], r"table\.csv: row 7 below the headings names a\.png a second time"),
+        ([*ROWS, ("", "4")], r"table\.csv: row 7 below the headings names no file"),
         ([("no_package:x.png", ""), ("a.png", "1")], r"no_package is not installed.*pip install 'qwt2\[real\]'"),
         ([("some_photos:x.png", ""), ("a.png", "1")], r"the installed package some_photos has no file 'x\.png'"),
     ],
@@ -95,8 +97,19 @@ def test_a_missing_table_and_a_damaged_photograph(cfg, root, tmp_path):
     with pytest.raises(Qwt2Error, match=r"none\.csv does not exist; data\.table must name a CSV file"):
         write_dataset(cfg | {"table": str(root / "none.csv")}, tmp_path / "out")
     (root / "a.png").write_bytes((root / "a.png").read_bytes()[:500])
-    with pytest.raises(Qwt2Error, match=r"a\.png cannot be decoded"):
+    with pytest.raises(Qwt2Error, match=r"a\.png cannot be decoded .*; repair or remove it$"):
         write_dataset(cfg, tmp_path / "out")
+
+
+def test_tables_of_spreadsheets_are_read_and_other_encodings_refused(cfg, root, tmp_path):
+    table = root / "table.csv"
+    plain = read_table(table, 5)
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    assert read_table(table, 5) == plain
+    table.write_bytes("file,label\nB\u00e4r.png,3\n".encode("latin-1"))
+    with pytest.raises(Qwt2Error, match=r"table\.csv is not in UTF-8 \(.* at byte 12\); save it as UTF-8"):
+        write_dataset(cfg, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_this_librarys_table_has_imagenets_labels_under_their_names():

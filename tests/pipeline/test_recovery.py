@@ -1,5 +1,7 @@
 """What methods recover: intervals against closed forms and coverage, comparisons by hand, and the page of a sweep."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -8,13 +10,17 @@ from pipeline.common.folders import CELLS, SCORES
 from pipeline.comparison import free_accuracy
 from pipeline.comparison.benchmark_tables import read_dicts
 from pipeline.sweeps import page, sweep
-from qwt2.io import save_arrays, write_csv, write_json
+from pipeline.tasks.classification import Classification
+from qwt2.data.dataset import UNLABELLED
+from qwt2.io import save_arrays, write_array, write_csv, write_json
 from qwt2.report import charts, recovery
 from qwt2.report.metrics import ACCURACY, HARD_LOSS
 from qwt2.report.recovery import Interval, Measured, interval, lines
 
 
-def measured(compensation: str, means: dict[int, float], free: bool = True, group: str = "", task="classification", **more):
+def measured(
+    compensation: str, means: dict[int, float], free: bool = True, group: str = "", task="classification", **more
+):
     """A method whose images are all worth the mean, except that the first one differs by a point."""
     scores = {seed: np.float32([mean + 1, mean - 1 / 99] + [mean - 1 / 99] * 98) for seed, mean in means.items()}
     facts = {"name": compensation or "PTQ", "seconds": 2.0} | more
@@ -75,7 +81,12 @@ def test_methods_are_compared_seed_by_seed_with_ptq_and_qwt_of_their_group():
 
 
 def test_the_first_sentence_says_where_free_methods_lose():
-    hard = [measured("", {0: 80}), measured("qwt", {0: 85}, False), measured("cwac", {0: 84}), measured("refit", {0: 90})]
+    hard = [
+        measured("", {0: 80}),
+        measured("qwt", {0: 85}, False),
+        measured("cwac", {0: 84}),
+        measured("refit", {0: 90}),
+    ]
     easy = [
         Measured("classification", "vit", "w8a8", "", name, name, {0: np.full(9, mean)}, 1.0, name != "qwt")
         for name, mean in {"": 95.0, "qwt": 96.0, "cwac": 95.5, "refit": 96.0}.items()
@@ -104,7 +115,12 @@ def test_means_are_over_the_hard_cells_of_a_method():
     cells = [measured("", {0: 80}), measured("cwac", {0: 88}, seconds=3.0)]
     other = [
         Measured("detection", "det", precision, "", name, name, {0: np.float32([mean])}, 5.0, True)
-        for precision, name, mean in [("w2a3", "", 50.0), ("w2a3", "cwac", 55.0), ("w8a8", "", 59.0), ("w8a8", "cwac", 0.0)]
+        for precision, name, mean in [
+            ("w2a3", "", 50.0),
+            ("w2a3", "cwac", 55.0),
+            ("w8a8", "", 59.0),
+            ("w8a8", "cwac", 0.0),
+        ]
     ]
     [record] = recovery.means(lines(cells + other, {"vit": 96.0, "det": 60.0}))
     assert (record["cells"], record["seconds"], record["free"]) == (2, 4.0, True)
@@ -142,7 +158,9 @@ def test_a_sweep_s_cells_are_brought_together_by_seed_and_compared_with_its_firs
         for gate in ("none", "stream"):
             for seed in (0, 1):
                 overrides = {"ptq": ptq, "compensation": "cwac", "compensation.gate": gate, "seed": str(seed)}
-                write_cell(number, overrides, ptq, {ptq: plain, f"{ptq}+cwac": plain + (4.0 if gate == "none" else 5.0)})
+                write_cell(
+                    number, overrides, ptq, {ptq: plain, f"{ptq}+cwac": plain + (4.0 if gate == "none" else 5.0)}
+                )
                 number += 1
     cells = page.finished("s")
     found = {line.measured.name: line for line in lines(page.measured(cells), {"vit": 96.0})}
@@ -156,12 +174,28 @@ def test_a_sweep_s_cells_are_brought_together_by_seed_and_compared_with_its_firs
 
 def test_every_compensation_of_a_cell_is_shown_but_no_simulated_ptq_method(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    top1 = {"mse": 80.0, "mse+cwac": 84.0, "mse+qwt": 82.0, "mse+refit": 88.0, "mse_published": 70.0, "mse_published+qwt": 75.0}
+    top1 = {
+        "mse": 80.0,
+        "mse+cwac": 84.0,
+        "mse+qwt": 82.0,
+        "mse+refit": 88.0,
+        "mse_published": 70.0,
+        "mse_published+qwt": 75.0,
+    }
     write_cell(0, {"compensation": "all", "seed": "0"}, "mse", top1)
     found = {line.measured.name: line for line in lines(page.measured(page.finished("s")), {"vit": 96.0})}
     assert {name: line.gain and line.gain.mean for name, line in found.items()} == {
         "PTQ": None, "PTQ + CWAC": 4.0, "PTQ + QwT": 2.0, "PTQ + Refit": 8.0
     }  # fmt: skip
+
+
+def test_the_mean_of_the_scores_is_top1_where_some_images_have_no_label(tmp_path):
+    task = Classification.__new__(Classification)
+    task.dataset = SimpleNamespace(labels=lambda split: np.array([0, UNLABELLED, 2, 1, UNLABELLED]))
+    logits = np.float32([[9, 0, 0], [9, 0, 0], [0, 0, 9], [0, 0, 9], [0, 0, 9]])
+    write_array(tmp_path / "logits.npy", logits)
+    assert task.scores(tmp_path / "logits").tolist() == [100, 100, 0]
+    assert task.scores(tmp_path / "logits").mean() == pytest.approx(200 / 3)
 
 
 def test_several_experiments_are_compared_with_the_first_one_s_method_and_rotation_is_named(tmp_path, monkeypatch):
@@ -172,7 +206,14 @@ def test_several_experiments_are_compared_with_the_first_one_s_method_and_rotati
         overrides = {"experiment": name, "ptq": ptq, "compensation": "cwac", "seed": "0"} | more
         write_cell(number, overrides, ptq, {label: 80.0 + number, f"{label}+cwac": 85.0 + number})
     found = page.measured(page.finished("s"))
-    assert [line.name for line in found] == ["PTQ", "PTQ + CWAC", "gptq", "gptq + CWAC", "repq_rotated", "repq_rotated + CWAC"]
+    assert [line.name for line in found] == [
+        "PTQ",
+        "PTQ + CWAC",
+        "gptq",
+        "gptq + CWAC",
+        "repq_rotated",
+        "repq_rotated + CWAC",
+    ]
     assert {line.group for line in found} == {""}
 
 
