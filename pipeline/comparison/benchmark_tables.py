@@ -127,7 +127,7 @@ def costs_table(rows: list[dict[str, str]]) -> str:
         lines.append([row["method"], row["seconds"], row["cpu_seconds"], row["float_passes"], row["added_mb"], *times])
     first = rows[0]
     facts = (
-        f"{first['model']}, {first['precision']}, {first['images']} images; {first['cpu']}, {first["threads"]} threads"
+        f"{first['model']}, {first['precision']}, {first['images']} images; {first['cpu']}, {first['threads']} threads"
     )
     return f"{facts}\n\n{table(headings, lines, words=('Step',))}"
 
