@@ -1,5 +1,6 @@
 """The configuration of one cell: composed from conf/ by Hydra, checked, and reduced to what each stage reads."""
 
+import importlib
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,8 @@ from qwt2.errors import Qwt2Error
 from qwt2.quantization.precision import Precision
 
 CONF = Path("conf")
-EXPERIMENTAL = "pipeline.tasks.experimental."  # tasks that run in sweeps only
+EXPERIMENTAL = "pipeline.experimental"  # tasks that run in sweeps only
+importlib.import_module(EXPERIMENTAL)  # registers them; by name, so that no stage's hash covers them
 
 # The dotted keys of the composed configuration that each stage reads. `_ARCHITECTURE` stands for the model's keys that
 # build the network, without those that say where its weights come from.
@@ -99,7 +101,7 @@ def checked(composed: DictConfig) -> dict[str, Any]:
 
 def is_experimental(task: str) -> bool:
     """Return whether a task runs in sweeps only; no stage's code hash covers it."""
-    return TASKS.get(task).__module__.startswith(EXPERIMENTAL)
+    return TASKS.get(task).__module__.startswith(f"{EXPERIMENTAL}.")
 
 
 def _source(factory: str) -> str:

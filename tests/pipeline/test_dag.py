@@ -193,8 +193,8 @@ def test_a_new_method_is_a_change_of_code(sources, unchanged):
 
 
 def test_experimental_tasks_are_of_no_stage_s_code_but_of_their_own_cells(sources):
-    module, file = "pipeline.tasks.experimental.language", "pipeline/tasks/experimental/gpt.py"
-    assert not [name for name in code_hashes.sources(code_hashes.MODULES) if name.startswith("pipeline/tasks/experimental/")]
+    module, file = "pipeline.experimental.language", "pipeline/experimental/gpt.py"
+    assert not [name for name in code_hashes.sources(code_hashes.MODULES) if name.startswith("pipeline/experimental/")]
     before, content = code_hashes.fingerprint(RUN, [module]), (sources / file).read_bytes()
     (sources / file).write_bytes(content + b"\nanother = 1\n")
     after = code_hashes.fingerprint(RUN, [module])
@@ -233,7 +233,7 @@ def test_imports_are_followed_wherever_they_stand(tmp_path, monkeypatch):
 
 
 def test_rooms_import_one_way():
-    rooms = ["common", "tasks", "build", "stages", "sweeps", "comparison"]
+    rooms = ["common", "tasks", "experimental", "build", "stages", "sweeps", "comparison"]
     files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "pipeline").glob("*/**/*.py")}
     for name, path in files.items():
         imported = {found for found in code_hashes._imports(path) if found.startswith("pipeline.")}

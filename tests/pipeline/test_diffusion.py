@@ -7,10 +7,10 @@ import torch
 import qwt2
 from pipeline.build.compose import compose_cell
 from pipeline.common.stage import Cell
+from pipeline.experimental import dit
+from pipeline.experimental.diffusion import STEPS
+from pipeline.experimental.noise import SIGNAL, draw, noisy
 from pipeline.tasks import open_task
-from pipeline.tasks.experimental import dit
-from pipeline.tasks.experimental.diffusion import STEPS
-from pipeline.tasks.experimental.noise import SIGNAL, draw, noisy
 from qwt2.data import open_dataset, write_dataset
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules

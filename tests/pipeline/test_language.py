@@ -8,11 +8,11 @@ import torch.nn.functional as F
 import qwt2
 from pipeline.build.compose import compose_cell
 from pipeline.common.stage import Cell
+from pipeline.experimental import gpt
+from pipeline.experimental.language import negative_log_likelihood
+from pipeline.experimental.stdlib_text import CHARACTERS, tokenize, windows
 from pipeline.sweeps import cells
 from pipeline.tasks import open_task
-from pipeline.tasks.experimental import gpt
-from pipeline.tasks.experimental.language import negative_log_likelihood
-from pipeline.tasks.experimental.stdlib_text import CHARACTERS, tokenize, windows
 from qwt2.data import open_dataset, write_dataset
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules

@@ -7,9 +7,9 @@ import torch
 import qwt2
 from pipeline.build.compose import compose_cell
 from pipeline.common.stage import Cell
+from pipeline.experimental import clip
+from pipeline.experimental.captions import DIGITS, LENGTH, TEMPLATES, VOCABULARY, captions
 from pipeline.tasks import open_task
-from pipeline.tasks.experimental import clip
-from pipeline.tasks.experimental.captions import DIGITS, LENGTH, TEMPLATES, VOCABULARY, captions
 from qwt2.data import open_dataset, write_dataset
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules
 from qwt2.io import save_arrays, save_tensors

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from pipeline.tasks.experimental.captions import LENGTH, TEMPLATES, VOCABULARY, captions
-from pipeline.tasks.experimental.training import built, fit
+from pipeline.experimental.captions import LENGTH, TEMPLATES, VOCABULARY, captions
+from pipeline.experimental.training import built, fit
 from qwt2.classification.training import initialize
 from qwt2.data import Dataset
 

@@ -13,9 +13,9 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from pipeline.tasks.experimental.noise import draw
-from pipeline.tasks.experimental.scans import NUM_CLASSES, SIZE
-from pipeline.tasks.experimental.training import built, fit
+from pipeline.experimental.noise import draw
+from pipeline.experimental.scans import NUM_CLASSES, SIZE
+from pipeline.experimental.training import built, fit
 
 _FREQUENCIES = 32
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.common.stage import Cell
+from pipeline.experimental.captions import TEMPLATES, captions
+from pipeline.experimental.figures import show
+from pipeline.experimental.settings import Train
 from pipeline.tasks import TASKS, Figures, Task, calibration_size
-from pipeline.tasks.experimental.captions import TEMPLATES, captions
-from pipeline.tasks.experimental.figures import show
-from pipeline.tasks.experimental.settings import Train
 from qwt2.data import open_dataset
 from qwt2.evaluation.metrics import agreement_percent, cosine, sqnr_db, topk_percent
 from qwt2.io import load_arrays, save_arrays
@@ -46,7 +46,7 @@ show(
 
 @dataclass
 class Encoders:
-    """Keys of ``clip``: the arguments of :class:`pipeline.tasks.experimental.clip.CLIP`."""
+    """Keys of ``clip``: the arguments of :class:`pipeline.experimental.clip.CLIP`."""
 
     image: dict[str, Any]
     text: dict[str, Any]
@@ -87,13 +87,13 @@ class ZeroShot(Task):
         self.captions = captions(TEMPLATES[0])
 
     def trained(self) -> nn.Module:
-        from pipeline.tasks.experimental import clip
+        from pipeline.experimental import clip
 
         training = self.cfg["model"]["train"]
         return clip.train(clip.build(self.cfg["model"]["clip"], training["seed"]), self.dataset, training)
 
     def baseline(self) -> nn.Module:
-        from pipeline.tasks.experimental import clip
+        from pipeline.experimental import clip
         from qwt2.classification.models import load_weights
 
         network = clip.build(self.cfg["model"]["clip"])

@@ -28,7 +28,7 @@ def fit(network: nn.Module, cfg: Mapping[str, Any], loss_of: Callable[[np.random
 
     Args:
         network: the network.
-        cfg: the fields of :class:`pipeline.tasks.experimental.settings.Train`.
+        cfg: the fields of :class:`pipeline.experimental.settings.Train`.
         loss_of: draws a batch with the given generator and returns its loss.
 
     Returns:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import pipeline.tasks.experimental.scans  # noqa: F401 - the dataset registers itself
+import pipeline.experimental.scans  # noqa: F401 - the dataset registers itself
 from pipeline.common.stage import Cell
+from pipeline.experimental.figures import show
+from pipeline.experimental.noise import draw, noisy
+from pipeline.experimental.settings import Train
 from pipeline.tasks import TASKS, Figures, Task, calibration_size
-from pipeline.tasks.experimental.figures import show
-from pipeline.tasks.experimental.noise import draw, noisy
-from pipeline.tasks.experimental.settings import Train
 from qwt2.data import open_dataset
 from qwt2.evaluation.metrics import sqnr_db
 from qwt2.io import read_array, write_array
@@ -56,7 +56,7 @@ show(
 
 @dataclass
 class Transformer:
-    """Keys of ``dit``: the arguments of :class:`pipeline.tasks.experimental.dit.DiT`."""
+    """Keys of ``dit``: the arguments of :class:`pipeline.experimental.dit.DiT`."""
 
     embed_dim: int
     depth: int
@@ -89,13 +89,13 @@ class Diffusion(Task):
         self.scans = open_dataset(cfg["data"], self.folder)
 
     def trained(self) -> nn.Module:
-        from pipeline.tasks.experimental import dit
+        from pipeline.experimental import dit
 
         training = self.cfg["model"]["train"]
         return dit.train(dit.build(self.cfg["model"]["dit"], training["seed"]), self.scans["train"], training)
 
     def baseline(self) -> nn.Module:
-        from pipeline.tasks.experimental import dit
+        from pipeline.experimental import dit
         from qwt2.classification.models import load_weights
 
         network = dit.build(self.cfg["model"]["dit"])

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.common.stage import Cell
+from pipeline.experimental.figures import show
+from pipeline.experimental.settings import Train
+from pipeline.experimental.stdlib_text import windows
 from pipeline.tasks import TASKS, Figures, Task, calibration_size
-from pipeline.tasks.experimental.figures import show
-from pipeline.tasks.experimental.settings import Train
-from pipeline.tasks.experimental.stdlib_text import windows
 from qwt2.data import open_dataset
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.metrics import agreement_percent, sqnr_db
@@ -51,7 +51,7 @@ show(
 
 @dataclass
 class Decoder:
-    """Keys of ``decoder``: the arguments of :class:`pipeline.tasks.experimental.gpt.GPT`."""
+    """Keys of ``decoder``: the arguments of :class:`pipeline.experimental.gpt.GPT`."""
 
     embed_dim: int
     depth: int
@@ -86,13 +86,13 @@ class Language(Task):
         self.context: int = cfg["model"]["decoder"]["context"]
 
     def trained(self) -> nn.Module:
-        from pipeline.tasks.experimental import gpt
+        from pipeline.experimental import gpt
 
         training = self.cfg["model"]["train"]
         return gpt.train(gpt.build(self.cfg["model"]["decoder"], training["seed"]), self.text["train"], training)
 
     def baseline(self) -> nn.Module:
-        from pipeline.tasks.experimental import gpt
+        from pipeline.experimental import gpt
         from qwt2.classification.models import load_weights
 
         network = gpt.build(self.cfg["model"]["decoder"])

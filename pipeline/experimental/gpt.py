@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pipeline.tasks.experimental.stdlib_text import CHARACTERS, windows
-from pipeline.tasks.experimental.training import built, fit
+from pipeline.experimental.stdlib_text import CHARACTERS, windows
+from pipeline.experimental.training import built, fit
 
 
 class GPT(nn.Module):
