@@ -101,13 +101,13 @@ def test_it_computes_the_same_and_can_be_quantized(call, settings):
     qmodel = qwt2.quantize(graph, batches())
     info = qmodel.quantization
     calls = ("", "_repeat1") if call is called_in_two_ways else ("",)  # the second call reads what the first gave
-    assert {*info.matmuls} == {f"attention.matmul{n}{call}" for n in (1, 2) for call in calls} and not info.float_modules
-    assert wiring.softmax_products(graph) == {f"attention.matmul2{call}" for call in calls}
+    assert {*info.matmuls} == {f"attention.matmul{n}{again}" for n in (1, 2) for again in calls} and not info.float_modules
+    assert wiring.softmax_products(graph) == {f"attention.matmul2{again}" for again in calls}
     # One projection where query, key and value are of one tensor, three where they are not; the output's bears its name.
     projections = [name for name in info.layers if name.startswith("attention.")]
     fused, apart = ["attention.linear1"], ["attention.linear1", "attention.linear2", "attention.linear3"]
     expected_projections = {cross: apart, called_in_two_ways: [*fused, *apart[1:]]}.get(call, fused)
-    assert sorted(projections) == [*expected_projections, "attention.out_proj"]
+    assert sorted(projections) == [*expected_projections, *(f"attention.out_proj{again}" for again in calls)]
     assert torch.allclose(qmodel(images(4)), expected, atol=0.1 * expected.abs().max())
     with full_precision(qmodel):
         assert torch.allclose(qmodel(images(4)), expected, atol=1e-5)
