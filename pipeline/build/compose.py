@@ -1,6 +1,5 @@
 """The configuration of one cell: composed from conf/ by Hydra, checked, and reduced to what each stage reads."""
 
-import importlib
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,14 +12,14 @@ from omegaconf import DictConfig
 
 from pipeline.build.code_hashes import digest
 from pipeline.build.schema import check
+from pipeline.experimental import diffusion, language, zero_shot  # noqa: F401 - they register themselves
 from pipeline.tasks import TASKS, architecture_keys, task_of
 from qwt2.engines import ENGINES
 from qwt2.errors import Qwt2Error
 from qwt2.quantization.precision import Precision
 
 CONF = Path("conf")
-EXPERIMENTAL = "pipeline.experimental"  # tasks that run in sweeps only
-importlib.import_module(EXPERIMENTAL)  # registers them; by name, so that no stage's hash covers them
+EXPERIMENTAL = "pipeline.experimental"  # tasks that run in sweeps and trials only
 
 # The dotted keys of the composed configuration that each stage reads. `_ARCHITECTURE` stands for the model's keys that
 # build the network, without those that say where its weights come from.
@@ -100,7 +99,7 @@ def checked(composed: DictConfig) -> dict[str, Any]:
 
 
 def is_experimental(task: str) -> bool:
-    """Return whether a task runs in sweeps only; no stage's code hash covers it."""
+    """Return whether a task runs in sweeps and trials only; no other stage's code hash covers it."""
     return TASKS.get(task).__module__.startswith(f"{EXPERIMENTAL}.")
 
 
