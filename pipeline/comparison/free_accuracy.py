@@ -84,9 +84,16 @@ def free_accuracy_page(page: Path) -> str:
     parts = [
         *recovery.headline(lines), recovery.significance(lines), f"![recovered share against seconds]({plot})",
         _means(lines), "## Every cell", _cells(lines), "## What did not help",
-        f"Not significantly above plain PTQ:\n\n{tried}", f"{rows[0]['cpu']}; torch={rows[0]['torch']}",
+        f"Not significantly above plain PTQ:\n\n{tried}", _facts(rows),
     ]  # fmt: skip
     return "\n\n".join(parts)
+
+
+def _facts(rows: list[dict[str, str]]) -> str:
+    """Say what the file holds, which may be part of what the command measures, and where it was measured."""
+    columns = {"Models": "model", "precisions": "precision", "methods": "name"}
+    held = (f"{title}: {' | '.join(dict.fromkeys(row[key] for row in rows))}" for title, key in columns.items())
+    return f"{'; '.join(held)}. Seconds are wall time. {rows[0]['cpu']}; torch={rows[0]['torch']}"
 
 
 def _means(lines: list[Line]) -> str:
