@@ -11,6 +11,7 @@ import numpy as np
 
 import pipeline.experimental.scans  # noqa: F401 - the dataset registers itself
 from pipeline.common.stage import Cell
+from pipeline.experimental.arrays import Arrays, split, tensors
 from pipeline.experimental.figures import show
 from pipeline.experimental.noise import draw, noisy
 from pipeline.experimental.settings import Train
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from qwt2.engines import Engine
 
 STEPS = (20, 100, 250, 500, 750, 950)  # timesteps at which the error is measured, on every validation image
-Arrays = dict[str, np.ndarray]
 
 show(
     "diffusion",
@@ -109,7 +109,7 @@ class Diffusion(Task):
         from qwt2.capture.batch import call
 
         with torch.inference_mode():
-            noise = [call(network, _tensors(inputs)).numpy() for inputs in _split(self._val, 300)]
+            noise = [call(network, tensors(inputs)).numpy() for inputs in split(self._val, 300)]
         write_array(path.with_suffix(".npy"), np.concatenate(noise))
 
     def fp32_figures(self) -> Figures:
@@ -125,7 +125,7 @@ class Diffusion(Task):
 
     def engine_figures(self, engines: dict[str, Engine]) -> Figures:
         [model] = engines.values()
-        batches = _split(self._val, self.cfg["evaluate"]["batch_size"])
+        batches = split(self._val, self.cfg["evaluate"]["batch_size"])
         return self._compared(np.concatenate([model(inputs) for inputs in batches]))
 
     def _compared(self, predicted: np.ndarray) -> Figures:
@@ -166,27 +166,15 @@ class Diffusion(Task):
         rng = np.random.default_rng(seed)
         chosen = rng.integers(0, len(self.scans["train"]["labels"]), images)
         inputs, _ = draw(self.scans["train"]["images"][chosen], self.scans["train"]["labels"][chosen], rng)
-        return [_tensors(part) for part in _split(inputs, batch_size)]
+        return [tensors(part) for part in split(inputs, batch_size)]
 
     def example(self, network: nn.Module) -> Inputs:
-        return _tensors(self.latency_input(2))
+        return tensors(self.latency_input(2))
 
     def mismatch_inputs(self, network: nn.Module) -> Inputs:
-        return _tensors(self.latency_input(self.cfg["evaluate"]["mismatch_images"]))
+        return tensors(self.latency_input(self.cfg["evaluate"]["mismatch_images"]))
 
     def latency_input(self, batch_size: int) -> Arrays:
         """Return inputs at different timesteps."""
         spread = np.linspace(0, len(self._noise) - 1, batch_size).astype(int)
         return {name: array[spread] for name, array in self._val.items()}
-
-
-def _split(inputs: Arrays, size: int) -> list[Arrays]:
-    """Return batches of ``size`` images; the last one may be smaller."""
-    starts = range(0, len(inputs["labels"]), size)
-    return [{name: array[start : start + size] for name, array in inputs.items()} for start in starts]
-
-
-def _tensors(arrays: Arrays) -> Inputs:
-    import torch
-
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}

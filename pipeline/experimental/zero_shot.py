@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.common.stage import Cell
+from pipeline.experimental.arrays import Arrays, split, tensors
 from pipeline.experimental.captions import TEMPLATES, captions
 from pipeline.experimental.figures import show
 from pipeline.experimental.settings import Train
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from qwt2.capture.batch import Inputs
     from qwt2.engines import Engine
 
-Arrays = dict[str, np.ndarray]
 VECTORS = ("image_vectors", "text_vectors")
 
 show(
@@ -108,7 +108,7 @@ class ZeroShot(Task):
 
         def vectors(inputs: Arrays) -> Arrays:
             with torch.inference_mode():
-                return {name: vector.numpy() for name, vector in call(network, _tensors(inputs)).items()}
+                return {name: vector.numpy() for name, vector in call(network, tensors(inputs)).items()}
 
         save_arrays(path.with_suffix(".vectors.safetensors"), self._vectors(vectors, 100))
 
@@ -156,14 +156,13 @@ class ZeroShot(Task):
         chosen = np.random.default_rng(seed).permutation(self.dataset.size("train"))[:images]
         tokens = self.captions[self.dataset.labels("train")[chosen]]
         inputs = {"images": self.dataset.images("train", chosen), "tokens": tokens}
-        return [_tensors({name: array[i : i + batch_size] for name, array in inputs.items()})
-                for i in range(0, len(chosen), batch_size)]  # fmt: skip
+        return [tensors(part) for part in split(inputs, batch_size)]
 
     def example(self, network: nn.Module) -> Inputs:
-        return _tensors(self.latency_input(2))
+        return tensors(self.latency_input(2))
 
     def mismatch_inputs(self, network: nn.Module) -> Inputs:
-        return _tensors(self.latency_input(self.cfg["evaluate"]["mismatch_images"]))
+        return tensors(self.latency_input(self.cfg["evaluate"]["mismatch_images"]))
 
     def latency_input(self, batch_size: int) -> Arrays:
         return self._val(0, batch_size)
@@ -178,9 +177,3 @@ class ZeroShot(Task):
 def _agreement(vectors: Arrays) -> np.ndarray:
     """Return the cosine (images, classes) of each image's vector and each caption's."""
     return vectors["image_vectors"] @ vectors["text_vectors"].T
-
-
-def _tensors(arrays: Arrays) -> Inputs:
-    import torch
-
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -575,10 +575,9 @@ def _factors(model: GraphModel, product: fx.Node, x: fx.Node, axis: int, channel
 def separate_calls(model: GraphModel) -> None:
     """Give calls of one module that depend on each other modules of their own, as long as this adds few weights.
 
-    The smallest modules come first.
-    A convolution that is applied to its own results may see ever larger values, which no single quantizer represents.
-    Calls side by side, as of a head on several levels, stay calls of one module. So do those of recurrent networks,
-    whose copies would multiply the model's size.
+    The smallest modules come first. A convolution that is applied to its own results may see ever larger values, which
+    no single quantizer represents. Calls side by side, as of a head on several levels, stay calls of one module. So do
+    those of recurrent networks, whose copies would multiply the model's size.
     """
     modules = {name: model.get_submodule(name) for name in model.calls(nn.Module)}
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import qwt2
-from pipeline.build.compose import compose_cell
 from pipeline.common.stage import Cell
 from pipeline.experimental import dit
 from pipeline.experimental.diffusion import STEPS
@@ -16,6 +15,7 @@ from qwt2.errors import Qwt2Error
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules
 from qwt2.io import save_tensors, write_array
 from qwt2.onnx.file import load_onnx
+from tests.support.tasks import opened
 
 OVERRIDES = [
     "model=dit_micro", "data.val_images=20", "model.train.steps=80", "model.train.warmup_steps=10",
@@ -26,10 +26,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("diffusion")
-    cfg = compose_cell(OVERRIDES)
-    write_dataset(cfg["data"], folder / "data" / "digit_scans")
-    return open_task(cfg, Cell("", folder / "data", folder / "baseline", folder / "out"))
+    return opened(OVERRIDES, tmp_path_factory.mktemp("diffusion"))
 
 
 def test_the_splits_are_disjoint_and_drawn_alike(tmp_path):

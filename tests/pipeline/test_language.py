@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 import qwt2
 from pipeline.build.compose import compose_cell
-from pipeline.common.stage import Cell
 from pipeline.experimental import gpt
 from pipeline.experimental.language import negative_log_likelihood
 from pipeline.experimental.stdlib_text import CHARACTERS, tokenize, windows
@@ -17,6 +16,7 @@ from qwt2.data import open_dataset, write_dataset
 from qwt2.errors import Qwt2Error
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules
 from qwt2.onnx.file import load_onnx
+from tests.support.tasks import opened
 
 OVERRIDES = [
     "model=gpt_micro", "data.train_modules=[textwrap]", "data.val_modules=[heapq]", "data.val_images=40",
@@ -27,10 +27,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("language")
-    cfg = compose_cell(OVERRIDES)
-    write_dataset(cfg["data"], folder / "data" / "stdlib_text")
-    return open_task(cfg, Cell("", folder / "data", folder / "baseline", folder / "out"))
+    return opened(OVERRIDES, tmp_path_factory.mktemp("language"))
 
 
 def test_tokens_spell_the_text_without_other_characters():

@@ -6,14 +6,13 @@ import torch
 
 import qwt2
 from pipeline.build.compose import compose_cell
-from pipeline.common.stage import Cell
 from pipeline.experimental import clip
 from pipeline.experimental.captions import DIGITS, LENGTH, TEMPLATES, VOCABULARY, captions
-from pipeline.tasks import open_task
 from qwt2.data import open_dataset, write_dataset
 from qwt2.evaluation.mismatch import engine_mismatch, record_modules
 from qwt2.io import save_arrays, save_tensors
 from qwt2.onnx.file import load_onnx
+from tests.support.tasks import opened
 
 OVERRIDES = [
     "model=clip_micro", "data.train_images=200", "data.val_images=40", "model.clip.dimensions=16",
@@ -25,10 +24,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    cfg = compose_cell(OVERRIDES)
-    write_dataset(cfg["data"], folder / "data" / "digits_captions")
-    return open_task(cfg, Cell("", folder / "data", folder / "baseline", folder / "out"))
+    return opened(OVERRIDES, tmp_path_factory.mktemp("clip"))
 
 
 def test_captions_spell_their_class_and_end_alike():
